@@ -1,0 +1,46 @@
+"""What becomes of a model's buffers in a merge: each has a policy, and an unknown one is refused by name."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import nn
+
+from distmerge.errors import UserError
+
+Policy = Literal["mean", "last", "equal"]
+"""mean: averaged like a parameter. last: taken from the first (or newest) member. equal: must be the same in all."""
+
+POLICIES: dict[str, Policy] = {
+    "running_mean": "mean",
+    "running_var": "mean",
+    "num_batches_tracked": "last",
+    "inv_freq": "equal",
+    "original_inv_freq": "equal",
+    "position_ids": "equal",
+    "token_type_ids": "equal",
+    "bias": "equal",  # GPT-2's causal mask
+    "masked_bias": "equal",
+}
+"""Policies by a buffer's own name, the last part of its path; as torch and transformers use them."""
+
+
+def buffer_policies(model: nn.Module, given: dict[str, Policy] | None = None) -> dict[str, Policy]:
+    """The policy of each of the model's buffers, by full name.
+
+    Args:
+        given: policies by full name, or by last part; they come before the known ones.
+    """
+    for name, policy in (given or {}).items():
+        if policy not in get_args(Policy):
+            raise UserError(f"buffers[{name!r}] must be one of mean, last, equal, got {policy!r}")
+    table = POLICIES | (given or {})
+    policies: dict[str, Policy] = {}
+    for name, buffer in model.named_buffers():
+        policy = table.get(name) or table.get(name.rpartition(".")[2])
+        if policy is None:
+            raise UserError(f"buffer {name} has no merge policy; pass buffers={{{name!r}: 'mean' | 'last' | 'equal'}}")
+        if policy == "mean" and not buffer.is_floating_point():
+            raise UserError(f"buffer {name} is {buffer.dtype}, so its policy must be last or equal, got mean")
+        policies[name] = policy
+    return policies

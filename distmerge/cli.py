@@ -1,0 +1,122 @@
+"""The command line. Heavy imports are inside the verbs, so that help and mistakes are answered at once."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+
+from distmerge.errors import UserError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    try:
+        sys.exit(run(arguments))
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        fail(f"cannot write {error.filename or 'to the disk'}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("\ninterrupted; start the same command again to resume from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="distmerge", description="Training in which merging is an event: across workers, checkpoints and experts."
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    train = verbs.add_parser("train", help="train a run, or resume it", add_help=False)
+    train.add_argument("config", nargs="?", metavar="CONFIG.toml")
+    train.add_argument("--ranks", type=int, help="ranks to launch on this machine (default: mesh.workers)")
+    train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    train.add_argument("-h", "--help", action="store_true")
+    evaluate = verbs.add_parser("eval", help="the loss of a model directory on text")
+    evaluate.add_argument("model", metavar="MODEL_DIR")
+    evaluate.add_argument("--files", nargs="+", metavar="GLOB", help="text files (default: the held-out standard library)")
+    evaluate.add_argument("--sequence-length", type=int, default=128)
+    evaluate.add_argument("--batches", type=int, default=32, help="batches of 8 sequences")
+    options, overrides = parser.parse_known_args(arguments)
+    if options.verb == "train":
+        return train_verb(options, overrides, arguments)
+    if overrides:
+        raise UserError(f"unknown argument {overrides[0]}; distmerge {options.verb} --help lists them")
+    return eval_verb(options)
+
+
+def train_verb(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
+    from distmerge import config_file, launch
+
+    if options.help:
+        return train_help()
+    if options.config is None or options.config.startswith("--"):
+        raise UserError("distmerge train needs a CONFIG.toml, such as configs/quickstart.toml")
+    here = launch.place()
+    if here is not None:
+        launch.die_with_parent()
+    config = config_file.read(options.config, overrides)
+    if here is not None:
+        from distmerge.train import train
+
+        train(config, here, ["distmerge", *arguments])
+        return 0
+    return start(config, options.ranks or config.mesh.workers, arguments)
+
+
+def start(config, ranks: int, arguments: list[str]) -> int:
+    """Refuse what can be known to fail, then launch the ranks."""
+    from distmerge.launch import launch
+    from distmerge.rundir import Lock, RunDirectory
+
+    if ranks < 1 or ranks % config.mesh.workers:
+        raise UserError(f"--ranks must be a multiple of config.mesh.workers = {config.mesh.workers}, got {ranks}")
+    directory = RunDirectory(config.run_dir)
+    directory.check(config)
+    lock = Lock(directory)
+    lock.take_job()
+    lock.release()
+    summary = directory.finished(config.steps)
+    if summary is not None:
+        from distmerge.train import table
+
+        print(f"{directory.path} has finished its {summary['steps']} steps")
+        print(table(directory, summary))
+        return 0
+    return launch(ranks, arguments)
+
+
+def train_help() -> int:
+    """Every key of the configuration, its default and what it does."""
+    import tyro
+
+    from distmerge.config import TrainConfig
+
+    print("usage: distmerge train CONFIG.toml [--ranks N] [--section.key value ...]\n")
+    print("Any key of the configuration can be given after the file; --merge.0.every is the first [[merge]]'s.\n")
+    tyro.cli(TrainConfig, prog="distmerge train CONFIG.toml", args=["--help"], config=(tyro.conf.AvoidSubcommands,))
+    return 0
+
+
+def eval_verb(options: argparse.Namespace) -> int:
+    for name, value, least in (("--sequence-length", options.sequence_length, 2), ("--batches", options.batches, 1)):
+        if value < least:
+            raise UserError(f"{name} must be >= {least}, got {value}")
+    if not os.path.isdir(options.model):
+        raise UserError(f"MODEL_DIR must be a directory, got {options.model}")
+    from distmerge.evaluate import evaluate_directory
+
+    result = evaluate_directory(options.model, options.files, options.sequence_length, options.batches)
+    print(json.dumps(result))
+    return 0

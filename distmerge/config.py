@@ -1,0 +1,210 @@
+"""The configuration of a run: frozen sections, read from TOML, overridden from the command line.
+
+Importing this module imports no torch, so that help and errors are instant. Every user's mistake becomes one
+:class:`~distmerge.errors.UserError` line that names the key, its value and what is allowed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from distmerge.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Mesh(Section):
+    workers: int = Field(1, ge=1)
+    """Replicas that train alone between merges. Ranks per worker = world size / workers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA with NCCL where every local rank has a GPU of its own, else the CPU with gloo."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """A collective that waits longer than this ends the job: the peer is taken for dead."""
+
+
+class Model(Section):
+    config: dict[str, Any] | None = None
+    """A causal language model's configuration for transformers: model_type and its keys; vocab_size comes from the
+    tokenizer. The weights are drawn from the seed."""
+    path: str | None = None
+    """A directory or hub id of a pretrained causal language model, instead of config."""
+
+    @model_validator(mode="after")
+    def one_source(self) -> Model:
+        if (self.config is None) == (self.path is None):
+            raise UserError("config.model must have exactly one of config and path, got " + given(self.config, self.path))
+        if self.config is not None and "model_type" not in self.config:
+            raise UserError('config.model.config must have model_type, such as "llama"')
+        return self
+
+
+class Data(Section):
+    source: Literal["stdlib", "files", "hub"] = "stdlib"
+    """stdlib: the source text of Python's standard library on this machine; files: the files below; hub: a data set of
+    the Hugging Face hub or its cache."""
+    files: list[str] = []
+    """Globs of .txt, .jsonl or .parquet files (source files). One text file is cut into pieces at line ends."""
+    dataset: str | None = None
+    """The data set's name (source hub)."""
+    name: str | None = None
+    """The data set's configuration (source hub)."""
+    split: str = "train"
+    """The data set's split (source hub)."""
+    column: str = "text"
+    """The column that holds the text, in .jsonl and .parquet files and hub data sets."""
+    streaming: bool = False
+    """Read as a stream, in order, without an index: for corpora that do not fit the disk."""
+    tokenizer: str = "bytes"
+    """bytes, or a tokenizer's directory or hub id."""
+    sequence_length: int = Field(128, ge=2)
+    """Tokens per sequence; documents are packed end to end."""
+    eval_fraction: float = Field(0.02, gt=0, lt=1)
+    """Share of the documents held out for evaluation; at least one."""
+
+    @model_validator(mode="after")
+    def complete(self) -> Data:
+        if (self.source == "files") != bool(self.files):
+            raise UserError(f'config.data.files must be given exactly when data.source is "files", got {self.files}')
+        if (self.source == "hub") != (self.dataset is not None):
+            raise UserError(f'config.data.dataset must be given exactly when data.source is "hub", got {self.dataset}')
+        return self
+
+
+class Train(Section):
+    batch_size: int = Field(8, ge=1)
+    """Sequences per rank and micro step."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Micro steps per optimizer step."""
+    gradient_clip: float = Field(1.0, ge=0)
+    """Clip the gradient to this norm; 0 leaves it as it is."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """The arithmetic of the forward and backward pass; parameters and optimizer stay float32."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of each rank; by default the machine's cores / local ranks."""
+
+
+class Optimizer(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: torch.optim.Muon for the hidden matrices, AdamW for embeddings, head and vectors."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of the inner optimizer."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averaging coefficients."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay, of tensors with two or more dimensions."""
+
+
+class Schedule(Section):
+    name: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    """The learning rate after the warmup. wsd: constant, then a linear decay over the last steps."""
+    warmup: int = Field(0, ge=0)
+    """Steps of linear warmup."""
+    decay: int = Field(0, ge=0)
+    """Steps of the final decay (wsd)."""
+    floor: float = Field(0.0, ge=0, le=1)
+    """The share of the peak rate that the decay ends at."""
+
+
+class DiLoCo(Section):
+    kind: Literal["diloco"] = "diloco"
+    every: int = Field(100, ge=1)
+    """Inner steps between merges (H)."""
+    outer_lr: float = Field(0.7, gt=0)
+    """Outer learning rate. 1 with momentum 0 is parameter averaging."""
+    outer_momentum: float = Field(0.9, ge=0, lt=1)
+    """Outer momentum."""
+    nesterov: bool = True
+    """Nesterov's form of the outer momentum."""
+    bucket_bytes: int = Field(64 * 2**20, ge=4)
+    """Bytes of parameters per collective."""
+
+
+class Average(Section):
+    kind: Literal["average"] = "average"
+    every: int = Field(100, ge=1)
+    """Inner steps between merges."""
+    bucket_bytes: int = Field(64 * 2**20, ge=4)
+    """Bytes of parameters per collective."""
+
+
+class NoMerge(Section):
+    kind: Literal["none"] = "none"
+    """Workers never talk; they are averaged once, at the end."""
+
+
+Merge = Annotated[DiLoCo | Average | NoMerge, Field(discriminator="kind")]
+
+
+class Engine(Section):
+    kind: Literal["torch"] = "torch"
+    """How one worker computes and stores its parameters: plain torch, with DDP where it has several ranks."""
+
+
+class Evaluate(Section):
+    every: int = Field(100, ge=1)
+    """Steps between evaluations; there is one at the start and one at the end anyway."""
+    batches: int = Field(16, ge=1)
+    """Batches of held-out text per evaluation, over all ranks."""
+
+
+class Checkpoint(Section):
+    every: int = Field(100, ge=1)
+    """Steps between checkpoints; there is one at the end anyway."""
+    keep: int = Field(3, ge=1)
+    """Newest checkpoints to keep."""
+
+
+class Log(Section):
+    every: int = Field(10, ge=1)
+    """Steps between lines of metrics.jsonl."""
+
+
+class TrainConfig(Section):
+    """Everything that a training run is told. Only run_dir and [model] have no default."""
+
+    run_dir: str
+    """Where everything that the run writes lies. Started again on it, the run resumes."""
+    seed: int = Field(0, ge=0)
+    """Seed of the weights, the order of the data and dropout."""
+    steps: int = Field(400, ge=1)
+    """Inner steps of each worker."""
+    mesh: Mesh = Mesh()
+    model: Model
+    data: Data = Data()
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    merge: tuple[Merge, ...] = ()
+    """The mergers, in the order in which they act at a step. None at all, with one worker, is data parallelism."""
+    engine: Engine = Engine()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def consistent(self) -> TrainConfig:
+        if self.mesh.workers > 1 and not self.merge:
+            raise UserError(
+                f"config.merge must have an entry when mesh.workers is {self.mesh.workers}, got none "
+                '(kind = "none" for workers that never merge but at the end)'
+            )
+        if self.mesh.workers == 1 and self.merge:
+            raise UserError(f"config.mesh.workers must be >= 2 for a [[merge]] of kind {self.merge[0].kind}, got 1")
+        if self.schedule.warmup + self.schedule.decay > self.steps:
+            raise UserError(
+                f"config.schedule.warmup + decay must be <= steps = {self.steps}, "
+                f"got {self.schedule.warmup} + {self.schedule.decay}"
+            )
+        if self.schedule.name == "wsd" and self.schedule.decay == 0:
+            raise UserError('config.schedule.decay must be >= 1 for schedule.name "wsd", got 0')
+        return self
+
+
+def given(*values: object) -> str:
+    return "both" if all(value is not None for value in values) else "none"

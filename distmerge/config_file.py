@@ -1,0 +1,188 @@
+"""Reading and writing configurations: TOML, ``--section.key value`` overrides, one-line errors, differences."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import tomli_w
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from distmerge.config import Merge, Section, TrainConfig
+from distmerge.errors import UserError
+
+MAY_CHANGE = ("run_dir", "steps", "train.threads", "log", "evaluate", "checkpoint")
+"""Keys, or whole sections, that may differ when a run is resumed. run_dir: a run may be moved."""
+
+MERGE_KINDS: dict[str, type[Section]] = {entry.model_fields["kind"].default: entry for entry in get_args(get_args(Merge)[0])}
+
+
+def read(path: str, overrides: list[str]) -> TrainConfig:
+    """The configuration in the TOML file ``path`` with command line overrides such as ``["--mesh.workers", "4"]``."""
+    try:
+        table = tomllib.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    for key, values in parse_overrides(overrides):
+        put(table, key, values)
+    return validate(table)
+
+
+def validate(table: dict[str, Any]) -> TrainConfig:
+    try:
+        return TrainConfig.model_validate(table)
+    except ValidationError as error:
+        raise UserError(explain(error.errors()[0])) from None
+
+
+def dump(config: TrainConfig) -> str:
+    """The resolved configuration as TOML; keys that are unset are left out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def differing_keys(stored: TrainConfig, config: TrainConfig) -> list[str]:
+    """Keys, dotted and sorted, whose values differ and that a resume may not change."""
+    old, new = flatten(stored.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [key for key in changed if key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        items = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {
+        key: leaf for name, item in items for key, leaf in flatten(item, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def parse_overrides(arguments: list[str]) -> list[tuple[str, list[str]]]:
+    """``["--a.b", "1", "--c=2"]`` as ``[("a.b", ["1"]), ("c", ["2"])]``; a hyphen in a key is an underscore."""
+    overrides: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            overrides.append((key.replace("-", "_"), [value] if equals else []))
+        elif overrides:
+            overrides[-1][1].append(argument)
+        else:
+            raise UserError(f"expected --section.key value, got {argument}")
+    return overrides
+
+
+def put(table: dict[str, Any], key: str, values: list[str]) -> None:
+    """Set the dotted ``key`` in ``table``; list indices reach into lists, one past the end appends."""
+    *parents, last = key.split(".")
+    place: Any = table
+    for name in parents:
+        place = descend(place, name, key)
+    if not isinstance(place, dict):
+        raise UserError(f"--{key} names a whole entry, not a key of it")
+    place[last] = coerce(parents, last, key, values)
+
+
+def descend(place: Any, name: str, key: str) -> Any:
+    if isinstance(place, dict) and name == "merge":
+        return place.setdefault(name, [])
+    if isinstance(place, dict):
+        return place.setdefault(name, {})
+    if isinstance(place, list) and name.isdigit() and int(name) <= len(place):
+        if int(name) == len(place):
+            place.append({})
+        return place[int(name)]
+    raise UserError(f"--{key} does not lead to a key of the configuration")
+
+
+def coerce(parents: list[str], last: str, key: str, values: list[str]) -> Any:
+    """Strings are left to the schema; only lists and the model's free table need a hand."""
+    if parents[:2] == ["model", "config"]:
+        value = " ".join(values)
+        try:
+            return tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            return value
+    section = section_at(parents)
+    field = section.model_fields.get(last) if section else None
+    if field is not None and get_origin(field.annotation) in (list, tuple):
+        return values
+    if not values:
+        if field is not None and field.annotation is bool:
+            return True
+        raise UserError(f"--{key} needs a value")
+    if len(values) > 1:
+        raise UserError(f"--{key} takes one value, got {' '.join(values)}")
+    return values[0]
+
+
+def section_at(location: list[str] | tuple[str | int, ...]) -> type[Section] | None:
+    """The section that a dotted key, or an error's location, leads to."""
+    section: type[Section] | None = TrainConfig
+    for name in location:
+        if section is TrainConfig and name == "merge":
+            section = None
+        elif section is None and name in MERGE_KINDS:
+            section = MERGE_KINDS[str(name)]
+        elif section is not None:
+            field = section.model_fields.get(str(name))
+            inner = field.annotation if field else None
+            section = inner if isinstance(inner, type) and issubclass(inner, Section) else None
+    return section
+
+
+def explain(error: ErrorDetails) -> str:
+    """One line: the key, what is allowed, the value."""
+    location, value, context = error["loc"], error["input"], error.get("ctx", {})
+    kind = error["type"]
+    if kind == "value_error":
+        return str(context["error"])
+    key = name_of(location)
+    if kind == "missing":
+        return f"{key} must be given"
+    if kind == "extra_forbidden":
+        section = section_at(location[:-1])
+        known = sorted(section.model_fields) if section else []
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
+        return f"{key} is not a known key; " + (f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tags = context.get("expected_tags") or ", ".join(f"'{name}'" for name in MERGE_KINDS)
+        return f"{key}.kind must be one of {tags}, got {context.get('tag', 'none')!r}"
+    if kind not in ALLOWED:
+        return f"{key}: {error['msg']}, got {value!r}"
+    shown = value if kind.endswith(("than", "equal")) else repr(value)
+    return f"{key} must be {ALLOWED[kind].format(**context)}, got {shown}"
+
+
+def name_of(location: tuple[str | int, ...]) -> str:
+    parts = [part for index, part in enumerate(location) if not (index == 2 and location[0] == "merge" and part in MERGE_KINDS)]
+    return "config" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+
+
+ALLOWED = {
+    "greater_than_equal": ">= {ge}",
+    "greater_than": "> {gt}",
+    "less_than_equal": "<= {le}",
+    "less_than": "< {lt}",
+    "literal_error": "{expected}",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a string",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "too_long": "at most {max_length} long",
+}

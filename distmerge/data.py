@@ -1,0 +1,215 @@
+"""Text in, batches of token ids out: read and cached by ``datasets``, packed, held out, dealt to ranks.
+
+Indexed data: the position is a function of (seed, step, mesh), so there is nothing to save. Streams: see
+:mod:`distmerge.stream`.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import sysconfig
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
+
+from distmerge.config import Data
+from distmerge.errors import UserError
+from distmerge.model import first_line, load_tokenizer
+
+datasets.disable_progress_bars()
+datasets.logging.set_verbosity_error()
+
+PIECE_CHARACTERS = 1 << 16
+"""A longer document is cut at line ends into pieces of about this size: one file is corpus enough."""
+
+CACHE_VERSION = 1
+"""Part of the cache's key: raise it when cut() or pack() give other results."""
+
+LOADERS = {
+    ".txt": "text",
+    ".py": "text",
+    ".md": "text",
+    ".rst": "text",
+    ".c": "text",
+    ".h": "text",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+}
+
+
+class Corpus(NamedTuple):
+    """Packed sequences of ``sequence_length`` token ids each."""
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+
+
+def open_corpus(section: Data) -> Corpus:
+    """Read, cut, hold out, tokenize and pack; every step is cached on disk by ``datasets``."""
+    pieces = read_pieces(section)
+    if len(pieces) < 2:
+        raise UserError(f"config.data must hold at least 2 pieces of text, one of them held out, got {len(pieces)}")
+    # A fixed seed: runs of different seeds are judged by the same text.
+    order = np.random.Generator(np.random.Philox(0)).permutation(len(pieces))
+    count = min(len(pieces) - 1, max(1, round(section.eval_fraction * len(pieces))))
+    held_out, train = np.sort(order[:count]), np.sort(order[count:])
+    corpus = Corpus(*(packed(pieces.select(rows), section) for rows in (train, held_out)))
+    if len(corpus.held_out) == 0:
+        raise UserError(
+            f"config.data.eval_fraction must hold out at least one sequence of {section.sequence_length} tokens, "
+            f"got {section.eval_fraction} of {len(pieces)} pieces"
+        )
+    return corpus
+
+
+def packed_text(section: Data) -> datasets.Dataset:
+    """All of the text, packed, with nothing held out: what ``distmerge eval --files`` reads."""
+    return packed(read_pieces(section), section)
+
+
+def read_pieces(section: Data) -> datasets.Dataset:
+    column = "text" if section.source == "stdlib" else section.column
+    documents = load_documents(section)
+    if column not in documents.column_names:
+        raise UserError(f'config.data.column must be one of {", ".join(documents.column_names)}, got "{column}"')
+    return documents.map(
+        functools.partial(cut, column=column, version=CACHE_VERSION),
+        batched=True,
+        batch_size=64,
+        remove_columns=documents.column_names,
+    )
+
+
+def load_documents(section: Data, streaming: bool = False) -> Any:
+    """One row a document; lazily with ``streaming``."""
+    try:
+        if section.source == "hub":
+            return datasets.load_dataset(section.dataset, section.name, split=section.split, streaming=streaming)
+        loader, files = data_files(section)
+        options = {"sample_by": "document", "encoding_errors": "replace"} if loader == "text" else {}
+        return datasets.load_dataset(loader, data_files=files, split="train", streaming=streaming, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"config.data: cannot read {section.dataset or section.files or 'the corpus'}: {first_line(error)}"
+        ) from None
+
+
+def data_files(section: Data) -> tuple[str, list[str]]:
+    """The name of ``datasets``' loader and the sorted files."""
+    if section.source == "stdlib":
+        return "text", stdlib_files()
+    files: list[str] = []
+    for pattern in section.files:
+        matches = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+        if not matches:
+            raise UserError(f'config.data.files: "{pattern}" matches no file')
+        files += [path for path in matches if path not in files]
+    loaders = {LOADERS.get(Path(path).suffix) for path in files}
+    if None in loaders or len(loaders) > 1:
+        kinds = sorted({Path(path).suffix or "no suffix" for path in files})
+        raise UserError(
+            f"config.data.files must be all text ({', '.join(k for k in LOADERS if LOADERS[k] == 'text')}), all .jsonl or all .parquet, got {', '.join(kinds)}"
+        )
+    return loaders.pop() or "", files
+
+
+def stdlib_files() -> list[str]:
+    """The standard library's own source text, without its tests: real text on every machine that runs Python."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    files = [str(path) for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]
+    if not files:
+        raise UserError(f'config.data.source must be "files" or "hub" where Python has no library sources, as in {root}')
+    return sorted(files)
+
+
+def cut(batch: dict[str, list[str]], column: str, version: int) -> dict[str, list]:
+    """Documents as pieces of at most about PIECE_CHARACTERS, cut at line ends; ``ends`` marks a document's last."""
+    texts: list[str] = []
+    ends: list[bool] = []
+    for document in batch[column]:
+        lines, size = [], 0
+        for line in document.splitlines(keepends=True):
+            if size + len(line) > PIECE_CHARACTERS and lines:
+                texts.append("".join(lines))
+                ends.append(False)
+                lines, size = [], 0
+            lines.append(line)
+            size += len(line)
+        texts.append("".join(lines))
+        ends.append(True)
+    return {"text": texts, "ends": ends}
+
+
+def packed(pieces: datasets.Dataset, section: Data) -> datasets.Dataset:
+    length = section.sequence_length
+    features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"), length=length)})
+    rows = pieces.map(
+        functools.partial(pack, tokenizer=section.tokenizer, length=length, version=CACHE_VERSION),
+        batched=True, batch_size=1000, remove_columns=pieces.column_names, features=features,
+    )  # fmt: skip
+    return rows.with_format("numpy")
+
+
+def pack(batch: dict[str, list], tokenizer: str, length: int, version: int) -> dict[str, Any]:
+    """Token ids end to end, cut into rows of ``length``; what is left of a batch of 1000 pieces is dropped."""
+    tokens = tokenize(cached_tokenizer(tokenizer), batch["text"], batch["ends"])
+    return {"input_ids": tokens[: len(tokens) // length * length].reshape(-1, length)}
+
+
+cached_tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], ends: list[bool]) -> np.ndarray:
+    """Token ids of all texts as one int32 vector, an end-of-text after each document."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if isinstance(tokenizer, ByT5Tokenizer):  # ids are bytes + 3; its own loop over characters takes minutes
+        ids = [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int32) + 3 for text in texts]
+    else:
+        ids = [np.asarray(row, dtype=np.int32) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]  # pyright: ignore
+    tail = np.asarray(end, dtype=np.int32)
+    return np.concatenate([part for row, last in zip(ids, ends, strict=True) for part in (row, tail if last else tail[:0])])
+
+
+class IndexedBatches:
+    """The training batches of one rank: a function of (seed, step) and its place, with no state.
+
+    An epoch is a permutation of the sequences cut into global batches, so that no two ranks see the same sequence in
+    it; what does not fill a global batch is left for another epoch's permutation.
+    """
+
+    def __init__(self, data: datasets.Dataset, seed: int, rank: int, world: int, micro_steps: int, batch_size: int):
+        self.data, self.seed, self.rank, self.shape = data, seed, rank, (micro_steps, batch_size)
+        self.own = micro_steps * batch_size
+        self.together = self.own * world
+        self.per_epoch = len(data) // self.together
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        if self.per_epoch == 0:
+            raise UserError(
+                f"config.data must hold at least one batch, {self.together} sequences "
+                f"({world} ranks x {micro_steps} micro steps x {batch_size}), got {len(data)}"
+            )
+
+    def batch(self, step: int) -> Tensor:
+        """``[micro_steps, batch_size, length]`` int64 token ids of inner step ``step``, counted from 0."""
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(len(self.data))
+        start = position * self.together + self.rank * self.own
+        rows = self.data[self._order[start : start + self.own]]["input_ids"]
+        return torch.from_numpy(np.asarray(rows, dtype=np.int64)).view(*self.shape, -1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state

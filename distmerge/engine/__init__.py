@@ -1,0 +1,1 @@
+"""Engines: how one worker computes a step and stores its parameters."""

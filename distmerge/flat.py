@@ -1,0 +1,165 @@
+"""Theta as one vector.
+
+A worker's trainable parameters become one contiguous float32 vector, and the model's parameters views of it. A merge, a
+fragment, a sparse subset, a snapshot or a running mean is then one operation on a vector or a slice of it.
+
+    flat = flatten(model)      # idempotent
+    flat.pull()                # before reading flat.vector
+    flat.push()                # after writing it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from distmerge.errors import UserError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter lies in the vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.numel
+
+
+class FlatParameters:
+    """The trainable parameters of a model as one float32 vector with a fixed layout.
+
+    Where every parameter is float32 they are views of the vector, and pull and push do nothing. Otherwise (a bfloat16
+    model, say) the vector is a float32 copy that they fill and empty. Tied weights lie in it once, frozen ones not at all.
+    Never rebind ``parameter.data`` afterwards, and don't move the model: write in place.
+
+    Attributes:
+        vector: ``[n]`` float32, what this rank merges.
+        layout: a slot for each parameter, in the model's own order.
+    """
+
+    def __init__(self, model: nn.Module):
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        check_parameters(named)
+        offsets = [0]
+        for _, parameter in named:
+            offsets.append(offsets[-1] + parameter.numel())
+        self.layout = tuple(Slot(name, tuple(p.shape), at) for (name, p), at in zip(named, offsets, strict=False))
+        self.model = model
+        self._parameters = [p for _, p in named]
+        self._views = all(p.dtype == torch.float32 for p in self._parameters)
+        self.whole = self._laid_out() or self._lay_out(offsets[-1])
+        self.vector = self.whole
+
+    def pull(self) -> None:
+        """Bring the vector up to date with the model."""
+        self.check()
+        if not self._views:
+            self._copy(into_model=False)
+
+    def push(self) -> None:
+        """Bring the model up to date with the vector."""
+        if not self._views:
+            self._copy(into_model=True)
+
+    def sum_over_shards(self, scalars: Tensor) -> None:
+        """Complete sums over this rank's part of theta to sums over all of it, in place. Here the part is the whole."""
+
+    def check(self) -> None:
+        """Refuse a model whose parameters no longer lie where they were laid out."""
+        if not self._views:
+            return
+        for slot, parameter in zip(self.layout, self._parameters, strict=True):
+            if parameter.data_ptr() != self.whole.data_ptr() + 4 * slot.offset and slot.numel:
+                raise UserError(f"parameter {slot.name} was moved after the merger was made; make the merger after model.to()")
+
+    def named_views(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's name and its part of the whole vector, in its own shape."""
+        for slot in self.layout:
+            yield slot.name, self.whole[slot.offset : slot.stop].view(slot.shape)
+
+    @cached_property
+    def manifest(self) -> int:
+        """63 bits that two layouts share only if names, shapes and order agree."""
+        text = repr([(slot.name, slot.shape) for slot in self.layout])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+    def _laid_out(self) -> Tensor | None:
+        """The vector that an earlier call made, if the parameters are still views of it in this very order."""
+        if not self._views:
+            return None
+        first = self._parameters[0]
+        numel = self.layout[-1].stop
+        if first.untyped_storage().nbytes() != 4 * numel or first.storage_offset() != 0:
+            return None
+        in_place = all(
+            p.data_ptr() == first.data_ptr() + 4 * slot.offset and p.is_contiguous()
+            for slot, p in zip(self.layout, self._parameters, strict=True)
+        )
+        return torch.empty(0, device=first.device).set_(first.untyped_storage(), 0, (numel,)) if in_place else None
+
+    def _lay_out(self, numel: int) -> Tensor:
+        whole = torch.empty(numel, dtype=torch.float32, device=self._parameters[0].device)
+        for slot, parameter in zip(self.layout, self._parameters, strict=True):
+            view = whole[slot.offset : slot.stop].view(slot.shape)
+            view.copy_(parameter.detach())
+            if self._views:
+                parameter.data = view
+        return whole
+
+    @torch.no_grad()
+    def _copy(self, into_model: bool) -> None:
+        for (_, view), parameter in zip(self.named_views(), self._parameters, strict=True):
+            parameter.copy_(view) if into_model else view.copy_(parameter)
+
+
+def flatten(model: nn.Module | FlatParameters) -> FlatParameters:
+    """The model's parameters as one vector. Laying out twice gives the same vector."""
+    return model if isinstance(model, FlatParameters) else FlatParameters(model)
+
+
+def check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:
+    if not named:
+        raise UserError("the model has no trainable parameter, so there is nothing to merge")
+    seen: dict[int, str] = {}
+    for name, parameter in named:
+        if not parameter.is_floating_point():
+            raise UserError(f"parameter {name} must be floating point, got {parameter.dtype}")
+        if parameter.device != named[0][1].device:
+            raise UserError(f"parameter {name} is on {parameter.device}, but {named[0][0]} on {named[0][1].device}")
+        other = seen.setdefault(parameter.data_ptr(), name) if parameter.numel() else name
+        if other != name:
+            raise UserError(f"parameters {other} and {name} share memory but are two objects; tie them as one parameter")
+
+
+def pieces(tensor: Tensor, start: int, stop: int) -> Iterator[slice]:
+    """Slices that cover [start, stop): cache-sized on a CPU, where a chain of operations on a piece then reads and writes
+    memory once; one slice on a GPU, where launches cost more than they save."""
+    size = 1 << 16 if tensor.device.type == "cpu" else stop - start
+    for at in range(start, stop, max(1, size)):
+        yield slice(at, min(at + size, stop))
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """A 64-bit checksum of a tensor's bits and their positions, as an int64 scalar on its device."""
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    raw = torch.cat([raw, raw.new_zeros(-raw.numel() % 4)]).view(torch.int32)
+    digest = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in pieces(raw, 0, raw.numel()):
+        # An odd multiplier for each position: swapped or changed words change the sum, which wraps at 64 bits.
+        position = torch.arange(part.start, part.stop, device=tensor.device, dtype=torch.int64) * 2 + 1
+        digest += (raw[part].to(torch.int64) * (position * 0x9E3779B1 | 1)).sum()
+    return digest

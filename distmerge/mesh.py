@@ -1,0 +1,136 @@
+"""Ranks as (worker, shard): who trains together, who merges together. The only place that makes process groups."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from distmerge import config
+from distmerge.errors import UserError
+from distmerge.launch import Place
+
+T = TypeVar("T")
+
+
+class Mesh:
+    """World = workers x shards, a worker's ranks next to each other.
+
+    Attributes:
+        rank, world: this rank among all.
+        worker, workers: the replica that this rank belongs to, of how many.
+        shard, shards: this rank's part of its worker, of how many.
+        peers: process group of the ranks that hold the same shard, one of each worker: merges run here.
+        inside: process group of this worker's ranks.
+        device: where this rank computes.
+    """
+
+    def __init__(self, section: config.Mesh, place: Place, threads: int | None):
+        check_world(section.workers, place.world)
+        self.rank, self.world, self.local_rank = place.rank, place.world, place.local_rank
+        self.workers, self.shards = section.workers, place.world // section.workers
+        self.worker, self.shard = divmod(place.rank, self.shards)
+        self.device = choose_device(section.device, place)
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world))
+        timeout = timedelta(seconds=section.timeout_seconds)
+        self.store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=timeout))
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("world", self.store), rank=self.rank, world_size=self.world, timeout=timeout
+        )
+        ranks = [list(range(worker * self.shards, (worker + 1) * self.shards)) for worker in range(self.workers)]
+        self.inside = self._group(ranks, timeout)
+        self.peers = self._group([list(column) for column in zip(*ranks, strict=True)], timeout)
+
+    def _group(self, rank_lists: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
+        group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that writes what there is one of."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A stretch in which a user's error on any rank ends the job on all of them, told once.
+
+        Nothing in the stretch may wait for a rank that could have failed in it.
+        """
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
+        failed: list[bool] = [False] * self.world
+        dist.all_gather_object(failed, error is not None)
+        if error is not None and failed.index(True) == self.rank:
+            raise error
+        if any(failed):
+            raise SystemExit(2)
+
+    def lead_first(self, what: str, work: Callable[[], T]) -> T:
+        """``work()`` on rank 0, then on the first rank of each node, then on the others, however long each takes.
+
+        For what fills a cache on disk. It waits by looking at the store and not in a collective, which would time out.
+        """
+        stage = 0 if self.leads else 1 if self.local_rank == 0 else 2
+        first_ranks = self._count_of_nodes()
+        if stage >= 1:
+            self._wait(f"{what}/0", 1)
+        if stage == 2:
+            self._wait(f"{what}/1", first_ranks - 1)
+        try:
+            return work()
+        finally:
+            if stage < 2:
+                self.store.add(f"{what}/{stage}", 1)
+
+    def _count_of_nodes(self) -> int:
+        local_ranks: list[int] = [0] * self.world
+        dist.all_gather_object(local_ranks, self.local_rank)
+        return max(1, local_ranks.count(0))
+
+    def _wait(self, key: str, count: int) -> None:
+        while self.store.add(key, 0) < count:
+            time.sleep(0.05)
+
+    def missing_ranks(self, patience_seconds: float = 5.0) -> list[int]:
+        """After a collective failed: the ranks that do not say within the patience that it failed for them, too."""
+        try:
+            self.store.set(f"failed/{self.rank}", "1")
+            deadline = time.monotonic() + patience_seconds
+            missing = [rank for rank in range(self.world) if rank != self.rank]
+            while missing and time.monotonic() < deadline:
+                missing = [rank for rank in missing if not self.store.check([f"failed/{rank}"])]
+                time.sleep(0.05)
+            return missing
+        except RuntimeError:
+            return [0]  # rank 0's node held the store
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def check_world(workers: int, world: int) -> None:
+    if world % workers:
+        raise UserError(f"config.mesh.workers must divide the number of ranks, {world}, got {workers}")
+
+
+def choose_device(device: str, place: Place) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and gpus < place.local_world):
+        return torch.device("cpu")
+    if gpus < place.local_world:
+        raise UserError(
+            f'config.mesh.device must be "auto" or "cpu" where {place.local_world} ranks have {gpus} GPUs, got "cuda"'
+        )
+    torch.cuda.set_device(place.local_rank)
+    return torch.device("cuda", place.local_rank)

@@ -1,0 +1,88 @@
+"""Models: a causal language model of transformers, from a configuration or a directory. Saving one so that it loads."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from distmerge.config import Model
+from distmerge.errors import UserError
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """``bytes`` (a token per byte, no files needed), or the tokenizer in a directory or of a hub id."""
+    if name == "bytes":
+        return ByT5Tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f'config.data.tokenizer must be "bytes", a directory or a hub id, got {name}: {first_line(error)}'
+        ) from None
+
+
+def build_model(section: Model, tokenizer: PreTrainedTokenizerBase, seed: int) -> nn.Module:
+    """The model in float32 on the CPU; weights that are not loaded are drawn from the seed, the same on all ranks."""
+    torch.manual_seed(seed)
+    if section.path is not None:
+        return load_model(section.path)
+    assert section.config is not None
+    model_config = build_config(dict(section.config), tokenizer)
+    try:
+        return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"config.model.config does not describe a causal language model: {first_line(error)}") from None
+
+
+def load_model(path: str) -> nn.Module:
+    if "/" in path and path.startswith((".", "/")) and not Path(path).is_dir():
+        raise UserError(f"the model directory {path} does not exist")
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a causal language model from {path}: {first_line(error)}") from None
+
+
+def build_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Any:
+    """transformers takes any key in silence; here an unknown one is refused."""
+    model_type = keys.pop("model_type")
+    try:
+        known = AutoConfig.for_model(model_type).to_dict()
+    except ValueError:
+        raise UserError(f'config.model.config.model_type must be one that transformers knows, got "{model_type}"') from None
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            raise UserError(f"config.model.config.{key} is not a known key of {model_type}{hint}")
+    keys.setdefault("vocab_size", len(tokenizer))
+    if keys["vocab_size"] < len(tokenizer):
+        raise UserError(
+            f"config.model.config.vocab_size must be >= {len(tokenizer)}, the tokenizer's, got {keys['vocab_size']}"
+        )
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    try:
+        return AutoConfig.for_model(model_type, **({key: ids[key] for key in ids if key in known} | keys))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"config.model.config is not valid for {model_type}: {first_line(error)}") from None
+
+
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write an HF model directory. The parameters may be views of one vector, so copies of them are written."""
+    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(directory, state_dict=state)  # pyright: ignore[reportCallIssue]
+    tokenizer.save_pretrained(directory)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line, for messages that must be one."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,46 @@
+"""The ledger: exactly what a merger's collectives moved, by the standard algorithms' costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class Ledger:
+    """Counts since the start of the run, over one group of ``peers`` ranks.
+
+    Attributes:
+        collectives: collectives issued.
+        payload_bytes: bytes of what is merged, in the format that travels.
+    """
+
+    peers: int
+    collectives: int = 0
+    payload_bytes: int = 0
+    reduced_bytes: int = 0
+    gathered_bytes: int = 0
+
+    def all_reduce(self, size_bytes: int) -> None:
+        """An all-reduce of b bytes over M ranks sends 2 b (M - 1) / M from each."""
+        self.collectives += 1
+        self.payload_bytes += size_bytes
+        self.reduced_bytes += size_bytes
+
+    def gather(self, size_bytes: int) -> None:
+        """A reduce-scatter, all-gather or all-to-all of b bytes in all, or a broadcast's share, sends b (M - 1) / M."""
+        self.collectives += 1
+        self.payload_bytes += size_bytes
+        self.gathered_bytes += size_bytes
+
+    @property
+    def bytes_sent(self) -> float:
+        """Bytes that left this rank."""
+        return (2 * self.reduced_bytes + self.gathered_bytes) * (self.peers - 1) / self.peers
+
+    def state_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        assert state["peers"] == self.peers, "a ledger belongs to a number of peers"
+        for name, value in state.items():
+            setattr(self, name, value)

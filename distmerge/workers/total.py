@@ -1,0 +1,86 @@
+"""The sum over workers: what ``total(x)`` is when the members are the peers of a process group."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distmerge.buffers import Policy
+from distmerge.errors import UserError
+from distmerge.flat import FlatParameters, fingerprint
+from distmerge.workers.ledger import Ledger
+
+
+class Peers:
+    """The ranks, one of each worker, that hold the same shard of theta.
+
+    Attributes:
+        size: the number of workers.
+        ledger: what all calls here moved.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        if not dist.is_available() or not dist.is_initialized():
+            raise UserError("merging needs process groups: call torch.distributed.init_process_group() first")
+        self.group = group if group is not None else dist.group.WORLD
+        self.size = dist.get_world_size(self.group)
+        self.ledger = Ledger(self.size)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over the peers, in place; every peer ends with the same bits."""
+        self.ledger.all_reduce(x.numel() * x.element_size())
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def start_equal(self, flat: FlatParameters) -> None:
+        """Give every peer the first one's parameters and buffers, and prove it.
+
+        Raises:
+            UserError: when the peers' models differ in names or shapes. It is raised on all of them.
+        """
+        device = flat.vector.device
+        self._compare("the names and shapes of the parameters", torch.tensor(flat.manifest, device=device))
+        flat.pull()
+        source = dist.get_global_rank(self.group, 0)
+        dist.broadcast(flat.vector, source, group=self.group)
+        flat.push()
+        for buffer in flat.model.buffers():
+            dist.broadcast(buffer, source, group=self.group)
+        self._compare("the bits of the parameters after a broadcast", fingerprint(flat.vector))
+
+    def merge_buffers(self, model: nn.Module, policies: dict[str, Policy], full: bool) -> None:
+        """Merge the model's buffers by policy; the constant ones are compared only in a ``full`` merge."""
+        by_policy: dict[str, list[Tensor]] = {"mean": [], "last": [], "equal": []}
+        for name, buffer in model.named_buffers():
+            by_policy[policies[name]].append(buffer)
+        if by_policy["mean"]:
+            self._average(by_policy["mean"])
+        if by_policy["last"]:
+            self._take_first(by_policy["last"])
+        if by_policy["equal"] and full:
+            digests = torch.stack([fingerprint(buffer) for buffer in by_policy["equal"]])
+            self._compare(f"the buffers {[n for n, p in policies.items() if p == 'equal']}, which must be equal", digests)
+
+    def _average(self, buffers: list[Tensor]) -> None:
+        packed = torch.cat([buffer.detach().float().view(-1) for buffer in buffers])
+        self.total(packed).div_(self.size)
+        for buffer, part in zip(buffers, packed.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view(buffer.shape))
+
+    def _take_first(self, buffers: list[Tensor]) -> None:
+        packed = torch.cat([buffer.detach().contiguous().view(-1).view(torch.uint8) for buffer in buffers])
+        self.ledger.gather(packed.numel())
+        dist.broadcast(packed, dist.get_global_rank(self.group, 0), group=self.group)
+        sizes = [buffer.numel() * buffer.element_size() for buffer in buffers]
+        for buffer, part in zip(buffers, packed.split(sizes), strict=True):
+            buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
+
+    def _compare(self, what: str, value: Tensor) -> None:
+        """Raise, on every peer, if ``value`` is not the same on all."""
+        value = value.reshape(-1)
+        theirs = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(theirs, value, group=self.group)
+        for peer, other in enumerate(theirs):
+            if not torch.equal(other, theirs[0]):
+                raise UserError(f"all workers must agree on {what}: worker {peer} differs from worker 0")
