@@ -18,11 +18,11 @@ class Section(BaseModel):
 
 
 class Mesh(Section):
-    workers: int = Field(1, ge=1)
+    workers: int = Field(default=1, ge=1)
     """Replicas that train alone between merges. Ranks per worker = world size / workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA with NCCL where every local rank has a GPU of its own, else the CPU with gloo."""
-    timeout_seconds: float = Field(600.0, gt=0)
+    timeout_seconds: float = Field(default=600.0, gt=0)
     """A collective that waits longer than this ends the job: the peer is taken for dead."""
 
 
@@ -60,9 +60,9 @@ class Data(Section):
     """Read as a stream, in order, without an index: for corpora that do not fit the disk."""
     tokenizer: str = "bytes"
     """bytes, or a tokenizer's directory or hub id."""
-    sequence_length: int = Field(128, ge=2)
+    sequence_length: int = Field(default=128, ge=2)
     """Tokens per sequence; documents are packed end to end."""
-    eval_fraction: float = Field(0.02, gt=0, lt=1)
+    eval_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of the documents held out for evaluation; at least one."""
 
     @model_validator(mode="after")
@@ -75,61 +75,61 @@ class Data(Section):
 
 
 class Train(Section):
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     """Sequences per rank and micro step."""
-    gradient_accumulation: int = Field(1, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1)
     """Micro steps per optimizer step."""
-    gradient_clip: float = Field(1.0, ge=0)
+    gradient_clip: float = Field(default=1.0, ge=0)
     """Clip the gradient to this norm; 0 leaves it as it is."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """The arithmetic of the forward and backward pass; parameters and optimizer stay float32."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """CPU threads of each rank; by default the machine's cores / local ranks."""
 
 
 class Optimizer(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """muon: torch.optim.Muon for the hidden matrices, AdamW for embeddings, head and vectors."""
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate of the inner optimizer."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's averaging coefficients."""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay, of tensors with two or more dimensions."""
 
 
 class Schedule(Section):
     name: Literal["constant", "cosine", "linear", "wsd"] = "constant"
     """The learning rate after the warmup. wsd: constant, then a linear decay over the last steps."""
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(default=0, ge=0)
     """Steps of linear warmup."""
-    decay: int = Field(0, ge=0)
+    decay: int = Field(default=0, ge=0)
     """Steps of the final decay (wsd)."""
-    floor: float = Field(0.0, ge=0, le=1)
+    floor: float = Field(default=0.0, ge=0, le=1)
     """The share of the peak rate that the decay ends at."""
 
 
 class DiLoCo(Section):
     kind: Literal["diloco"] = "diloco"
-    every: int = Field(100, ge=1)
+    every: int = Field(default=100, ge=1)
     """Inner steps between merges (H)."""
-    outer_lr: float = Field(0.7, gt=0)
+    outer_lr: float = Field(default=0.7, gt=0)
     """Outer learning rate. 1 with momentum 0 is parameter averaging."""
-    outer_momentum: float = Field(0.9, ge=0, lt=1)
+    outer_momentum: float = Field(default=0.9, ge=0, lt=1)
     """Outer momentum."""
     nesterov: bool = True
     """Nesterov's form of the outer momentum."""
-    bucket_bytes: int = Field(64 * 2**20, ge=4)
+    bucket_bytes: int = Field(default=64 * 2**20, ge=4)
     """Bytes of parameters per collective."""
 
 
 class Average(Section):
     kind: Literal["average"] = "average"
-    every: int = Field(100, ge=1)
+    every: int = Field(default=100, ge=1)
     """Inner steps between merges."""
-    bucket_bytes: int = Field(64 * 2**20, ge=4)
+    bucket_bytes: int = Field(default=64 * 2**20, ge=4)
     """Bytes of parameters per collective."""
 
 
@@ -147,21 +147,21 @@ class Engine(Section):
 
 
 class Evaluate(Section):
-    every: int = Field(100, ge=1)
+    every: int = Field(default=100, ge=1)
     """Steps between evaluations; there is one at the start and one at the end anyway."""
-    batches: int = Field(16, ge=1)
+    batches: int = Field(default=16, ge=1)
     """Batches of held-out text per evaluation, over all ranks."""
 
 
 class Checkpoint(Section):
-    every: int = Field(100, ge=1)
+    every: int = Field(default=100, ge=1)
     """Steps between checkpoints; there is one at the end anyway."""
-    keep: int = Field(3, ge=1)
+    keep: int = Field(default=3, ge=1)
     """Newest checkpoints to keep."""
 
 
 class Log(Section):
-    every: int = Field(10, ge=1)
+    every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
 
 
@@ -170,9 +170,9 @@ class TrainConfig(Section):
 
     run_dir: str
     """Where everything that the run writes lies. Started again on it, the run resumes."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of the weights, the order of the data and dropout."""
-    steps: int = Field(400, ge=1)
+    steps: int = Field(default=400, ge=1)
     """Inner steps of each worker."""
     mesh: Mesh = Mesh()
     model: Model

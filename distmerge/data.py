@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
@@ -88,13 +89,14 @@ def read_pieces(section: Data) -> datasets.Dataset:
 
 def load_documents(section: Data, streaming: bool = False) -> Any:
     """One row a document; lazily with ``streaming``."""
+    load_dataset: Any = datasets.load_dataset  # its overloads take no bool for streaming
     try:
         if section.source == "hub":
-            return datasets.load_dataset(section.dataset, section.name, split=section.split, streaming=streaming)
+            return load_dataset(section.dataset, section.name, split=section.split, streaming=streaming)
         loader, files = data_files(section)
-        options = {"sample_by": "document", "encoding_errors": "replace"} if loader == "text" else {}
-        return datasets.load_dataset(loader, data_files=files, split="train", streaming=streaming, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        options: Any = {"sample_by": "document", "encoding_errors": "replace"} if loader == "text" else {}
+        return load_dataset(loader, data_files=files, split="train", streaming=streaming, **options)
+    except (OSError, ValueError, DatasetGenerationError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
@@ -115,9 +117,8 @@ def data_files(section: Data) -> tuple[str, list[str]]:
     loaders = {LOADERS.get(Path(path).suffix) for path in files}
     if None in loaders or len(loaders) > 1:
         kinds = sorted({Path(path).suffix or "no suffix" for path in files})
-        raise UserError(
-            f"config.data.files must be all text ({', '.join(k for k in LOADERS if LOADERS[k] == 'text')}), all .jsonl or all .parquet, got {', '.join(kinds)}"
-        )
+        texts = ", ".join(suffix for suffix, loader in LOADERS.items() if loader == "text")
+        raise UserError(f"config.data.files must be all text ({texts}), all .jsonl or all .parquet, got {', '.join(kinds)}")
     return loaders.pop() or "", files
 
 

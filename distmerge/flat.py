@@ -109,7 +109,7 @@ class FlatParameters:
             p.data_ptr() == first.data_ptr() + 4 * slot.offset and p.is_contiguous()
             for slot, p in zip(self.layout, self._parameters, strict=True)
         )
-        return torch.empty(0, device=first.device).set_(first.untyped_storage(), 0, (numel,)) if in_place else None
+        return first.detach().as_strided((numel,), (1,), 0) if in_place else None
 
     def _lay_out(self, numel: int) -> Tensor:
         whole = torch.empty(numel, dtype=torch.float32, device=self._parameters[0].device)

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from distmerge import config
 from distmerge.errors import UserError
@@ -39,10 +41,10 @@ class Mesh:
         self.device = choose_device(section.device, place)
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world))
         timeout = timedelta(seconds=section.timeout_seconds)
-        self.store, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=timeout))
+        self.store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, store=dist.PrefixStore("world", self.store), rank=self.rank, world_size=self.world, timeout=timeout
+            backend, store=PrefixStore("world", self.store), rank=self.rank, world_size=self.world, timeout=timeout
         )
         ranks = [list(range(worker * self.shards, (worker + 1) * self.shards)) for worker in range(self.workers)]
         self.inside = self._group(ranks, timeout)

@@ -2,18 +2,88 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
+from distmerge.engine.torch import StepResult
 from distmerge.rundir import RunDirectory
+from distmerge.workers.diloco import MergeReport
 
 
-class Metrics:
+class Meter:
+    """What a rank saw since the last line of the log, and since the start; part of the run's state."""
+
+    def __init__(self, device: torch.device, tokens_per_step: int):
+        self.tokens_per_step = tokens_per_step
+        self.seconds = 0.0  # of training: evaluations and checkpoints don't count
+        self.log_bytes = 0  # the record's length at the last checkpoint
+        self.first_eval: float | None = None
+        self.line_steps, self.line_seconds = 0, 0.0
+        self.loss_sum = torch.zeros((), device=device)
+        self.grad_norm: Tensor | None = None
+        self.seen: dict[str, Any] = {}
+        self.clock = time.perf_counter()
+
+    def observe(self, result: StepResult, lr: float, merges: list[MergeReport]) -> None:
+        """Keep what the next line will say. Nothing here waits for the device."""
+        self.loss_sum += result.loss
+        self.grad_norm = result.grad_norm
+        self.line_steps += 1
+        self.seen["lr"] = lr
+        for report in merges:
+            self.seen["merge/seconds"] = self.seen.get("merge/seconds", 0.0) + report.seconds
+            self.seen["merge/divergence"] = report.divergence
+            self.seen["merge/correlation"] = report.correlation
+
+    def read(self) -> dict[str, Any]:
+        """What a line says, and a new line begun."""
+        self._tick()
+        line = dict(self.seen)
+        if self.line_steps:
+            line["train/loss"] = self.loss_sum.item() / self.line_steps
+            line["tokens_per_second"] = self.line_steps * self.tokens_per_step / self.line_seconds
+        if self.grad_norm is not None:
+            line["grad_norm"] = self.grad_norm.item()
+        self.loss_sum.zero_()
+        self.seen, self.grad_norm = {}, None
+        self.line_steps, self.line_seconds = 0, 0.0
+        return line
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """A stretch that is no training."""
+        self._tick()
+        yield
+        self.clock = time.perf_counter()
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self.clock
+        self.line_seconds += now - self.clock
+        self.clock = now
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("clock", "tokens_per_step")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.loss_sum.device
+        vars(self).update(state)
+        self.loss_sum = self.loss_sum.to(device)
+        self.clock = time.perf_counter()
+
+
+class MetricsLog:
     """Writes a run's metrics; only rank 0 makes one.
 
     metrics.jsonl is the record, one JSON object a line. The TensorBoard files are a picture of it, drawn again from it on
@@ -21,9 +91,9 @@ class Metrics:
     """
 
     def __init__(self, run: RunDirectory, keep_bytes: int, steps: int):
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only for this rank
 
-        self.file = open(run.metrics, "a")  # noqa: SIM115: open for the whole run
+        self.file = open(run.metrics, "a")  # noqa: SIM115
         self.file.truncate(min(keep_bytes, os.fstat(self.file.fileno()).st_size))
         shutil.rmtree(run.tensorboard, ignore_errors=True)
         self.board = SummaryWriter(str(run.tensorboard))
@@ -91,3 +161,20 @@ def shown(line: dict[str, Any], steps: int) -> list[str]:
 
 def megabytes(size_bytes: float) -> str:
     return f"{size_bytes / 1e6:,.1f} MB" if size_bytes < 1e10 else f"{size_bytes / 1e9:,.1f} GB"
+
+
+def table(directory: RunDirectory, summary: dict[str, Any]) -> str:
+    """The end of a run, for people."""
+    board = Path(sys.executable).with_name("tensorboard")
+    sent, data_parallel = summary["bytes_sent"], summary["bytes_sent_by_data_parallelism"]
+    first, last = summary["eval_loss_first"], summary["eval_loss_last"]
+    rows = {
+        "eval loss": f"{first:.3f} at the start, {last:.3f} at the end (nats/token)",
+        "tokens": f"{summary['tokens']:,} ({summary['workers']} workers, {summary['ranks']} ranks, {summary['steps']} steps)",
+        "tokens/s": f"{summary['tokens_per_second']:,.0f}",
+        "sent per worker": f"{megabytes(sent)}; data parallelism: {megabytes(data_parallel)}"
+        + (f", {data_parallel / sent:.0f}x as much" if sent else ""),
+        "model": str(directory.final),
+        "TensorBoard": f"{board if board.exists() else 'tensorboard'} --logdir {directory.tensorboard}",
+    }
+    return "\n" + "\n".join(f"{name:<16} {value}" for name, value in rows.items())

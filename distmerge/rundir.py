@@ -84,7 +84,7 @@ class Lock:
     """
 
     def __init__(self, run: RunDirectory):
-        self.file = open(run.path / "lock", "a+")  # noqa: SIM115: it stays open as long as the lock is held
+        self.file = open(run.path / "lock", "a+")  # noqa: SIM115
         self.run = run
 
     def take_job(self, patience_seconds: float = 5.0) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ class Peers:
     def __init__(self, group: dist.ProcessGroup | None = None):
         if not dist.is_available() or not dist.is_initialized():
             raise UserError("merging needs process groups: call torch.distributed.init_process_group() first")
-        self.group = group if group is not None else dist.group.WORLD
+        self.group: Any = group or dist.group.WORLD
         self.size = dist.get_world_size(self.group)
         self.ledger = Ledger(self.size)
 
