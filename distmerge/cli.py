@@ -48,12 +48,14 @@ def run(arguments: list[str]) -> int:
     evaluate.add_argument("--files", nargs="+", metavar="GLOB", help="text files (default: the held-out standard library)")
     evaluate.add_argument("--sequence-length", type=int, default=128)
     evaluate.add_argument("--batches", type=int, default=32, help="batches of 8 sequences")
+    verify = verbs.add_parser("verify", help="hash again all that a run published, and say what is damaged")
+    verify.add_argument("run_dir", metavar="RUN_DIR")
     options, overrides = parser.parse_known_args(arguments)
     if options.verb == "train":
         return train_verb(options, overrides, arguments)
     if overrides:
         raise UserError(f"unknown argument {overrides[0]}; distmerge {options.verb} --help lists them")
-    return eval_verb(options)
+    return verify_verb(options) if options.verb == "verify" else eval_verb(options)
 
 
 def train_verb(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
@@ -120,3 +122,15 @@ def eval_verb(options: argparse.Namespace) -> int:
     result = evaluate_directory(options.model, options.files, options.sequence_length, options.batches)
     print(json.dumps(result))
     return 0
+
+
+def verify_verb(options: argparse.Namespace) -> int:
+    """Status 1 if anything is damaged."""
+    from pathlib import Path
+
+    from distmerge.checkpoints.verify import verify_run
+
+    verdicts = verify_run(Path(options.run_dir))
+    for verdict in verdicts:
+        print(f"{verdict.path}: {verdict.problem or 'ok'}")
+    return int(any(verdict.problem is not None for verdict in verdicts))

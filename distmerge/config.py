@@ -154,10 +154,15 @@ class Evaluate(Section):
 
 
 class Checkpoint(Section):
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
     every: int = Field(default=100, ge=1)
     """Steps between checkpoints; there is one at the end anyway."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints to keep."""
+    asynchronous: bool = Field(default=False, alias="async")
+    """In TOML: async. Copy the state and write it in the background, while training goes on; one copy more of the state
+    in memory."""
 
 
 class Log(Section):

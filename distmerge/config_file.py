@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 
 import tomli_w
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from distmerge.config import Merge, Section, TrainConfig
@@ -42,7 +43,7 @@ def validate(table: dict[str, Any]) -> TrainConfig:
 
 def dump(config: TrainConfig) -> str:
     """The resolved configuration as TOML; keys that are unset are left out."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, by_alias=True))
 
 
 def differing_keys(stored: TrainConfig, config: TrainConfig) -> list[str]:
@@ -110,7 +111,7 @@ def coerce(parents: list[str], last: str, key: str, values: list[str]) -> Any:
         except tomllib.TOMLDecodeError:
             return value
     section = section_at(parents)
-    field = section.model_fields.get(last) if section else None
+    field = fields_of(section).get(last) if section else None
     if field is not None and get_origin(field.annotation) in (list, tuple):
         return values
     if not values:
@@ -137,6 +138,11 @@ def section_at(location: list[str] | tuple[str | int, ...]) -> type[Section] | N
     return section
 
 
+def fields_of(section: type[Section]) -> dict[str, FieldInfo]:
+    """A section's fields by the names that a file gives them: async is no name in Python."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
 def explain(error: ErrorDetails) -> str:
     """One line: the key, what is allowed, the value."""
     location, value, context = error["loc"], error["input"], error.get("ctx", {})
@@ -148,7 +154,7 @@ def explain(error: ErrorDetails) -> str:
         return f"{key} must be given"
     if kind == "extra_forbidden":
         section = section_at(location[:-1])
-        known = sorted(section.model_fields) if section else []
+        known = sorted(fields_of(section)) if section else []
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         return f"{key} is not a known key; " + (f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}")
     if kind in ("union_tag_invalid", "union_tag_not_found"):

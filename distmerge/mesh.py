@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ class Mesh:
         shard, shards: this rank's part of its worker, of how many.
         peers: process group of the ranks that hold the same shard, one of each worker: merges run here.
         inside: process group of this worker's ranks.
+        files: process group of all ranks, on the CPU, for what a thread writes while training goes on.
         device: where this rank computes.
     """
 
@@ -49,6 +50,7 @@ class Mesh:
         ranks = [list(range(worker * self.shards, (worker + 1) * self.shards)) for worker in range(self.workers)]
         self.inside = self._group(ranks, timeout)
         self.peers = self._group([list(column) for column in zip(*ranks, strict=True)], timeout)
+        self.files: Any = dist.new_group(backend="gloo", timeout=timeout)
 
     def _group(self, rank_lists: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
         group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timeout)
@@ -61,10 +63,10 @@ class Mesh:
         return self.rank == 0
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, group: Any = None) -> Iterator[None]:
         """A stretch in which a user's error on any rank ends the job on all of them, told once.
 
-        Nothing in the stretch may wait for a rank that could have failed in it.
+        Nothing in the stretch may wait for a rank that could have failed in it. ``group`` holds all ranks, too.
         """
         error: UserError | None = None
         try:
@@ -72,7 +74,7 @@ class Mesh:
         except UserError as caught:
             error = caught
         failed: list[bool] = [False] * self.world
-        dist.all_gather_object(failed, error is not None)
+        dist.all_gather_object(failed, error is not None, group=group)
         if error is not None and failed.index(True) == self.rank:
             raise error
         if any(failed):

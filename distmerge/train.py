@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distmerge import config as sections
-from distmerge.checkpoints.store import Store, guarded, reader
+from distmerge.checkpoints.durable import guarded, reader
+from distmerge.checkpoints.store import Store
 from distmerge.config import TrainConfig
 from distmerge.data import IndexedBatches, open_corpus
 from distmerge.engine.torch import TorchEngine
@@ -78,7 +79,7 @@ class Run:
             self.mergers = [build_merger(entry, self.engine.parameters, mesh) for entry in config.merge]
         check_same_start(self.engine.parameters)
         torch.manual_seed(config.seed * 1_000_003 + mesh.rank)  # dropout draws apart on each rank
-        self.store = Store(directory.checkpoints, mesh, config.checkpoint.keep)
+        self.store = Store(directory.checkpoints, mesh, config.checkpoint.keep, config.checkpoint.asynchronous)
         self.meter = Meter(mesh.device, self.tokens_per_step)
         self.log: MetricsLog | None = None
         self.step = 0
@@ -186,6 +187,7 @@ class Run:
         """Keep the last state, merge what is left to merge, publish the model, and say what came out."""
         if not self.due(self.config.checkpoint.every):
             self.commit()
+        self.store.wait()
         for merger in self.mergers:
             merger.finish()
         loss = self.evaluate()
