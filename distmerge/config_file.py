@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from distmerge.config import Merge, Section, TrainConfig
 from distmerge.errors import UserError
 
-MAY_CHANGE = ("run_dir", "steps", "train.threads", "log", "evaluate", "checkpoint")
+MAY_CHANGE = ("run_dir", "steps", "train.threads", "log", "evaluate", "checkpoint", "preview", "recovery")
 """Keys, or whole sections, that may differ when a run is resumed. run_dir: a run may be moved."""
 
 MERGE_KINDS: dict[str, type[Section]] = {entry.model_fields["kind"].default: entry for entry in get_args(get_args(Merge)[0])}
@@ -132,9 +132,9 @@ def section_at(location: list[str] | tuple[str | int, ...]) -> type[Section] | N
         elif section is None and name in MERGE_KINDS:
             section = MERGE_KINDS[str(name)]
         elif section is not None:
-            field = section.model_fields.get(str(name))
-            inner = field.annotation if field else None
-            section = inner if isinstance(inner, type) and issubclass(inner, Section) else None
+            field = fields_of(section).get(str(name))
+            inner = [field.annotation, *get_args(field.annotation)] if field else []
+            section = next((each for each in inner if isinstance(each, type) and issubclass(each, Section)), None)
     return section
 
 

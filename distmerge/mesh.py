@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -118,6 +119,24 @@ class Mesh:
             return missing
         except RuntimeError:
             return [0]  # rank 0's node held the store
+
+    def name_dead_peers(self, error: RuntimeError) -> BaseException:
+        """What to raise for an error of the training: with the ranks' names, if peers died in a collective."""
+        text = str(error)
+        if not isinstance(error, dist.DistError) and not any(word in text.lower() for word in ("gloo", "nccl", "connection")):
+            return error
+        missing = self.missing_ranks()
+        if not missing:
+            return error
+        names = ", ".join(f"{rank} (worker {rank // self.shards})" for rank in missing)
+        print(f"error: rank {names} died or stopped answering; start the same command again to resume", file=sys.stderr)
+        return SystemExit(1)
+
+    def check_same(self, what: str, digest: torch.Tensor) -> None:
+        """All ranks of all workers hold the same bits."""
+        theirs = [torch.empty_like(digest.reshape(1)) for _ in range(self.world)]
+        dist.all_gather(theirs, digest.reshape(1))
+        assert all(torch.equal(other, theirs[0]) for other in theirs), f"the ranks differ in {what}"
 
     def close(self) -> None:
         dist.destroy_process_group()

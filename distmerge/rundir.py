@@ -20,14 +20,17 @@ from distmerge.errors import UserError
 
 
 class RunDirectory:
-    """``RUN_DIR``: config.toml, environment.json, metrics.jsonl, tensorboard/, checkpoints/, final/, summary.json."""
+    """``RUN_DIR``: config.toml, environment.json, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/, window/, final/,
+    summary.json."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config = self.path / "config.toml"
         self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.window = self.path / "window"
         self.final = self.path / "final"
         self.summary = self.path / "summary.json"
 
