@@ -12,7 +12,7 @@ from distmerge.launch import Place
 from distmerge.mesh import Mesh
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def mesh() -> Iterator[Mesh]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_ADDR", "127.0.0.1")
