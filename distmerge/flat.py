@@ -48,6 +48,7 @@ class FlatParameters:
 
     Attributes:
         vector: ``[n]`` float32, what this rank merges.
+        start: where the vector begins in the layout.
         layout: a slot for each parameter, in the model's own order.
     """
 
@@ -63,7 +64,7 @@ class FlatParameters:
         self._views = all(p.dtype == torch.float32 for p in self._parameters)
         laid_out = self._laid_out()
         self.whole = self._lay_out(offsets[-1]) if laid_out is None else laid_out
-        self.vector = self.whole
+        self.vector, self.start = self.whole, 0
 
     def pull(self) -> None:
         """Bring the vector up to date with the model."""
