@@ -83,10 +83,12 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: 
     Args:
         dtype: of the floating-point tensors in the files, such as "bfloat16"; by default the model's.
     """
-    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    if dtype is not None:
-        target = getattr(torch, dtype)
-        state = {name: tensor.to(target) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    target = getattr(torch, dtype) if dtype else None
+    copies: dict[int, torch.Tensor] = {}  # by address: tied weights stay tied, and are written once
+    for tensor in model.state_dict().values():
+        copy = tensor.detach().cpu().clone()
+        copies[tensor.data_ptr()] = copy.to(target) if target and copy.is_floating_point() else copy
+    state = {name: copies[tensor.data_ptr()].view(tensor.shape) for name, tensor in model.state_dict().items()}
     model.save_pretrained(directory, state_dict=state)  # pyright: ignore[reportCallIssue]
     if dtype is not None:  # say what the files hold, so that a reader does not widen them
         written = json.loads((directory / "config.json").read_text())

@@ -84,6 +84,7 @@ class Run:
         with mesh.together():
             self.tokenizer = load_tokenizer(config.data.tokenizer)
             model = build_model(config.model, self.tokenizer, config.seed)
+        with mesh.together():
             self.batches, self.held_out = mesh.lead_first("data", self._open_data)
         self.engine = TorchEngine(model, config, mesh)
         with mesh.together():
@@ -94,6 +95,7 @@ class Run:
         self.meter = Meter(mesh.device, self.tokens_per_step)
         self.log: MetricsLog | None = None
         self.path, self.step = directory.path, 0
+        self.committed = 0  # the step of the newest checkpoint
         with mesh.together():
             self.window = self._open_window()
             self.preview = self._open_preview()
@@ -163,6 +165,7 @@ class Run:
             if self.log is not None:
                 self.meter.log_bytes = self.log.bytes_written
             self.store.commit(self.step, self.engine.state_files() | {f"rank-{self.mesh.rank:05}.pt": self._state()})
+        self.committed = self.step
 
     def _state(self) -> dict[str, Any]:
         cuda = self.mesh.device.type == "cuda"
@@ -181,7 +184,7 @@ class Run:
         read = reader(path)
         self.engine.load_state_files(read)
         state = read(f"rank-{self.mesh.rank:05}.pt")
-        self.step = state["step"]
+        self.step = self.committed = state["step"]
         if self.window is not None:
             self.window.load_state_dict(state["window"])
         for merger, merger_state in zip(self.mergers, state["mergers"], strict=True):
@@ -235,7 +238,7 @@ class Run:
 
     def close(self) -> None:
         """Keep the last state, merge what is left to merge, publish the model, and say what came out."""
-        if not self.due(self.config.checkpoint.every):
+        if self.committed != self.step:
             self.commit()
         self.store.wait()
         for merger in self.mergers:

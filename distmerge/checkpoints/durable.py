@@ -170,23 +170,22 @@ def verify(path: Path, part: int = 0, parts: int = 1, name: str = MANIFEST) -> s
     if not path.name.endswith(f"-{manifest['step']:08}"):
         return f"{name} says step {manifest['step']}"
     for file_name, entry in list(manifest["files"].items())[part::parts]:
-        if problem := damage(path / file_name, entry):
-            return f"{file_name} {problem} {name} says"
+        if problem := damage(path / file_name, entry, name):
+            return f"{file_name} {problem}"
     return None
 
 
-def damage(file: Path, entry: dict[str, Any]) -> str | None:
+def damage(file: Path, entry: dict[str, Any], manifest: str) -> str | None:
+    """What is wrong with a file of which a manifest has an entry."""
     try:
         size = file.stat().st_size
         if size != entry["bytes"]:
-            return f"has {size} bytes and not the {entry['bytes']} that"
-        if sha256(file) != entry["sha256"]:
-            return "does not have the SHA-256 that"
+            return f"has {size} bytes, {manifest} says {entry['bytes']}"
+        return None if sha256(file) == entry["sha256"] else f"does not have the SHA-256 that {manifest} says"
     except FileNotFoundError:
-        return "is missing, which"
+        return "is missing"
     except OSError as error:
-        return f"cannot be read ({error.strerror}), which"
-    return None
+        return f"cannot be read ({error.strerror})"
 
 
 def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any]:

@@ -138,12 +138,12 @@ class Store:
             UserError: when there are checkpoints but all are damaged, or the newest valid one is of another mesh.
         """
         accepted, rejections = self.valid(1)
-        if rejections and not accepted:
-            reasons = "; ".join(f"{rejection.path.name}: {rejection.reason}" for rejection in rejections)
-            raise UserError(f"every checkpoint in {self.root} is damaged ({reasons}); move them away to start anew")
-        if accepted:
-            self._check_mesh(accepted[0])
         with self.mesh.together():
+            if rejections and not accepted:
+                reasons = "; ".join(f"{rejection.path.name}: {rejection.reason}" for rejection in rejections)
+                raise UserError(f"every checkpoint in {self.root} is damaged ({reasons}); move them away to start anew")
+            if accepted:
+                self._check_mesh(accepted[0])
             if self.mesh.leads:
                 for rejection in rejections:
                     guarded(rejection.path, lambda path=rejection.path: set_aside(path, "rejected"))

@@ -80,6 +80,7 @@ class DiLoCo:
         buffers: dict[str, Policy] | None = None,
     ):
         for name, value, allowed, holds in (
+            ("every", every, "an integer", isinstance(every, int)),
             ("every", every, ">= 1", every >= 1),
             ("outer_lr", outer_lr, "> 0", outer_lr > 0),
             ("outer_momentum", outer_momentum, "in [0, 1)", 0 <= outer_momentum < 1),

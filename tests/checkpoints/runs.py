@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from distmerge import config_file
@@ -53,7 +54,11 @@ def run(folder: Path, name: str, text: Path, **sections: Any) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
             patch.setenv(key, value)
-        train(config_file.validate(table), Place(0, 1, 0, 1), ["test"])
+        try:
+            train(config_file.validate(table), Place(0, 1, 0, 1), ["test"])
+        finally:
+            if dist.is_initialized():  # a run that was refused leaves the group, as its process would end
+                dist.destroy_process_group()
     return folder / name
 
 
