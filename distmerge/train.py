@@ -74,6 +74,7 @@ class Run:
         with mesh.together():
             self.tokenizer = load_tokenizer(config.data.tokenizer)
             model = build_model(config.model, self.tokenizer, config.seed)
+        with mesh.together():
             self.batches, self.held_out = mesh.lead_first("data", self._open_data)
         self.engine = TorchEngine(model, config, mesh)
         with mesh.together():
@@ -84,6 +85,7 @@ class Run:
         self.meter = Meter(mesh.device, self.tokens_per_step)
         self.log: MetricsLog | None = None
         self.step = 0
+        self.committed = 0  # the step of the newest checkpoint
 
     def _open_data(self) -> tuple[IndexedBatches | StreamBatches, datasets.Dataset]:
         section, rows = self.config.data, self.config.train
@@ -110,6 +112,7 @@ class Run:
             read = reader(path)
             self.engine.load_state_files(read)
             self._load(read(f"rank-{self.mesh.rank:05}.pt"))
+            self.committed = self.step
         if self.mesh.leads:
             self.log = MetricsLog(self.directory, self.meter.log_bytes, self.config.steps)
             if self.mesh.crowding is not None:
@@ -125,6 +128,7 @@ class Run:
             if self.log is not None:
                 self.meter.log_bytes = self.log.bytes_written
             self.store.commit(self.step, self.engine.state_files() | {f"rank-{self.mesh.rank:05}.pt": self._state()})
+        self.committed = self.step
 
     def _state(self) -> dict[str, Any]:
         cuda = self.mesh.device.type == "cuda"
@@ -189,7 +193,7 @@ class Run:
 
     def close(self) -> None:
         """Keep the last state, merge what is left to merge, publish the model, and say what came out."""
-        if not self.due(self.config.checkpoint.every):
+        if self.committed != self.step:
             self.commit()
         for merger in self.mergers:
             merger.finish()

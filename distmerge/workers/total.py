@@ -48,7 +48,7 @@ class Peers:
             UserError: when the peers' models differ in names or shapes. It is raised on all of them.
         """
         device = flat.vector.device
-        self._compare("the names and shapes of the parameters", torch.tensor(flat.manifest, device=device))
+        self._compare("the names and shapes of the parameters and buffers", torch.tensor(flat.manifest, device=device))
         flat.pull()
         source = dist.get_global_rank(self.group, 0)
         dist.broadcast(flat.vector, source, group=self.group)
@@ -68,6 +68,7 @@ class Peers:
             self._take_first(by_policy["last"])
         if by_policy["equal"] and full:
             digests = torch.stack([fingerprint(buffer) for buffer in by_policy["equal"]])
+            self.ledger.gather(digests.numel() * digests.element_size() * self.size)
             self._compare(f"the buffers {[n for n, p in policies.items() if p == 'equal']}, which must be equal", digests)
 
     def _average(self, buffers: list[Tensor]) -> None:
