@@ -48,6 +48,7 @@ class FlatParameters:
 
     Attributes:
         vector: ``[n]`` float32, what this rank merges.
+        start: where the vector begins in the layout.
         layout: a slot for each parameter, in the model's own order.
     """
 
@@ -61,8 +62,9 @@ class FlatParameters:
         self.model = model
         self._parameters = [p for _, p in named]
         self._views = all(p.dtype == torch.float32 for p in self._parameters)
-        self.whole = self._laid_out() or self._lay_out(offsets[-1])
-        self.vector = self.whole
+        laid_out = self._laid_out()
+        self.whole = self._lay_out(offsets[-1]) if laid_out is None else laid_out
+        self.vector, self.start = self.whole, 0
 
     def pull(self) -> None:
         """Bring the vector up to date with the model."""
