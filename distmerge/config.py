@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from distmerge.config_checkpoints import Checkpoint, Preview, Recovery, Window
 from distmerge.errors import UserError
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from distmerge.presets import PRESETS
+from distmerge.section import Section, given
 
 
 class Mesh(Section):
     workers: int = Field(default=1, ge=1)
     """Replicas that train alone between merges. Ranks per worker = world size / workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA with NCCL where every local rank has a GPU of its own, else the CPU with gloo."""
+    """auto: CUDA with NCCL where every local rank has a GPU of its own, else the CPU with gloo. cuda: ranks may share GPUs."""
     timeout_seconds: float = Field(default=600.0, gt=0)
     """A collective that waits longer than this ends the job: the peer is taken for dead."""
 
@@ -36,9 +35,9 @@ class Model(Section):
     @model_validator(mode="after")
     def one_source(self) -> Model:
         if (self.config is None) == (self.path is None):
-            raise UserError("config.model must have exactly one of config and path, got " + given(self.config, self.path))
+            raise UserError("path must be given exactly when config is not, got " + given(self.config, self.path))
         if self.config is not None and "model_type" not in self.config:
-            raise UserError('config.model.config must have model_type, such as "llama"')
+            raise UserError('config must have model_type, such as "llama"')
         return self
 
 
@@ -46,7 +45,7 @@ class Data(Section):
     source: Literal["stdlib", "files", "hub"] = "stdlib"
     """stdlib: the source text of Python's standard library on this machine; files: the files below; hub: a data set of
     the Hugging Face hub or its cache."""
-    files: list[str] = []
+    files: list[str] = Field(default=[])
     """Globs of .txt, .jsonl or .parquet files (source files). One text file is cut into pieces at line ends."""
     dataset: str | None = None
     """The data set's name (source hub)."""
@@ -68,9 +67,9 @@ class Data(Section):
     @model_validator(mode="after")
     def complete(self) -> Data:
         if (self.source == "files") != bool(self.files):
-            raise UserError(f'config.data.files must be given exactly when data.source is "files", got {self.files}')
+            raise UserError(f'files must be given exactly when data.source is "files", got {self.files}')
         if (self.source == "hub") != (self.dataset is not None):
-            raise UserError(f'config.data.dataset must be given exactly when data.source is "hub", got {self.dataset}')
+            raise UserError(f'dataset must be given exactly when data.source is "hub", got {self.dataset}')
         return self
 
 
@@ -111,26 +110,104 @@ class Schedule(Section):
     """The share of the peak rate that the decay ends at."""
 
 
+Wire = Literal["fp32", "bf16", "int8", "int4"]
+
+
 class DiLoCo(Section):
     kind: Literal["diloco"] = "diloco"
     every: int = Field(default=100, ge=1)
-    """Inner steps between merges (H)."""
+    """Inner steps between merges of a parameter (H)."""
     outer_lr: float = Field(default=0.7, gt=0)
     """Outer learning rate. 1 with momentum 0 is parameter averaging."""
     outer_momentum: float = Field(default=0.9, ge=0, lt=1)
     """Outer momentum."""
     nesterov: bool = True
     """Nesterov's form of the outer momentum."""
+    fragments: int = Field(default=1, ge=1)
+    """Parts of the model that merge in turn, staggered over the H steps (Streaming DiLoCo)."""
+    fragment_order: Literal["strided", "balanced"] = "strided"
+    """strided: blocks dealt out over depth; balanced: by bytes."""
+    overlap: int = Field(default=0, ge=0)
+    """Inner steps that go on while a fragment's collectives run (tau); < every / fragments."""
+    mix: float = Field(default=0.0, ge=0, le=1)
+    """Share of its own parameters that a worker keeps in a merge (alpha). 1 is no communication but at the end."""
+    wire: Wire = "fp32"
+    """The format of the values that travel; the integer ones in blocks of 64."""
+    error_feedback: bool = False
+    """Add what the wire's rounding lost to the next message."""
+    rule: Literal["mean", "tokens", "radial"] = "mean"
+    """mean; tokens: weighted by tokens^2 / steps; radial: length and direction averaged apart, for each tensor."""
+    outer_sharded: bool = False
+    """Each worker keeps and steps 1/M of the anchor and velocity. Same traffic, no correlation in the metrics."""
+    outer_device: Literal["cpu"] | None = None
+    """cpu keeps anchor and velocity in host memory."""
     bucket_bytes: int = Field(default=64 * 2**20, ge=4)
     """Bytes of parameters per collective."""
+
+    @model_validator(mode="after")
+    def consistent(self) -> DiLoCo:
+        if self.fragments > self.every:
+            raise UserError(f"fragments must be <= every = {self.every}, got {self.fragments}")
+        if self.overlap and self.overlap * self.fragments >= self.every:
+            raise UserError(f"overlap must be < every / fragments = {self.every / self.fragments:g}, got {self.overlap}")
+        if self.error_feedback and self.wire == "fp32":
+            raise UserError("error_feedback must be false where wire is fp32, which loses nothing, got true")
+        if self.outer_sharded and self.wire != "fp32":
+            raise UserError(f"outer_sharded needs wire fp32, since it sends parameters and not deltas, got {self.wire}")
+        if self.rule == "radial":
+            for key, plain in (("fragments", 1), ("overlap", 0), ("wire", "fp32"), ("outer_sharded", False)):
+                if getattr(self, key) != plain:
+                    raise UserError(
+                        f'{key} must be {plain} for rule "radial", which is no running mean, got {getattr(self, key)}'
+                    )
+        return self
+
+
+class StreamingDiLoCo(DiLoCo):
+    """DiLoCo with the settings of its streaming form; any of them can be set."""
+
+    kind: Literal["streaming-diloco"] = "streaming-diloco"  # pyright: ignore[reportIncompatibleVariableOverride]
+    outer_lr: float = Field(default=PRESETS["streaming-diloco"]["outer_lr"], gt=0)
+    """Outer learning rate."""
+    fragments: int = Field(default=PRESETS["streaming-diloco"]["fragments"], ge=1)
+    """Parts of the model that merge in turn, staggered over the H steps."""
+    overlap: int = Field(default=PRESETS["streaming-diloco"]["overlap"], ge=0)
+    """Inner steps that go on while a fragment's collectives run (tau)."""
+    mix: float = Field(default=PRESETS["streaming-diloco"]["mix"], ge=0, le=1)
+    """Share of its own parameters that a worker keeps in a merge (alpha)."""
+    wire: Wire = PRESETS["streaming-diloco"]["wire"]
+    """The format of the values that travel."""
+    error_feedback: bool = PRESETS["streaming-diloco"]["error_feedback"]
+    """Add what the wire's rounding lost to the next message."""
 
 
 class Average(Section):
-    kind: Literal["average"] = "average"
+    kind: Literal["average", "local-sgd"] = "average"
+    """Plain averaging of the parameters: DiLoCo with outer rate 1 and no momentum."""
     every: int = Field(default=100, ge=1)
     """Inner steps between merges."""
+    wire: Wire = "fp32"
+    """The format of the values that travel."""
+    error_feedback: bool = False
+    """Add what the wire's rounding lost to the next message."""
     bucket_bytes: int = Field(default=64 * 2**20, ge=4)
     """Bytes of parameters per collective."""
+
+
+class SPARTA(Section):
+    kind: Literal["sparta"] = "sparta"
+    fraction: float = Field(default=0.005, gt=0, le=1)
+    """Share of the parameters that is averaged in a round (p)."""
+    every: int = Field(default=1, ge=1)
+    """Inner steps between rounds."""
+    selector: Literal["random", "shuffled", "partitioned"] = "partitioned"
+    """random: drawn anew each round; shuffled: one permutation cut into chunks; partitioned: a new one each cycle."""
+    delay: int = Field(default=0, ge=0)
+    """Inner steps that go on while a round is in flight; what comes back is applied as a difference."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Smoothing of the differences; costs a vector of the model's size."""
+    wire: Wire = "fp32"
+    """The format of the values that travel."""
 
 
 class NoMerge(Section):
@@ -138,7 +215,7 @@ class NoMerge(Section):
     """Workers never talk; they are averaged once, at the end."""
 
 
-Merge = Annotated[DiLoCo | Average | NoMerge, Field(discriminator="kind")]
+Merge = Annotated[DiLoCo | StreamingDiLoCo | Average | SPARTA | NoMerge, Field(discriminator="kind")]
 
 
 class Engine(Section):
@@ -151,83 +228,6 @@ class Evaluate(Section):
     """Steps between evaluations; there is one at the start and one at the end anyway."""
     batches: int = Field(default=16, ge=1)
     """Batches of held-out text per evaluation, over all ranks."""
-
-
-class Checkpoint(Section):
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
-
-    every: int = Field(default=100, ge=1)
-    """Steps between checkpoints; there is one at the end anyway."""
-    keep: int = Field(default=3, ge=1)
-    """Newest checkpoints to keep."""
-    asynchronous: bool = Field(default=False, alias="async")
-    """In TOML: async. Copy the state and write it in the background, while training goes on; one copy more of the state
-    in memory."""
-
-
-class Window(Section):
-    """Blocks of a constant-rate stretch, kept to be merged in place of a decay. Given at all, the run has one."""
-
-    every: int | None = Field(default=None, ge=1)
-    """Steps per block; this or every_tokens."""
-    every_tokens: int | None = Field(default=None, ge=1)
-    """Tokens per block, of all workers, rounded to whole steps."""
-    blocks: int = Field(default=10, ge=0)
-    """Newest blocks to keep; 0 keeps all."""
-    kind: Literal["mean", "snapshot"] = "mean"
-    """mean: of theta over the block; snapshot: theta at its end."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the published files. The means are kept in float32."""
-    stride: int = Field(default=1, ge=1)
-    """Steps between updates of the mean. Where a merger keeps an anchor, its merges are the updates."""
-    store: Literal["disk", "memory"] = "disk"
-    """disk: model directories in RUN_DIR/window; memory: vectors in the run's state, for previews only."""
-
-    @model_validator(mode="after")
-    def one_length(self) -> Window:
-        if (self.every is None) == (self.every_tokens is None):
-            raise UserError(
-                "config.window must have exactly one of every and every_tokens, got " + given(self.every, self.every_tokens)
-            )
-        if self.every is not None and self.stride > self.every:
-            raise UserError(f"config.window.stride must be <= window.every = {self.every}, got {self.stride}")
-        return self
-
-
-class Preview(Section):
-    """Evaluations of the merged window while training goes on. Given at all, the run has them."""
-
-    every: int = Field(default=100, ge=1)
-    """Steps between previews."""
-    curve: str = "linear"
-    """The decay that the merge stands for: linear, cosine, 1-sqrt, floor:R, mean, wma, ema:A, ema-normalized:A or
-    table:X=D,X=D,..."""
-    last: int = Field(default=5, ge=2)
-    """Newest blocks to merge; as many as there are, from two on."""
-
-
-class Recovery(Section):
-    enabled: bool = False
-    """Watch for spikes, and go back before one. Reads the loss of each step, for which a GPU must be waited."""
-    threshold: float = Field(default=8.0, gt=0)
-    """Robust standard deviations above the median of the last steps, of loss or log gradient norm."""
-    window: int = Field(default=128, ge=16)
-    """Steps whose median and median absolute deviation a step is held against."""
-    margin: int = Field(default=5, ge=0)
-    """Steps before its detection at which a spike may have begun: no checkpoint is trusted from then on."""
-    keep_optimizer: Literal["keep", "reset", "average", "rollback"] = "rollback"
-    """The inner optimizer's moments afterwards: the live ones, none, the mean of the merged checkpoints' or the
-    checkpoint's own."""
-    skip_batches: int = Field(default=10, ge=0)
-    """Batches to leave out around the spike."""
-    lr_factor: float = Field(default=1.0, gt=0, le=1)
-    """Factor on the learning rate from a roll-back until the spike's step and the cool-down are past."""
-    cool_down: int = Field(default=20, ge=0)
-    """Steps after a roll-back in which only what is no number is a spike."""
-    attempts: int = Field(default=3, ge=1)
-    """Roll-backs, closer to each other than two windows, before the run stops."""
-    merge_last: int = Field(default=3, ge=1)
-    """Stable checkpoints, or blocks of the window, that are merged where the run goes on; 1 is a plain roll-back."""
 
 
 class Log(Section):
@@ -264,32 +264,26 @@ class TrainConfig(Section):
     def consistent(self) -> TrainConfig:
         if self.mesh.workers > 1 and not self.merge:
             raise UserError(
-                f"config.merge must have an entry when mesh.workers is {self.mesh.workers}, got none "
+                f"merge must have an entry when mesh.workers is {self.mesh.workers}, got none "
                 '(kind = "none" for workers that never merge but at the end)'
             )
         if self.mesh.workers == 1 and self.merge:
-            raise UserError(f"config.mesh.workers must be >= 2 for a [[merge]] of kind {self.merge[0].kind}, got 1")
+            raise UserError(f"mesh.workers must be >= 2 for a [[merge]] of kind {self.merge[0].kind}, got 1")
         if self.schedule.warmup + self.schedule.decay > self.steps:
             raise UserError(
-                f"config.schedule.warmup + decay must be <= steps = {self.steps}, "
-                f"got {self.schedule.warmup} + {self.schedule.decay}"
+                f"schedule.warmup + decay must be <= steps = {self.steps}, got {self.schedule.warmup} + {self.schedule.decay}"
             )
         if self.window is not None and self.schedule.name not in ("constant", "wsd"):
             raise UserError(
-                'config.schedule.name must be "constant" or "wsd" with a [window], whose blocks have one learning rate each, '
+                'schedule.name must be "constant" or "wsd" with a [window], whose blocks have one learning rate each, '
                 f'got "{self.schedule.name}"'
             )
         if self.preview is not None and self.window is None:
-            raise UserError("config.window must be given with a [preview], which merges its blocks, got none")
+            raise UserError("window must be given with a [preview], which merges its blocks, got none")
         if self.recovery.enabled and self.window is None and self.recovery.merge_last > self.checkpoint.keep:
             raise UserError(
-                f"config.recovery.merge_last must be <= checkpoint.keep = {self.checkpoint.keep}, "
-                f"got {self.recovery.merge_last}"
+                f"recovery.merge_last must be <= checkpoint.keep = {self.checkpoint.keep}, got {self.recovery.merge_last}"
             )
         if self.schedule.name == "wsd" and self.schedule.decay == 0:
-            raise UserError('config.schedule.decay must be >= 1 for schedule.name "wsd", got 0')
+            raise UserError('schedule.decay must be >= 1 for schedule.name "wsd", got 0')
         return self
-
-
-def given(*values: object) -> str:
-    return "both" if all(value is not None for value in values) else "none"

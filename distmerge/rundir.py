@@ -12,11 +12,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distmerge import config_file
 from distmerge.config import TrainConfig
 from distmerge.errors import UserError
+
+if TYPE_CHECKING:
+    from distmerge.mesh import Mesh
 
 
 class RunDirectory:
@@ -118,6 +121,18 @@ class Lock:
                 return False
             raise
         return True
+
+
+def take_lock(directory: RunDirectory, config: TrainConfig, mesh: Mesh, command: list[str]) -> Lock:
+    """The run directory, for all ranks of this job and no other."""
+    with mesh.together():
+        directory.check(config)
+        lock = Lock(directory)
+        if mesh.leads:
+            lock.take_job()
+            directory.begin(config, command)
+    lock.join(mesh.rank)
+    return lock
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -22,16 +22,18 @@ from distmerge.checkpoints.window import Window
 from distmerge.config import TrainConfig
 from distmerge.data import IndexedBatches, open_corpus
 from distmerge.engine.torch import TorchEngine
+from distmerge.errors import UserError
 from distmerge.evaluate import evaluate
 from distmerge.flat import FlatParameters, fingerprint
 from distmerge.launch import Place
 from distmerge.mesh import Mesh
 from distmerge.metrics import Meter, MetricsLog, table
 from distmerge.model import build_model, load_tokenizer, save_model
-from distmerge.rundir import Lock, RunDirectory, write_atomically
+from distmerge.rundir import RunDirectory, take_lock, write_atomically
 from distmerge.schedule import lr_factor
 from distmerge.stream import StreamBatches, stream_corpus
 from distmerge.workers.diloco import DiLoCo
+from distmerge.workers.sparta import SPARTA
 
 
 def train(config: TrainConfig, place: Place, command: list[str]) -> None:
@@ -62,9 +64,7 @@ def loop(run: Run) -> None:
             continue
         merges = [report for merger in run.mergers if (report := merger.step())]  # across workers
         run.step += 1
-        if recovery.agreed(run.step, merges):
-            recovery.roll_back(run.step)
-            continue
+        recovery.cure(run.step, merges)
         if run.window is not None:
             run.window.observe(run.step, lr, result.loss)  # across checkpoints
         meter.observe(result, lr, merges)
@@ -88,7 +88,7 @@ class Run:
             self.batches, self.held_out = mesh.lead_first("data", self._open_data)
         self.engine = TorchEngine(model, config, mesh)
         with mesh.together():
-            self.mergers = [build_merger(entry, self.engine.parameters, mesh) for entry in config.merge]
+            self.mergers = build_mergers(config, self.engine.parameters, mesh)
         mesh.check_same("the parameters that they start from", fingerprint(self.engine.parameters.whole))
         torch.manual_seed(config.seed * 1_000_003 + mesh.rank)  # dropout draws apart on each rank
         self.store = Store(directory.checkpoints, mesh, config.checkpoint.keep, config.checkpoint.asynchronous)
@@ -153,6 +153,8 @@ class Run:
             self.window.open(self.step)
         if self.mesh.leads:
             self.log = MetricsLog(self.directory, self.meter.log_bytes, self.config.steps)
+            if self.mesh.crowding is not None:
+                self.log.say(self.mesh.crowding)
             for rejection in rejections:
                 self.log.say(f"rejected checkpoint {rejection.path}: {rejection.reason}")
             if path is not None:
@@ -201,6 +203,7 @@ class Run:
         line |= {"eval/loss": eval_loss, "preview/loss": preview_loss}
         sent = {
             "merge/bytes_sent": self.bytes_sent,
+            "merge/bytes_per_token": self.bytes_sent * self.mesh.world / line["tokens"] if self.step else None,
             "merge/collectives": sum(merger.peers.ledger.collectives for merger in self.mergers),
         }
         seen = self.meter.read()
@@ -271,25 +274,21 @@ class Run:
         }
 
 
-def build_merger(entry: sections.Merge, flat: FlatParameters, mesh: Mesh) -> DiLoCo:
-    """The merger that a [[merge]] entry asks for, among this rank's peers."""
-    match entry:
-        case sections.DiLoCo():
-            outer = {"outer_lr": entry.outer_lr, "outer_momentum": entry.outer_momentum, "nesterov": entry.nesterov}
-            return DiLoCo(flat, entry.every, **outer, group=mesh.peers, bucket_bytes=entry.bucket_bytes)
-        case sections.Average():
-            return DiLoCo(flat, entry.every, 1.0, 0.0, group=mesh.peers, bucket_bytes=entry.bucket_bytes)
-        case sections.NoMerge():
-            return DiLoCo(flat, sys.maxsize, 1.0, 0.0, group=mesh.peers)
-
-
-def take_lock(directory: RunDirectory, config: TrainConfig, mesh: Mesh, command: list[str]) -> Lock:
-    """The run directory, for all ranks of this job and no other."""
-    with mesh.together():
-        directory.check(config)
-        lock = Lock(directory)
-        if mesh.leads:
-            lock.take_job()
-            directory.begin(config, command)
-    lock.join(mesh.rank)
-    return lock
+def build_mergers(config: TrainConfig, flat: FlatParameters, mesh: Mesh) -> list[DiLoCo | SPARTA]:
+    """A merger for each [[merge]] entry, among this rank's peers."""
+    mergers: list[DiLoCo | SPARTA] = []
+    for index, entry in enumerate(config.merge):
+        settings = entry.model_dump(exclude={"kind"})
+        try:
+            match entry:
+                case sections.DiLoCo():
+                    mergers.append(DiLoCo(flat, **settings, group=mesh.peers))
+                case sections.Average():
+                    mergers.append(DiLoCo(flat, **settings, outer_lr=1.0, outer_momentum=0.0, group=mesh.peers))
+                case sections.SPARTA():
+                    mergers.append(SPARTA(flat, **settings, seed=config.seed, group=mesh.peers))
+                case sections.NoMerge():
+                    mergers.append(DiLoCo(flat, every=sys.maxsize, outer_lr=1.0, outer_momentum=0.0, group=mesh.peers))
+        except UserError as error:
+            raise UserError(f"config.merge[{index}]: {error}") from None
+    return mergers

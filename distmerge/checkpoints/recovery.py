@@ -68,9 +68,10 @@ class Recovery:
         return range(before + 1, batch_index(step, self.skipped) + 1)
 
     def needed(self, step: int, result: StepResult) -> bool:
-        """Whether the whole run must go back, as far as this worker knows after inner step ``step``, counted from 1.
+        """Whether the whole run must go back after inner step ``step``, counted from 1. A collective where a merge is due.
 
-        Among several workers a sick one only leaves the merges; see :meth:`agreed`.
+        Each worker watches itself, its ranks together. Among several workers a sick one is known to the others only when
+        they merge: most of them sick is the whole run's spike; fewer take part with weight 0.
         """
         if not self.section.enabled:
             return False
@@ -79,29 +80,17 @@ class Recovery:
             dist.all_reduce(seen, group=self.mesh.inside)
             seen /= self.mesh.shards
         reason = self.detector.check(*seen.tolist())
-        if reason is None:
-            return False
-        self.reason = reason
         if self.mesh.workers == 1:
-            return True
-        if self.sick is None:
-            self._fall_sick(reason)
-        return False
+            self.reason = reason or ""
+            return reason is not None
+        if reason is not None and self.sick is None:
+            self.sick = reason
+            if self.run.window is not None and self.run.window.anchored is None:
+                self.run.window.taint()
+        return any(merger.due() for merger in self.run.mergers) and self._agreed(step)
 
-    def _fall_sick(self, reason: str) -> None:
-        self.sick = reason
-        for merger in self.run.mergers:
-            merger.weight = 0.0
-        if self.run.window is not None and self.run.window.anchored is None:
-            self.run.window.taint()
-
-    def agreed(self, step: int, merges: list[Any]) -> bool:
-        """After a merge among several workers: whether most of them are sick, so that the whole run must go back.
-
-        A minority has just started again from what the others share, with fresh moments where its own are no numbers.
-        """
-        if not self.section.enabled or self.mesh.workers == 1 or not merges:
-            return False
+    def _agreed(self, step: int) -> bool:
+        """Whether most workers are sick. If fewer are, those leave this merge."""
         reasons: list[str | None] = [None] * self.mesh.world
         dist.all_gather_object(reasons, self.sick)
         sick = {rank // self.mesh.shards: reason for rank, reason in enumerate(reasons) if reason is not None}
@@ -110,13 +99,39 @@ class Recovery:
         self.reason = "; ".join(f"worker {worker}: {reason}" for worker, reason in sick.items())
         if 2 * len(sick) > self.mesh.workers:
             return True
-        self.run.tell(step, "sick worker", {"workers": sorted(sick), "reason": self.reason, "action": "weight 0, restarted"})
-        if self.sick is not None:
-            self._recover_worker()
+        self.run.tell(step, "sick worker", {"workers": sorted(sick), "reason": self.reason, "action": "weight 0, starts again"})
+        for merger in self.run.mergers:
+            merger.weight = float(self.sick is None)
+        if self._anchor() is None:
+            self._start_from_the_others()
         return False
 
-    def _recover_worker(self) -> None:
-        if not moments.finite(moments.take(self.run.engine.optimizers)) or self.section.keep_optimizer != "keep":
+    def _anchor(self) -> Tensor | None:
+        return next((merger.anchor for merger in self.run.mergers if merger.anchor is not None), None)
+
+    @torch.no_grad()
+    def _start_from_the_others(self) -> None:
+        """Where nothing is shared but theta: the sick take the mean of the well."""
+        flat = self.run.engine.parameters
+        flat.pull()
+        message = torch.cat([flat.vector, flat.vector.new_ones(1)])
+        if self.sick is not None:
+            message.zero_()
+        dist.all_reduce(message, group=self.mesh.peers)
+        if self.sick is not None:
+            torch.div(message[:-1], message[-1], out=flat.vector)
+            flat.push()
+
+    @torch.no_grad()
+    def cure(self, step: int, merges: list[Any]) -> None:
+        """After a merge, a sick worker starts again from the anchor, with fresh moments where its own are no numbers."""
+        if self.sick is None or not merges:
+            return
+        anchor, flat = self._anchor(), self.run.engine.parameters
+        if anchor is not None:
+            flat.vector.copy_(anchor)
+            flat.push()
+        if self.section.keep_optimizer != "keep" or not moments.finite(moments.take(self.run.engine.optimizers)):
             moments.reset(self.run.engine.optimizers)
         self._be_well()
 
@@ -212,7 +227,7 @@ class Recovery:
 
     @torch.no_grad()
     def _merge(self, members: list[str]) -> None:
-        """theta = the plain mean of the members, over all workers where a merger keeps an anchor, which then is it, too."""
+        """theta = the plain mean of the members, over all workers; and so the anchor."""
         flat = self.run.engine.parameters
         views = dict(flat.named_views())
         for view in views.values():
@@ -222,13 +237,12 @@ class Recovery:
             pattern = "*.safetensors" if place == "window" else f"parameters-{self.mesh.worker:05}.safetensors"
             accumulate(self.run.path / place / name, 1 / len(members), views, pattern)
         flat.push()
-        anchors: list[Tensor] = [merger.anchor for merger in self.run.mergers if merger.anchor is not None]
-        if anchors:
+        if self.run.mergers:
             dist.all_reduce(flat.vector, group=self.mesh.peers)
             flat.vector.div_(self.mesh.workers)
             flat.push()
-        for anchor in anchors:
-            anchor.copy_(flat.vector)
+        for merger in self.run.mergers:
+            merger.restart()
 
     def _restore_moments(self, plan: Plan, kept: moments.States | None) -> str:
         """The loaded checkpoint's moments are in place: that is "rollback". What was done, in words."""

@@ -68,10 +68,10 @@ class Window:
         self.tokens_per_step, self.tokenizer, self.tell = tokens_per_step, tokenizer, tell
         self.every = steps_per_block(section, tokens_per_step)
         self.anchored = next((merger for merger in mergers if merger.anchor is not None), None)
-        if self.anchored is not None and self.every < self.anchored.every:
+        if self.anchored is not None and self.every < self.anchored.settings.every:
             raise UserError(
-                f"config.window.every must be >= the merge interval {self.anchored.every} of a merger that keeps an anchor, "
-                f"got {self.every}: a block would hold no merge"
+                f"config.window.every must be >= {self.anchored.settings.every}, the merge interval of a merger that keeps an "
+                f"anchor, got {self.every}: a block would hold no merge"
             )
         self.peers = Peers(mesh.peers)
         self.mean = torch.zeros_like(flat.vector)

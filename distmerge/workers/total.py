@@ -19,6 +19,7 @@ class Peers:
 
     Attributes:
         size: the number of workers.
+        rank: this one's number among them.
         ledger: what all calls here moved.
     """
 
@@ -26,7 +27,7 @@ class Peers:
         if not dist.is_available() or not dist.is_initialized():
             raise UserError("merging needs process groups: call torch.distributed.init_process_group() first")
         self.group: Any = group or dist.group.WORLD
-        self.size = dist.get_world_size(self.group)
+        self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.ledger = Ledger(self.size)
 
     def total(self, x: Tensor) -> Tensor:
@@ -34,6 +35,11 @@ class Peers:
         self.ledger.all_reduce(x.numel() * x.element_size())
         dist.all_reduce(x, group=self.group)
         return x
+
+    def begin_total(self, x: Tensor) -> dist.Work | None:
+        """Begin :meth:`total`; ``x`` is the sum once the work is waited for."""
+        self.ledger.all_reduce(x.numel() * x.element_size())
+        return dist.all_reduce(x, group=self.group, async_op=True)
 
     def start_equal(self, flat: FlatParameters) -> None:
         """Give every peer the first one's parameters and buffers, and prove it.

@@ -141,8 +141,8 @@ def test_a_full_disk_drops_the_block_and_training_goes_on(tmp_path: Path, text: 
     ("sections", "words"),
     [
         ({"window": {"every": 8}, "schedule": {"name": "cosine"}}, "schedule.name"),
-        ({"window": {"every": 8, "every_tokens": 8}}, "exactly one"),
-        ({"window": {}}, "exactly one"),
+        ({"window": {"every": 8, "every_tokens": 8}}, "every_tokens is not"),
+        ({"window": {}}, "every_tokens is not"),
         ({"window": {"every": 4, "stride": 8}}, "stride"),
         ({"preview": {"every": 4}}, "config.window must be given"),
         ({"window": {"every": 8}, "preview": {"curve": "lineer"}}, "lineer"),
