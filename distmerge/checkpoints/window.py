@@ -8,7 +8,6 @@ merges inside it, which all workers have. A block never spans a change of the le
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ class Window:
             )
         self.peers = Peers(mesh.peers)
         self.mean = torch.zeros_like(flat.vector)
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=flat.vector.device)
+        self.losses = torch.zeros(2, dtype=torch.float64, device=flat.vector.device)  # sum and count of those that are numbers
         self.count = 0  # states of theta in the mean
         self.lr: float | None = None
         self.stretch = 0  # steps before the learning rate took its present value
@@ -103,7 +102,7 @@ class Window:
             self._begin()
         if (step - 1) // self.every * self.every < self.stretch:
             return None  # this block began at another learning rate
-        self.loss_sum += loss
+        self.losses += torch.stack([loss.nan_to_num(0.0, 0.0, 0.0), loss.isfinite()])
         if self._due(step):
             self.flat.pull()
             self._take(self.flat.vector if self.anchored is None else self.anchored.anchor)
@@ -130,23 +129,24 @@ class Window:
 
     def _begin(self) -> None:
         self.count, self.tainted = 0, False
-        self.loss_sum.zero_()
+        self.losses.zero_()
 
     def _end(self, step: int) -> Block | None:
         """Reduce over the workers, publish, begin the next."""
-        sums = torch.stack([self.loss_sum / self.every, self.loss_sum.new_tensor(float(self.tainted))])
+        sick = torch.logical_not(torch.isfinite(self.mean).all()) | self.tainted
+        sums = torch.cat([self.losses, sick.to(self.losses).reshape(1)])
         dist.all_reduce(sums)
-        loss, tainted = (sums / self.mesh.world).tolist()
+        total, count, tainted = sums.tolist()
         block = Block(
             first_step=step - self.every + 1,
             last_step=step,
             first_token=(step - self.every) * self.tokens_per_step,
             last_token=step * self.tokens_per_step,
             lr=self.lr or 0.0,
-            loss=loss,
+            loss=total / max(count, 1),
             kind=self.section.kind,
             stretch=self.stretch,
-            tainted=tainted > 0 or not math.isfinite(loss),
+            tainted=tainted > 0,
         )
         published = None
         if self.count and not block.tainted:
@@ -222,7 +222,7 @@ class Window:
     def state_dict(self) -> dict[str, Any]:
         return {
             "mean": self.mean,
-            "loss_sum": self.loss_sum,
+            "losses": self.losses,
             "kept": self.kept,
             "blocks": [vars(block) for block in self.blocks],
             **{name: getattr(self, name) for name in ("count", "lr", "stretch", "rounds", "tainted")},
@@ -230,7 +230,7 @@ class Window:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mean.copy_(state["mean"])
-        self.loss_sum.copy_(state["loss_sum"])
+        self.losses.copy_(state["losses"])
         self.kept = list(state["kept"])
         self.blocks = [Block(**block) for block in state["blocks"]]
         for name in ("count", "lr", "stretch", "rounds", "tainted"):
