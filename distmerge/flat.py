@@ -48,6 +48,7 @@ class FlatParameters:
 
     Attributes:
         vector: ``[n]`` float32, what this rank merges.
+        start: where the vector begins in the layout.
         layout: a slot for each parameter, in the model's own order.
     """
 
@@ -61,8 +62,9 @@ class FlatParameters:
         self.model = model
         self._parameters = [p for _, p in named]
         self._views = all(p.dtype == torch.float32 for p in self._parameters)
-        self.whole = self._laid_out() or self._lay_out(offsets[-1])
-        self.vector = self.whole
+        laid_out = self._laid_out()
+        self.whole = self._lay_out(offsets[-1]) if laid_out is None else laid_out
+        self.vector, self.start = self.whole, 0
 
     def pull(self) -> None:
         """Bring the vector up to date with the model."""
@@ -93,22 +95,23 @@ class FlatParameters:
 
     @cached_property
     def manifest(self) -> int:
-        """63 bits that two layouts share only if names, shapes and order agree."""
-        text = repr([(slot.name, slot.shape) for slot in self.layout])
+        """63 bits that two models share only if names, shapes and order of what merges agree, and the buffers' types."""
+        parameters = [(slot.name, slot.shape) for slot in self.layout]
+        buffers = [(name, tuple(buffer.shape), str(buffer.dtype)) for name, buffer in self.model.named_buffers()]
+        text = repr((parameters, buffers))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
     def _laid_out(self) -> Tensor | None:
         """The vector that an earlier call made, if the parameters are still views of it in this very order."""
         if not self._views:
             return None
-        first = self._parameters[0]
-        numel = self.layout[-1].stop
+        filled = [(slot, p) for slot, p in zip(self.layout, self._parameters, strict=True) if slot.numel]
+        if not filled:
+            return None
+        first, numel = filled[0][1], self.layout[-1].stop
         if first.untyped_storage().nbytes() != 4 * numel or first.storage_offset() != 0:
             return None
-        in_place = all(
-            p.data_ptr() == first.data_ptr() + 4 * slot.offset and p.is_contiguous()
-            for slot, p in zip(self.layout, self._parameters, strict=True)
-        )
+        in_place = all(p.data_ptr() == first.data_ptr() + 4 * slot.offset and p.is_contiguous() for slot, p in filled)
         return first.detach().as_strided((numel,), (1,), 0) if in_place else None
 
     def _lay_out(self, numel: int) -> Tensor:

@@ -103,7 +103,7 @@ class ReplicatedParameters(FlatParameters):
         numel = self.whole.numel()
         bounds = [numel * shard // mesh.shards for shard in range(mesh.shards + 1)]
         self.shares = [self.whole[start:stop] for start, stop in itertools.pairwise(bounds)]
-        self.vector = self.shares[mesh.shard]
+        self.vector, self.start = self.shares[mesh.shard], bounds[mesh.shard]
 
     def push(self) -> None:
         first = self.mesh.worker * self.mesh.shards
