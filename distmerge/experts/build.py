@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from distmerge.errors import UserError
-from distmerge.experts.methods import METHODS, variants
-from distmerge.experts.pairing import Pairing
+from distmerge.experts.methods import METHODS, divisor, variants
+from distmerge.experts.pairing import Pairing, half_width
 from distmerge.experts.recipe import DTYPES, Recipe
 from distmerge.files.header import FLOATS
 from distmerge.files.sources import Cast, Maps, OnDisk, Source
@@ -63,7 +63,7 @@ def rule_of(recipe: Recipe, form: dict[str, str], pairing: Pairing, dtype: torch
     columns = pairing.shape[-1] if pairing.shape else 1
     match recipe.method:
         case "linear":
-            return Linear(weights_of(pairing), shared["normalize"] is not False, wide)
+            return Linear([one["weight"] for one in each], shared["normalize"] is not False, wide)
         case "slerp":
             return Slerp(shared["t"], wide)
         case "nuslerp":
@@ -83,14 +83,9 @@ def rule_of(recipe: Recipe, form: dict[str, str], pairing: Pairing, dtype: torch
 
 def task_vectors(recipe: Recipe, form: dict[str, str], pairing: Pairing, dtype: torch.dtype, thresholds: list[int]) -> Rule:
     shared, method = pairing.shared, METHODS[recipe.method]
-    normalize = shared["normalize"]
-    if normalize is None:
-        normalize = method.normalize or (recipe.compat == "paper" and method.elect)
-    divide = form["divide"] if normalize or "divide" in recipe.variants else "none"
+    divide = divisor(recipe.method, recipe.compat, recipe.variants, shared)
     combine = Combine(form["elect"] if method.elect else "none", form["on_cancel"], divide, shared["lambda"])
     weights = [one["weight"] for one in pairing.each]
-    if not method.elect and divide == "weights" and abs(sum(weights)) < 1e-8:
-        raise UserError(f"the weights of {pairing.name} sum to {sum(weights)}, which cannot be normalised")
     if method.sparsify == "magnitude" and form["trim"] == "global":
         return GlobalTrim(weights, combine, thresholds)
     thin, unit = sparsifier(recipe, form, pairing, dtype)
@@ -122,21 +117,10 @@ def sparsifier(recipe: Recipe, form: dict[str, str], pairing: Pairing, dtype: to
         return AtRandom([float(torch.tensor(value, dtype=rescaling_dtype(dtype))) for value in density], keys), 1
     if kind == "magprune":
         columns = max(1, pairing.shape[-1] if pairing.shape else 1)
-        width = 1.0 if form["epsilon_is"] == "half" else 0.5
-        half = [one["epsilon"] * width for one in pairing.each]
-        for value, reach in zip(density, half, strict=True):
-            if value < 1 and not (value - reach > 0 and value + reach < 1):
-                raise UserError(f"epsilon must keep density +- {reach:g} inside (0, 1) at {pairing.name}, density is {value:g}")
+        half = [half_width(recipe, one["epsilon"]) for one in pairing.each]
         return Magprune(density, half, keys, columns), columns
     gamma = [one["gamma"] for one in pairing.each] if kind == "outliers" else None
     return ByMagnitude(density, gamma, form["on_tie"], dtype), 1
-
-
-def weights_of(pairing: Pairing) -> list[float]:
-    weights = [one["weight"] for one in pairing.each]
-    if pairing.shared["normalize"] is not False and abs(sum(weights)) < 1e-8:
-        raise UserError(f"the weights of {pairing.name} sum to {sum(weights)}, which cannot be normalised")
-    return weights
 
 
 def share_of_second(pairing: Pairing) -> float:

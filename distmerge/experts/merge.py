@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distmerge.errors import UserError
-from distmerge.experts.pairing import pair
+from distmerge.experts.pairing import check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice
 from distmerge.experts.record import identity, small_files
 from distmerge.files.models import Model, open_model
@@ -27,6 +27,7 @@ def merge(recipe: Recipe, out: Path, options: argparse.Namespace) -> None:
     """
     refuse_existing(out)
     shard_bytes = parse_size(options.shard_size)
+    check_structure(recipe)
     models = open_all(recipe, options.allow_pickle)
     recipe = with_omegas(recipe, models)
     pairings = pair(recipe, models)

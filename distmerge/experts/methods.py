@@ -168,3 +168,13 @@ def checked(name: str, value: Any, where: str) -> Any:
     if not is_number(value) or not parameter.holds(float(value)):
         raise UserError(f"{name} of {where} must be {parameter.allowed}, got {value!r}")
     return float(value)
+
+
+def divisor(name: str, compat: str, chosen: dict[str, str], shared: dict[str, Any]) -> str:
+    """By what a sum of task vectors, or of models, is divided: "weights", "count" or "none"."""
+    normalize = shared.get("normalize")
+    if normalize is None:
+        normalize = METHODS[name].normalize or (compat == "paper" and METHODS[name].elect)
+    if name == "linear":
+        return "weights" if normalize else "none"
+    return variants(name, compat, chosen)["divide"] if normalize or "divide" in chosen else "none"

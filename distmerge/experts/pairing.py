@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from distmerge.errors import UserError
-from distmerge.experts.methods import METHODS, PARAMETERS, REQUIRED, Method, checked, method
+from distmerge.experts.methods import METHODS, PARAMETERS, REQUIRED, Method, checked, divisor, method, variants
 from distmerge.experts.recipe import Entry, Place, Recipe, Slice, resolve
 from distmerge.files.header import FLOATS, Stored
 from distmerge.files.models import Model, in_layer, layer_of
@@ -70,15 +70,16 @@ def pair(recipe: Recipe, models: dict[str, Model]) -> list[Pairing]:
         UserError: naming the tensor and the model, or the parameter.
     """
     form = method(recipe.method)
-    check_structure(recipe, form)
     pairings = [joined(recipe, form, site, models) for site in sites(recipe, models)]
     if not pairings:
         raise UserError("the recipe's slices hold no tensors")
     return pairings
 
 
-def check_structure(recipe: Recipe, form: Method) -> None:
-    """What the method says about its inputs, and whether all parameters are its own."""
+def check_structure(recipe: Recipe) -> None:
+    """What the method says about its inputs, and whether all parameters are its own; before any model is opened."""
+    form = method(recipe.method)
+    variants(recipe.method, recipe.compat, recipe.variants)
     for slice in recipe.slices:
         base = slice.base or recipe.base
         if form.base == "needed" and base is None:
@@ -207,7 +208,26 @@ def joined(recipe: Recipe, form: Method, site: Site, models: dict[str, Model]) -
     vocabulary = is_vocabulary(everything, models)
     same_shapes(everything, recipe.tokenizer is not None and vocabulary)
     shared, each = parameters(recipe, form, site, [entry for entry, _ in members], [item.name for _, item in members])
+    check_values(recipe, form, site.name, shared, each)
     return Pairing(site.name, everything[0].stored.shape, tuple(item for _, item in members), origin, shared, each, vocabulary)
+
+
+def check_values(recipe: Recipe, form: Method, name: str, shared: dict[str, Any], each: tuple[dict[str, Any], ...]) -> None:
+    """What parameters must be together."""
+    if not form.elect and "weight" in form.parameters and recipe.method != "nuslerp":
+        total = sum(one["weight"] for one in each)
+        if divisor(recipe.method, recipe.compat, recipe.variants, shared) == "weights" and abs(total) < 1e-8:
+            raise UserError(f"the weights of {name} sum to {total}, which cannot be normalised")
+    for one in each if form.sparsify == "magprune" else ():
+        half = half_width(recipe, one["epsilon"])
+        if one["density"] < 1 and not (one["density"] - half > 0 and one["density"] + half < 1):
+            raise UserError(f"epsilon must keep density +- {half:g} inside (0, 1) at {name}, density is {one['density']:g}")
+
+
+def half_width(recipe: Recipe, epsilon: float) -> float:
+    """Half the width of DELLA's window of probabilities: mergekit's epsilon; half the paper's."""
+    whole = variants(recipe.method, recipe.compat, recipe.variants)["epsilon_is"] == "full"
+    return epsilon / 2 if whole else epsilon
 
 
 def take(model: Model, name: str) -> Input:

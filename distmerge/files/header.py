@@ -21,8 +21,8 @@ ITEM_BYTES = {
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 
-HEADER_LIMIT_BYTES = 8 << 20
-"""Some 60,000 tensors. JSON grows about twentyfold when it is parsed, so this bounds what a crafted header can cost."""
+HEADER_LIMIT_BYTES = 4 << 20
+"""Some 30,000 tensors. JSON grows about twentyfold when it is parsed, so this bounds what a crafted header can cost."""
 
 NAME_LIMIT = 1024
 DIMENSIONS_LIMIT = 16
