@@ -118,7 +118,7 @@ def sparsifier(recipe: Recipe, form: dict[str, str], pairing: Pairing, dtype: to
     if kind == "magprune":
         columns = max(1, pairing.shape[-1] if pairing.shape else 1)
         half = [half_width(recipe, one["epsilon"]) for one in pairing.each]
-        return Magprune(density, half, keys, columns), columns
+        return Magprune(density, half, keys, columns, dtype), columns
     gamma = [one["gamma"] for one in pairing.each] if kind == "outliers" else None
     return ByMagnitude(density, gamma, form["on_tie"], dtype), 1
 

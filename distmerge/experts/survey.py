@@ -38,7 +38,7 @@ class ThresholdSurvey:
     def measure(self, step: int, job: Job, block: Block) -> Measured:
         if not block.members[0].is_floating_point():
             return Measured()
-        bits = patterns(deltas(block, torch.float32)[1])
+        bits = patterns(deltas(block, torch.float32)[1], torch.float32)
         return Measured(added={"counts": histogram(bits, step, 2, [cut.bits for cut in self._cuts])})
 
     def settle(self, step: int, tally: Tally) -> None:

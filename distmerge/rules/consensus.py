@@ -29,7 +29,7 @@ class ModelStock(Rule):
 
     def products(self, block: Block) -> tuple[Tensor, Tensor]:
         """``[M, rows or 1]`` norms and ``[pairs, rows or 1]`` products of the task vectors, of each row where rows count."""
-        _, delta = deltas(block, self.dtype)
+        delta = deltas(block, self.dtype)[1].to(self.dtype)
         rows = delta.view(len(delta), -1, self.columns) if self.columns else delta.unsqueeze(1)
         dots = [(rows[i] * rows[j]).sum(-1, dtype=wide(self.dtype)) for i, j in self.pairs]
         return torch.linalg.vector_norm(rows, dim=-1, dtype=wide(self.dtype)), torch.stack(dots)
@@ -90,9 +90,9 @@ class Sce(Rule):
         self.passes = self.picks + 1
 
     def measure(self, step: int, block: Block, state: SceState | None) -> Measured:
-        _, delta = deltas(block, self.dtype)
+        delta = deltas(block, self.dtype)[1].to(self.dtype)
         if step < self.picks:
-            bits = patterns(delta.var(0, unbiased=False)).unsqueeze(0)
+            bits = self.variances(delta).unsqueeze(0)
             if step == 0:
                 return Measured(added={"0": histogram(bits, 0, self.levels, []), "live": (bits > 0).sum()})
             assert state is not None
@@ -119,6 +119,10 @@ class Sce(Rule):
         share = torch.ones_like(energy) / len(energy) if abs(float(total)) < TINY else energy / total
         return (state or SceState())._replace(coefficients=share.unsqueeze(1))
 
+    def variances(self, delta: Tensor) -> Tensor:
+        """``[n]``: patterns of the variance between the members."""
+        return patterns(delta.var(0, unbiased=False).to(wide(self.dtype)), self.dtype)
+
     def kept(self, delta: Tensor, index: int, state: SceState | None) -> Tensor:
         """The task vectors, with what is not selected set to 0."""
         if not self.picks:
@@ -126,13 +130,13 @@ class Sce(Rule):
         assert state is not None and state.before is not None
         if state.cut is None:
             return torch.zeros_like(delta)
-        bits = patterns(delta.var(0, unbiased=False))
+        bits = self.variances(delta)
         equal = bits == state.cut.bits
         early = equal.cumsum(0) - 1 + int(state.before[index]) < state.last - state.cut.above
         return delta * ((bits > state.cut.bits) | (equal & early))
 
     def merge(self, block: Block, state: SceState) -> Tensor:
-        base, delta = deltas(block, self.dtype)
+        base, delta = (x.to(self.dtype) for x in deltas(block, self.dtype))
         delta = self.kept(delta, block.index, state)
         agree = torch.where(delta.sum(0) >= 0, delta > 0, delta < 0)
         assert state.coefficients is not None

@@ -123,11 +123,16 @@ def total_norm(tally: Tally, name: str) -> Tensor:
     return torch.linalg.vector_norm(tally.blocks(name).double(), dim=0)
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` rounded to the numbers of ``dtype``, in its own dtype: arithmetic in half precision, at the speed of single."""
+    return x if x.dtype == dtype else x.to(dtype).to(x.dtype)
+
+
 def deltas(block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``(base [n], delta [M, n])`` in ``dtype``."""
+    """``(base [n], delta [M, n])`` in ``wide(dtype)``, holding numbers of ``dtype``."""
     assert block.base is not None
-    base = block.base.to(dtype)
+    base = block.base.to(dtype).to(wide(dtype))
     delta = base.new_empty((len(block.members), base.numel()))
     for row, member in zip(delta, block.members, strict=True):
-        torch.sub(member.to(dtype), base, out=row)
-    return base, delta
+        torch.sub(member.to(dtype).to(base.dtype), base, out=row)
+    return base, rounded(delta, dtype)

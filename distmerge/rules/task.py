@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
-from distmerge.rules.rule import Block, Measured, Rule, Tally, deltas, wide
+from distmerge.rules.rule import Block, Measured, Rule, Tally, deltas, rounded, wide
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, Trim
-from distmerge.rules.threshold import patterns
+from distmerge.rules.threshold import value_of
 
 Sparsifier = ByMagnitude | AtRandom | Magprune
 TINY = 1e-7
@@ -39,34 +40,39 @@ class Combine:
     divide: str = "none"
     scale: float = 1.0
 
-    def __call__(self, delta: Tensor, weight: Tensor) -> Tensor:
-        """``delta [M, n]``, which is used up, and ``weight [M, 1]`` of one dtype, to ``[n]``."""
-        if self.elect == "before":
-            agree = self.elected(delta)
-            delta.mul_(weight)
+    def __call__(self, delta: Tensor, weights: list[float], dtype: torch.dtype) -> Tensor:
+        """``delta [M, n]`` and M weights to ``[n]``, every step rounded to ``dtype``."""
+        weight = rounded(torch.tensor(weights, dtype=delta.dtype, device=delta.device), dtype).unsqueeze(1)
+        if self.elect == "none":
+            merged, agree = rounded(delta * weight, dtype).sum(0), None
+        elif self.elect == "before":
+            kept, sign = self.elected(delta)
+            merged, agree = rounded(kept * weight, dtype).sum(0).mul_(sign), kept.sign_()
         else:
-            delta.mul_(weight)
-            agree = self.elected(delta) if self.elect == "after" else None
-        merged = (delta if agree is None else delta * agree).sum(0)
+            kept, sign = self.elected(rounded(delta * weight, dtype))
+            merged, agree = kept.sum(0).mul_(sign), kept.sign_()
+        merged = rounded(merged, dtype)
         if self.divide != "none":
-            merged /= self.divisor(weight, agree, len(delta))
-        return merged if self.scale == 1 else merged.mul_(self.scale)
+            merged = rounded(merged.div_(self.divisor(weight, agree, dtype, len(delta))), dtype)
+        return merged if self.scale == 1 else rounded(merged.mul_(self.scale), dtype)
 
-    def elected(self, delta: Tensor) -> Tensor:
-        """``[M, n]`` bool: which elements have the sign of their sum over the members."""
+    def elected(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """``[M, n]``: magnitudes of the elements that have the sign of their sum, 0 for the others; ``[n]``: that sign."""
         total = delta.sum(0)
-        if self.on_cancel == "zero":
-            return (delta.sign() == total.sign()) & (delta != 0)
-        return torch.where(total >= 0, delta > 0, delta < 0)
+        # Adding 0 turns -0 into +0, which elects +.
+        sign = total.sign_() if self.on_cancel == "zero" else torch.copysign(torch.ones((), dtype=total.dtype), total.add_(0.0))
+        return (delta * sign).clamp_min_(0), sign
 
-    def divisor(self, weight: Tensor, agree: Tensor | None, members: int) -> Tensor | float:
+    def divisor(self, weight: Tensor, agree: Tensor | None, dtype: torch.dtype, members: int) -> Tensor | float:
+        """What the sum is divided by; ``agree [M, n]`` is 1 for those that agree."""
         if agree is None:
             if self.divide == "count":
                 return float(members)
-            total = weight.sum()
+            total = rounded(weight.sum(), dtype)
             return 1.0 if abs(total) < 1e-8 else total
-        counted = agree.sum(0).to(weight.dtype) if self.divide == "count" else (weight * agree).sum(0)
-        return counted.masked_fill_(counted == 0, 1)
+        counted = agree.sum(0) if self.divide == "count" else rounded((agree * weight).sum(0), dtype)
+        # Where nobody counts the sum is 0, or a weight of 0 was divided by itself: 1 instead of 0.
+        return counted.add_((counted == 0).to(counted.dtype))
 
 
 class Settled(NamedTuple):
@@ -103,9 +109,9 @@ class TaskVectors(Rule):
         if step < self.trims:
             assert isinstance(self.sparsifier, ByMagnitude)
             return self.sparsifier.measure(step, delta, state.trim if state else None)
-        size = delta.abs()
-        left = size * self.mask(delta, block, state)
-        return Measured(kept={"norms": torch.stack([size.sum(1, dtype=wide(self.dtype)), left.sum(1, dtype=wide(self.dtype))])})
+        before = delta.abs().sum(1, dtype=wide(self.dtype))
+        after = self.thinned(delta, block, state).abs_().sum(1, dtype=wide(self.dtype))
+        return Measured(kept={"norms": torch.stack([before, after])})
 
     def settle(self, step: int, tally: Tally, state: Settled | None) -> Settled:
         if step < self.trims:
@@ -113,36 +119,32 @@ class TaskVectors(Rule):
             return Settled(self.sparsifier.settle(step, tally, state.trim if state else None, self.numel))
         before, after = tally.total("norms").to(rescaling_dtype(self.dtype))
         factor = torch.where((before < TINY) | (after < TINY), torch.ones_like(before), before / after)
-        return Settled(state.trim if state else None, factor.unsqueeze(1))
+        return Settled(state.trim if state else None, factor.to(wide(self.dtype)).unsqueeze(1))
 
     def merge(self, block: Block, state: Settled | None) -> Tensor:
         base, delta = deltas(block, self.dtype)
         if self.sparsifier is not None:
+            odds = self.odds(delta)
             delta = self.thinned(delta, block, state)
-        weight = torch.tensor(self.weights, dtype=self.dtype, device=delta.device).unsqueeze(1)
-        return base + self.combine(delta, weight)
+            if state is not None and state.factor is not None:
+                delta = rounded(delta.mul_(state.factor.to(delta.device)), self.dtype)
+            elif odds is not None:
+                delta = delta.div_(odds)
+        return base.add_(self.combine(delta, self.weights, self.dtype))
+
+    def odds(self, delta: Tensor) -> Tensor | None:
+        """What the survivors are divided by, if they are."""
+        if self.rescale != "inverse" or isinstance(self.sparsifier, ByMagnitude | None):
+            return None
+        return self.sparsifier.odds(delta)
 
     def thinned(self, delta: Tensor, block: Block, state: Settled | None) -> Tensor:
-        """The task vectors with what is dropped set to 0, rescaled."""
-        delta *= self.mask(delta, block, state)
-        if state is not None and state.factor is not None:
-            return (delta.to(rescaling_dtype(self.dtype)) * state.factor.to(delta.device)).to(self.dtype)
-        if self.rescale == "inverse" and not isinstance(self.sparsifier, ByMagnitude | None):
-            delta = self.unmasked_odds(delta, block)
-        return delta
-
-    def unmasked_odds(self, delta: Tensor, block: Block) -> Tensor:
-        assert isinstance(self.sparsifier, AtRandom | Magprune)
-        if isinstance(self.sparsifier, AtRandom):
-            return delta.div_(self.sparsifier.odds(delta))
-        return delta.div_(self.sparsifier.odds(deltas(block, self.dtype)[1]))
-
-    def mask(self, delta: Tensor, block: Block, state: Settled | None) -> Tensor:
+        """The task vectors with what is dropped set to 0; ``delta`` is used up."""
         if isinstance(self.sparsifier, ByMagnitude):
             assert state is not None and state.trim is not None
-            return state.trim.masks(delta, block.index)
+            return state.trim.thin(delta, self.dtype, block.index)
         assert self.sparsifier is not None
-        return self.sparsifier.mask(delta, block.start)
+        return self.sparsifier.thin(delta, block.start)
 
 
 def rescaling_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -162,10 +164,9 @@ class GlobalTrim(Rule):
 
     def merge(self, block: Block, state: Any) -> Tensor:
         base, delta = deltas(block, torch.float32)
-        bars = torch.tensor(self.thresholds, dtype=torch.int32, device=delta.device).unsqueeze(1)
-        delta *= patterns(delta) >= bars
-        weight = torch.tensor(self.weights, dtype=torch.float32, device=delta.device).unsqueeze(1)
-        return base + self.combine(delta, weight)
+        bars = [value_of(bits - 1, torch.float32) for bits in self.thresholds]
+        delta = torch.stack([hardshrink(row, bar) if bar >= 0 else row for row, bar in zip(delta, bars, strict=True)])
+        return base.add_(self.combine(delta, self.weights, torch.float32))
 
 
 class Ptm(Rule):

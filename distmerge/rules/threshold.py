@@ -15,18 +15,30 @@ from torch import Tensor
 LOW_BITS = 16
 COARSE = 1 << 15
 FINE = 1 << LOW_BITS
+HALVES = (torch.bfloat16, torch.float16)
 
 
-def patterns(magnitude_of: Tensor) -> Tensor:
-    """Integers in the order of ``|x|``: the pattern without its sign. float64 is ranked by its float32."""
-    if magnitude_of.dtype in (torch.bfloat16, torch.float16):
-        return magnitude_of.view(torch.int16).to(torch.int32).bitwise_and_(0x7FFF)
-    return magnitude_of.to(torch.float32).view(torch.int32) & 0x7FFFFFFF
+def patterns(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers in the order of ``|x|``, for float32 or float64 ``values`` that are numbers of ``dtype``: its bits without the
+    sign. float64 is ranked by its float32."""
+    if dtype == torch.float16:
+        return values.to(dtype).view(torch.int16).to(torch.int32).bitwise_and_(0x7FFF)
+    bits = values.to(torch.float32).view(torch.int32) & 0x7FFFFFFF
+    return bits.bitwise_right_shift_(LOW_BITS) if dtype == torch.bfloat16 else bits
+
+
+def value_of(pattern: int, dtype: torch.dtype) -> float:
+    """The number that has a pattern; -1 is the pattern below 0's."""
+    if pattern < 0:
+        return -1.0
+    if dtype in HALVES:
+        return float(torch.tensor([pattern], dtype=torch.int16).view(dtype))
+    return float(torch.tensor([pattern], dtype=torch.int32).view(torch.float32))
 
 
 def levels(dtype: torch.dtype) -> int:
     """Histograms that are needed to find a threshold exactly."""
-    return 1 if dtype in (torch.bfloat16, torch.float16) else 2
+    return 1 if dtype in HALVES else 2
 
 
 def histogram(bits: Tensor, level: int, levels: int, bins: list[int]) -> Tensor:
