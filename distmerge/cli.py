@@ -8,7 +8,9 @@ import json
 import os
 import sys
 
+from distmerge.checkpoints import verbs as checkpoints
 from distmerge.errors import UserError
+from distmerge.experts import verbs as experts
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -48,14 +50,16 @@ def run(arguments: list[str]) -> int:
     evaluate.add_argument("--files", nargs="+", metavar="GLOB", help="text files (default: the held-out standard library)")
     evaluate.add_argument("--sequence-length", type=int, default=128)
     evaluate.add_argument("--batches", type=int, default=32, help="batches of 8 sequences")
-    verify = verbs.add_parser("verify", help="hash again all that a run published, and say what is damaged")
-    verify.add_argument("run_dir", metavar="RUN_DIR")
+    experts.add_parsers(verbs)
+    checkpoints.add_parsers(verbs)
     options, overrides = parser.parse_known_args(arguments)
     if options.verb == "train":
         return train_verb(options, overrides, arguments)
     if overrides:
         raise UserError(f"unknown argument {overrides[0]}; distmerge {options.verb} --help lists them")
-    return verify_verb(options) if options.verb == "verify" else eval_verb(options)
+    if options.verb == "merge":
+        return experts.run(options)
+    return eval_verb(options) if options.verb == "eval" else checkpoints.run(options)
 
 
 def train_verb(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
@@ -123,14 +127,3 @@ def eval_verb(options: argparse.Namespace) -> int:
     print(json.dumps(result))
     return 0
 
-
-def verify_verb(options: argparse.Namespace) -> int:
-    """Status 1 if anything is damaged."""
-    from pathlib import Path
-
-    from distmerge.checkpoints.verify import verify_run
-
-    verdicts = verify_run(Path(options.run_dir))
-    for verdict in verdicts:
-        print(f"{verdict.path}: {verdict.problem or 'ok'}")
-    return int(any(verdict.problem is not None for verdict in verdicts))

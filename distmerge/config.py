@@ -101,7 +101,9 @@ class Optimizer(Section):
 
 class Schedule(Section):
     name: Literal["constant", "cosine", "linear", "wsd"] = "constant"
-    """The learning rate after the warmup. wsd: constant, then a linear decay over the last steps."""
+    """The learning rate after the warmup. wsd: constant, then a decay over the last steps."""
+    curve: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    """The shape of wsd's final decay."""
     warmup: int = Field(default=0, ge=0)
     """Steps of linear warmup."""
     decay: int = Field(default=0, ge=0)

@@ -1,0 +1,3 @@
+"""placeholder"""
+def add_parsers(verbs): ...
+def run(options): return 0

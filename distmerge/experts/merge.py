@@ -1,0 +1,95 @@
+"""``distmerge merge``: a recipe to a model directory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from distmerge.errors import UserError
+from distmerge.experts.pairing import check_structure, pair
+from distmerge.experts.recipe import Entry, Recipe, Slice
+from distmerge.experts.record import identity, small_files
+from distmerge.files.models import Model, open_model
+from distmerge.files.output import refuse_existing
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)?", re.IGNORECASE)
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def merge(recipe: Recipe, out: Path, options: argparse.Namespace) -> None:
+    """Merge, and publish the directory ``out``.
+
+    Raises:
+        UserError: for anything wrong with the recipe, the models or the disk; nothing is left under the final name.
+    """
+    refuse_existing(out)
+    shard_bytes = parse_size(options.shard_size)
+    check_structure(recipe)
+    models = open_all(recipe, options.allow_pickle)
+    recipe = with_omegas(recipe, models)
+    pairings = pair(recipe, models)
+    small = small_files(recipe, models, out_layers(recipe), recipe.out_dtype or recipe.dtype)
+
+    from distmerge.experts.run import run  # imports torch, and all that can fail without it has been tried
+
+    more = {"shards": shard_bytes, "stochastic": options.stochastic}
+    run(recipe, models, pairings, out, identity(recipe, models, more), shard_bytes, small, options)
+
+
+def open_all(recipe: Recipe, allow_pickle: bool) -> dict[str, Model]:
+    return {reference: open_model(reference, allow_pickle) for reference in recipe.references}
+
+
+def out_layers(recipe: Recipe) -> int | None:
+    """How many layers the output has, if the recipe says."""
+    ranges = [slice.entries[0].layers for slice in recipe.slices]
+    return sum(layers[1] - layers[0] for layers in ranges if layers) if all(ranges) else None
+
+
+def with_omegas(recipe: Recipe, models: dict[str, Model]) -> Recipe:
+    """For ptm, an omega for every skill that has none: its training tokens over the general model's, at most 1.
+
+    Source: the heuristic |D| / |G| of https://arxiv.org/abs/2410.12937, for when there is no validation set.
+    """
+    if recipe.method != "ptm" or "omega" in recipe.parameters:
+        return recipe
+    slices = []
+    for slice in recipe.slices:
+        entries: list[Entry] = []
+        for entry in slice.entries:
+            if "omega" in entry.parameters or entry.model in (recipe.general, recipe.base):
+                entries.append(entry)
+                continue
+            omega = omega_of(models[entry.model], models[str(recipe.general)])
+            entries.append(replace(entry, parameters=entry.parameters | {"omega": omega}))
+        slices.append(Slice(tuple(entries), slice.base, slice.parameters))
+    return replace(recipe, slices=tuple(slices))
+
+
+def omega_of(skill: Model, general: Model) -> float:
+    counts = []
+    for model in (skill, general):
+        path = model.directory / "training.json"
+        try:
+            tokens = json.loads(path.read_bytes())["tokens"]
+        except (OSError, ValueError, KeyError, TypeError):
+            tokens = None
+        if type(tokens) is not int or tokens <= 0:
+            raise UserError(f"omega must be given for {skill.reference}: {path} does not say the tokens of its training")
+        counts.append(tokens)
+    omega = counts[0] / counts[1]
+    said = f"omega of {skill.reference}: {counts[0]} / {counts[1]} training tokens = {omega:.4g}"
+    print(said + (", taken as 1" if omega > 1 else ""))
+    return min(1.0, omega)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB" or "1000"."""
+    match = SIZE.fullmatch(text.strip())
+    size = int(float(match[1]) * UNITS[(match[2] or "B").upper()]) if match else 0
+    if size < 1:
+        raise UserError(f"--shard-size must be a size such as 500MB or 5GB, got {text}")
+    return size
