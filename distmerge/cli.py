@@ -59,7 +59,9 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"unknown argument {overrides[0]}; distmerge {options.verb} --help lists them")
     if options.verb == "merge":
         return experts.run(options)
-    return eval_verb(options) if options.verb == "eval" else checkpoints.run(options)
+    if options.verb == "eval":
+        return eval_verb(options)
+    return checkpoints.run(options, lambda config, command: start(config, config.mesh.workers, command))
 
 
 def train_verb(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
@@ -126,4 +128,3 @@ def eval_verb(options: argparse.Namespace) -> int:
     result = evaluate_directory(options.model, options.files, options.sequence_length, options.batches)
     print(json.dumps(result))
     return 0
-
