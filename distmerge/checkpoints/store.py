@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import queue
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,11 @@ class Store:
     def __init__(self, root: Path, mesh: Mesh, keep: int, asynchronous: bool = False):
         self.root, self.mesh, self.keep = root, mesh, keep
         self.staging = Staging(mesh.device) if asynchronous else None
-        self.writing: threading.Thread | None = None
+        self.todo: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+        self.written = threading.Event()
+        self.written.set()
+        if asynchronous:  # one thread for all commits: to start one takes milliseconds
+            threading.Thread(target=self._commit_behind, daemon=True).start()
         self.failure: BaseException | None = None
 
     def open(self) -> None:
@@ -71,24 +76,24 @@ class Store:
         if self.staging is None:
             self._commit(step, files)
             return
-        staged = self.staging.copy(files)
-        self.writing = threading.Thread(target=self._commit_behind, args=(step, staged), daemon=True)
-        self.writing.start()
+        self.written.clear()
+        self.todo.put((step, self.staging.copy(files)))
 
     def wait(self) -> None:
         """Until a commit in the background is published."""
-        if self.writing is not None:
-            self.writing.join()
-            self.writing = None
+        self.written.wait()
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
 
-    def _commit_behind(self, step: int, files: dict[str, Any]) -> None:
-        try:
-            self._commit(step, files)
-        except BaseException as error:  # raised where the training is, at the next call
-            self.failure = error
+    def _commit_behind(self) -> None:
+        while True:
+            step, files = self.todo.get()
+            try:
+                self._commit(step, files)
+            except BaseException as error:  # raised where the training is, at its next call
+                self.failure = error
+            self.written.set()
 
     def _commit(self, step: int, files: dict[str, Any]) -> None:
         group = self.mesh.files
