@@ -35,6 +35,7 @@ class StreamBatches:
                 if not held_out(text, self.section.eval_fraction):
                     found = True
                     yield text
+            self.documents.load_state_dict({})  # or each epoch after a resume would begin where the resume did
             if not found:
                 raise UserError("config.data: this rank's share of the stream holds no training document")
 
