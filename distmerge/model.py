@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -89,8 +89,12 @@ def build_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> An
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write an HF model directory. The parameters may be views of one vector, so copies of them are written."""
-    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    """Write an HF model directory. The parameters may be views of one vector, so copies are written, of tied weights one."""
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    state = {
+        name: copies.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().cpu().clone())
+        for name, tensor in model.state_dict().items()
+    }
     model.save_pretrained(directory, state_dict=state)  # pyright: ignore[reportCallIssue]
     tokenizer.save_pretrained(directory)
 
