@@ -126,6 +126,8 @@ def coerce(parents: list[str], last: str, key: str, values: list[str]) -> Any:
     if not values:
         if field is not None and field.annotation is bool:
             return True
+        if field is None and section is not None:
+            return None  # the schema says that there is no such key
         raise UserError(f"--{key} needs a value")
     if len(values) > 1:
         raise UserError(f"--{key} takes one value, got {' '.join(values)}")
@@ -186,6 +188,7 @@ ALLOWED = {
     "int_from_float": "an integer",
     "float_type": "a number",
     "float_parsing": "a number",
+    "finite_number": "finite",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "string_type": "a string",

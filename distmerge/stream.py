@@ -13,7 +13,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from distmerge.config import Data
-from distmerge.data import load_documents, tokenize
+from distmerge.data import load_documents, no_text, tokenize, unreadable
 from distmerge.errors import UserError
 from distmerge.mesh import Mesh
 from distmerge.model import load_tokenizer
@@ -26,15 +26,16 @@ class StreamBatches:
         self.documents, self.section, self.shape = documents, section, (micro_steps, batch_size)
         self.tokenizer = load_tokenizer(section.tokenizer)
         self.left = np.empty(0, dtype=np.int32)
-        self.rows = self._rows()
+        self.texts = self._texts()
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _texts(self) -> Iterator[str]:
         while True:
             found = False
-            for row in self.documents:
-                if not held_out(row[self.section.column], self.section.eval_fraction):
+            for text in texts_of(self.documents, self.section):
+                if not held_out(text, self.section.eval_fraction):
                     found = True
-                    yield row
+                    yield text
+            self.documents.load_state_dict({})  # or each epoch after a resume would begin where the resume did
             if not found:
                 raise UserError("config.data: this rank's share of the stream holds no training document")
 
@@ -44,7 +45,7 @@ class StreamBatches:
         wanted = self.shape[0] * self.shape[1] * length
         parts, count = [self.left], len(self.left)
         while count < wanted:
-            parts.append(tokenize(self.tokenizer, [next(self.rows)[self.section.column]], [True]))
+            parts.append(tokenize(self.tokenizer, [next(self.texts)], [True]))
             count += len(parts[-1])
         tokens = np.concatenate(parts)
         self.left = tokens[wanted:]
@@ -56,7 +57,7 @@ class StreamBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.documents.load_state_dict(state["documents"])
         self.left = state["left"].numpy()
-        self.rows = self._rows()
+        self.texts = self._texts()
 
 
 def stream_corpus(
@@ -70,9 +71,9 @@ def stream_corpus(
     tokenizer, length = load_tokenizer(section.tokenizer), section.sequence_length
     texts: list[str] = []
     count = 0
-    for row in documents:
-        if held_out(row[section.column], section.eval_fraction):
-            texts.append(row[section.column])
+    for text in texts_of(documents, section):
+        if held_out(text, section.eval_fraction):
+            texts.append(text)
             count += len(tokenize(tokenizer, texts[-1:], [True]))
             if count >= eval_sequences * length:
                 break
@@ -83,6 +84,21 @@ def stream_corpus(
     sequences = datasets.Dataset.from_dict({"input_ids": rows}).with_format("numpy")
     own = split_dataset_by_node(documents, rank=mesh.rank, world_size=mesh.world)
     return StreamBatches(own, section, micro_steps, batch_size), sequences
+
+
+def texts_of(documents: datasets.IterableDataset, section: Data) -> Iterator[str]:
+    """The documents' texts, in order.
+
+    Raises:
+        UserError: for a file that cannot be read to its end, and for a row without text.
+    """
+    try:
+        for row in documents:
+            if not isinstance(row[section.column], str):
+                raise no_text(section.column)
+            yield row[section.column]
+    except (OSError, ValueError) as error:
+        raise unreadable(section, error) from None
 
 
 def held_out(text: str, fraction: float) -> bool:

@@ -25,7 +25,7 @@ from distmerge.flat import FlatParameters, fingerprint
 from distmerge.launch import Place
 from distmerge.mesh import Mesh
 from distmerge.metrics import Meter, MetricsLog, table
-from distmerge.model import build_model, load_tokenizer, save_model
+from distmerge.model import build_model, check_fits, load_tokenizer, save_model
 from distmerge.rundir import Lock, RunDirectory, write_atomically
 from distmerge.schedule import lr_factor
 from distmerge.stream import StreamBatches, stream_corpus
@@ -74,6 +74,7 @@ class Run:
         with mesh.together():
             self.tokenizer = load_tokenizer(config.data.tokenizer)
             model = build_model(config.model, self.tokenizer, config.seed)
+            check_fits(model, self.tokenizer, config.data.sequence_length)
         with mesh.together():
             self.batches, self.held_out = mesh.lead_first("data", self._open_data)
         self.engine = TorchEngine(model, config, mesh)
