@@ -16,13 +16,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distmerge.errors import UserError
     from distmerge.flat import FlatParameters, flatten
-    from distmerge.workers.diloco import DiLoCo, MergeReport
+    from distmerge.presets import PRESETS
+    from distmerge.workers.diloco import DiLoCo
+    from distmerge.workers.report import MergeReport
+    from distmerge.workers.sparta import SPARTA
 
-__all__ = ["DiLoCo", "FlatParameters", "MergeReport", "UserError", "flatten"]
+__all__ = ["PRESETS", "SPARTA", "DiLoCo", "FlatParameters", "MergeReport", "UserError", "flatten"]
 
 ROOMS = {
     "DiLoCo": "distmerge.workers.diloco",
-    "MergeReport": "distmerge.workers.diloco",
+    "SPARTA": "distmerge.workers.sparta",
+    "PRESETS": "distmerge.presets",
+    "MergeReport": "distmerge.workers.report",
     "FlatParameters": "distmerge.flat",
     "flatten": "distmerge.flat",
     "UserError": "distmerge.errors",

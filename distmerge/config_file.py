@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import ValidationError
@@ -13,6 +13,8 @@ from pydantic_core import ErrorDetails
 
 from distmerge.config import Merge, Section, TrainConfig
 from distmerge.errors import UserError
+
+S = TypeVar("S", bound=Section)
 
 MAY_CHANGE = ("run_dir", "steps", "train.threads", "log", "evaluate", "checkpoint")
 """Keys, or whole sections, that may differ when a run is resumed. run_dir: a run may be moved."""
@@ -38,6 +40,14 @@ def validate(table: dict[str, Any]) -> TrainConfig:
         return TrainConfig.model_validate(table)
     except ValidationError as error:
         raise UserError(explain(error.errors()[0])) from None
+
+
+def checked(section: type[S], **values: Any) -> S:
+    """A section made by the library's own callers: mistakes are named by the argument alone."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error.errors()[0]).removeprefix("config.")) from None
 
 
 def dump(config: TrainConfig) -> str:
@@ -141,9 +151,9 @@ def explain(error: ErrorDetails) -> str:
     """One line: the key, what is allowed, the value."""
     location, value, context = error["loc"], error["input"], error.get("ctx", {})
     kind = error["type"]
-    if kind == "value_error":
-        return str(context["error"])
     key = name_of(location)
+    if kind == "value_error":
+        return f"{key}.{context['error']}"
     if kind == "missing":
         return f"{key} must be given"
     if kind == "extra_forbidden":
@@ -166,10 +176,10 @@ def name_of(location: tuple[str | int, ...]) -> str:
 
 
 ALLOWED = {
-    "greater_than_equal": ">= {ge}",
-    "greater_than": "> {gt}",
-    "less_than_equal": "<= {le}",
-    "less_than": "< {lt}",
+    "greater_than_equal": ">= {ge:g}",
+    "greater_than": "> {gt:g}",
+    "less_than_equal": "<= {le:g}",
+    "less_than": "< {lt:g}",
     "literal_error": "{expected}",
     "int_type": "an integer",
     "int_parsing": "an integer",

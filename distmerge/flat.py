@@ -95,22 +95,23 @@ class FlatParameters:
 
     @cached_property
     def manifest(self) -> int:
-        """63 bits that two layouts share only if names, shapes and order agree."""
-        text = repr([(slot.name, slot.shape) for slot in self.layout])
+        """63 bits that two models share only if names, shapes and order of what merges agree, and the buffers' types."""
+        parameters = [(slot.name, slot.shape) for slot in self.layout]
+        buffers = [(name, tuple(buffer.shape), str(buffer.dtype)) for name, buffer in self.model.named_buffers()]
+        text = repr((parameters, buffers))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
     def _laid_out(self) -> Tensor | None:
         """The vector that an earlier call made, if the parameters are still views of it in this very order."""
         if not self._views:
             return None
-        first = self._parameters[0]
-        numel = self.layout[-1].stop
+        filled = [(slot, p) for slot, p in zip(self.layout, self._parameters, strict=True) if slot.numel]
+        if not filled:
+            return None
+        first, numel = filled[0][1], self.layout[-1].stop
         if first.untyped_storage().nbytes() != 4 * numel or first.storage_offset() != 0:
             return None
-        in_place = all(
-            p.data_ptr() == first.data_ptr() + 4 * slot.offset and p.is_contiguous()
-            for slot, p in zip(self.layout, self._parameters, strict=True)
-        )
+        in_place = all(p.data_ptr() == first.data_ptr() + 4 * slot.offset and p.is_contiguous() for slot, p in filled)
         return first.detach().as_strided((numel,), (1,), 0) if in_place else None
 
     def _lay_out(self, numel: int) -> Tensor:
@@ -150,7 +151,7 @@ def check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:
 def pieces(tensor: Tensor, start: int, stop: int) -> Iterator[slice]:
     """Slices that cover [start, stop): cache-sized on a CPU, where a chain of operations on a piece then reads and writes
     memory once; one slice on a GPU, where launches cost more than they save."""
-    size = 1 << 16 if tensor.device.type == "cpu" else stop - start
+    size = 1 << 17 if tensor.device.type == "cpu" else stop - start
     for at in range(start, stop, max(1, size)):
         yield slice(at, min(at + size, stop))
 

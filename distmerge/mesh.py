@@ -31,6 +31,7 @@ class Mesh:
         peers: process group of the ranks that hold the same shard, one of each worker: merges run here.
         inside: process group of this worker's ranks.
         device: where this rank computes.
+        crowding: what the ranks share, in words, where there are more of them than devices.
     """
 
     def __init__(self, section: config.Mesh, place: Place, threads: int | None):
@@ -42,7 +43,9 @@ class Mesh:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world))
         timeout = timedelta(seconds=section.timeout_seconds)
         self.store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        self.crowding = crowding(self.device, place)
+        # NCCL wants a GPU for each rank; ranks that share one talk over gloo.
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" and self.crowding is None else "gloo"
         dist.init_process_group(
             backend, store=PrefixStore("world", self.store), rank=self.rank, world_size=self.world, timeout=timeout
         )
@@ -127,12 +130,24 @@ def check_world(workers: int, world: int) -> None:
 
 
 def choose_device(device: str, place: Place) -> torch.device:
+    """A GPU of one's own, or a shared one where CUDA is asked for, or the CPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and gpus < place.local_world):
         return torch.device("cpu")
-    if gpus < place.local_world:
-        raise UserError(
-            f'config.mesh.device must be "auto" or "cpu" where {place.local_world} ranks have {gpus} GPUs, got "cuda"'
-        )
-    torch.cuda.set_device(place.local_rank)
-    return torch.device("cuda", place.local_rank)
+    if gpus == 0:
+        raise UserError('config.mesh.device must be "auto" or "cpu" on a machine without a CUDA GPU, got "cuda"')
+    chosen = torch.device("cuda", place.local_rank % gpus)
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def crowding(device: torch.device, place: Place) -> str | None:
+    """What the ranks of this machine share, where they have to: a simulation of many workers on few devices."""
+    cores = len(os.sched_getaffinity(0))
+    have = torch.cuda.device_count() if device.type == "cuda" else cores
+    if place.local_world <= have:
+        return None
+    kind = "GPUs" if device.type == "cuda" else "cores"
+    return (
+        f"{place.local_world} ranks share {have} {kind}: losses and bytes are those of {place.local_world}, times mean nothing"
+    )

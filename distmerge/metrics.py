@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distmerge.engine.torch import StepResult
 from distmerge.rundir import RunDirectory
-from distmerge.workers.diloco import MergeReport
+from distmerge.workers.report import MergeReport
 
 
 class Meter:
@@ -43,8 +43,9 @@ class Meter:
         self.seen["lr"] = lr
         for report in merges:
             self.seen["merge/seconds"] = self.seen.get("merge/seconds", 0.0) + report.seconds
-            self.seen["merge/divergence"] = report.divergence
-            self.seen["merge/correlation"] = report.correlation
+            self.seen["merge/wait_seconds"] = self.seen.get("merge/wait_seconds", 0.0) + report.wait_seconds
+            if report.divergence is not None:
+                self.seen["merge/divergence"], self.seen["merge/correlation"] = report.divergence, report.correlation
 
     def read(self) -> dict[str, Any]:
         """What a line says, and a new line begun."""

@@ -19,6 +19,7 @@ from distmerge.checkpoints.store import Store, guarded, reader
 from distmerge.config import TrainConfig
 from distmerge.data import IndexedBatches, open_corpus
 from distmerge.engine.torch import TorchEngine
+from distmerge.errors import UserError
 from distmerge.evaluate import evaluate
 from distmerge.flat import FlatParameters, fingerprint
 from distmerge.launch import Place
@@ -29,6 +30,7 @@ from distmerge.rundir import Lock, RunDirectory, write_atomically
 from distmerge.schedule import lr_factor
 from distmerge.stream import StreamBatches, stream_corpus
 from distmerge.workers.diloco import DiLoCo
+from distmerge.workers.sparta import SPARTA
 
 
 def train(config: TrainConfig, place: Place, command: list[str]) -> None:
@@ -72,16 +74,18 @@ class Run:
         with mesh.together():
             self.tokenizer = load_tokenizer(config.data.tokenizer)
             model = build_model(config.model, self.tokenizer, config.seed)
+        with mesh.together():
             self.batches, self.held_out = mesh.lead_first("data", self._open_data)
         self.engine = TorchEngine(model, config, mesh)
         with mesh.together():
-            self.mergers = [build_merger(entry, self.engine.parameters, mesh) for entry in config.merge]
+            self.mergers = build_mergers(config, self.engine.parameters, mesh)
         check_same_start(self.engine.parameters)
         torch.manual_seed(config.seed * 1_000_003 + mesh.rank)  # dropout draws apart on each rank
         self.store = Store(directory.checkpoints, mesh, config.checkpoint.keep)
         self.meter = Meter(mesh.device, self.tokens_per_step)
         self.log: MetricsLog | None = None
         self.step = 0
+        self.committed = 0  # the step of the newest checkpoint
 
     def _open_data(self) -> tuple[IndexedBatches | StreamBatches, datasets.Dataset]:
         section, rows = self.config.data, self.config.train
@@ -108,8 +112,11 @@ class Run:
             read = reader(path)
             self.engine.load_state_files(read)
             self._load(read(f"rank-{self.mesh.rank:05}.pt"))
+            self.committed = self.step
         if self.mesh.leads:
             self.log = MetricsLog(self.directory, self.meter.log_bytes, self.config.steps)
+            if self.mesh.crowding is not None:
+                self.log.say(self.mesh.crowding)
             for rejection in rejections:
                 self.log.say(f"rejected checkpoint {rejection.path}: {rejection.reason}")
             if path is not None:
@@ -121,6 +128,7 @@ class Run:
             if self.log is not None:
                 self.meter.log_bytes = self.log.bytes_written
             self.store.commit(self.step, self.engine.state_files() | {f"rank-{self.mesh.rank:05}.pt": self._state()})
+        self.committed = self.step
 
     def _state(self) -> dict[str, Any]:
         cuda = self.mesh.device.type == "cuda"
@@ -147,6 +155,7 @@ class Run:
         line = {"step": self.step, "tokens": self.step * self.tokens_per_step, "eval/loss": eval_loss}
         sent = {
             "merge/bytes_sent": self.bytes_sent,
+            "merge/bytes_per_token": self.bytes_sent * self.mesh.world / line["tokens"] if self.step else None,
             "merge/collectives": sum(merger.peers.ledger.collectives for merger in self.mergers),
         }
         seen = self.meter.read()
@@ -184,7 +193,7 @@ class Run:
 
     def close(self) -> None:
         """Keep the last state, merge what is left to merge, publish the model, and say what came out."""
-        if not self.due(self.config.checkpoint.every):
+        if self.committed != self.step:
             self.commit()
         for merger in self.mergers:
             merger.finish()
@@ -216,16 +225,24 @@ class Run:
         }
 
 
-def build_merger(entry: sections.Merge, flat: FlatParameters, mesh: Mesh) -> DiLoCo:
-    """The merger that a [[merge]] entry asks for, among this rank's peers."""
-    match entry:
-        case sections.DiLoCo():
-            outer = {"outer_lr": entry.outer_lr, "outer_momentum": entry.outer_momentum, "nesterov": entry.nesterov}
-            return DiLoCo(flat, entry.every, **outer, group=mesh.peers, bucket_bytes=entry.bucket_bytes)
-        case sections.Average():
-            return DiLoCo(flat, entry.every, 1.0, 0.0, group=mesh.peers, bucket_bytes=entry.bucket_bytes)
-        case sections.NoMerge():
-            return DiLoCo(flat, sys.maxsize, 1.0, 0.0, group=mesh.peers)
+def build_mergers(config: TrainConfig, flat: FlatParameters, mesh: Mesh) -> list[DiLoCo | SPARTA]:
+    """A merger for each [[merge]] entry, among this rank's peers."""
+    mergers: list[DiLoCo | SPARTA] = []
+    for index, entry in enumerate(config.merge):
+        settings = entry.model_dump(exclude={"kind"})
+        try:
+            match entry:
+                case sections.DiLoCo():
+                    mergers.append(DiLoCo(flat, **settings, group=mesh.peers))
+                case sections.Average():
+                    mergers.append(DiLoCo(flat, **settings, outer_lr=1.0, outer_momentum=0.0, group=mesh.peers))
+                case sections.SPARTA():
+                    mergers.append(SPARTA(flat, **settings, seed=config.seed, group=mesh.peers))
+                case sections.NoMerge():
+                    mergers.append(DiLoCo(flat, every=sys.maxsize, outer_lr=1.0, outer_momentum=0.0, group=mesh.peers))
+        except UserError as error:
+            raise UserError(f"config.merge[{index}]: {error}") from None
+    return mergers
 
 
 def check_same_start(flat: FlatParameters) -> None:

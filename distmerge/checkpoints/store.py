@@ -94,16 +94,17 @@ class Store:
         for path in reversed(candidates[0]):
             problem = self._verify(path)
             if problem is None:
-                self._check_mesh(path)
                 with self.mesh.together():
+                    self._check_mesh(path)
                     if self.mesh.leads:
                         for rejection in rejections:
                             guarded(rejection.path, lambda path=rejection.path: set_aside(path))
                 return path, rejections
             rejections.append(Rejection(path, problem))
-        if rejections:
-            reasons = "; ".join(f"{rejection.path.name}: {rejection.reason}" for rejection in rejections)
-            raise UserError(f"every checkpoint in {self.root} is damaged ({reasons}); move them away to start anew")
+        with self.mesh.together():
+            if rejections:
+                reasons = "; ".join(f"{rejection.path.name}: {rejection.reason}" for rejection in rejections)
+                raise UserError(f"every checkpoint in {self.root} is damaged ({reasons}); move them away to start anew")
         return None, []
 
     def _verify(self, path: Path) -> str | None:
@@ -143,7 +144,7 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint, or None. With ``parts``, only every parts-th file is hashed, from ``part`` on."""
     try:
         manifest = read_manifest(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     if path.name != f"step-{manifest['step']:08}":
         return f"{MANIFEST} says step {manifest['step']}"

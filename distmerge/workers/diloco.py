@@ -1,13 +1,18 @@
 """DiLoCo (https://arxiv.org/abs/2311.08105): train H steps alone, then move what is shared along the mean delta.
 
     repeat:
-        each worker:  theta_m <- H inner steps from theta
+        each worker:  theta_m <- H inner steps
         delta_m = theta_m - anchor
         d       = mean_m delta_m                      (one collective per bucket)
         anchor  = outer_step(anchor, d, velocity)     (Nesterov)
         theta_m = anchor
 
-With outer rate 1 and no momentum this is parameter averaging (local SGD), and needs no anchor.
+Streaming DiLoCo (https://arxiv.org/abs/2501.18512) does this for one fragment of theta at a time, staggered over the H
+steps; sends at step t, goes on training, and applies what came back at t + overlap:
+
+        theta_m = mix * theta_m + (1 - mix) * anchor
+
+With outer rate 1 and no momentum this is parameter averaging (local SGD), and on a float32 wire it needs no anchor.
 
     merger = DiLoCo(model, every=50)
     for batch in data:
@@ -18,39 +23,25 @@ With outer rate 1 and no momentum this is parameter averaging (local SGD), and n
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distmerge import config
 from distmerge.buffers import Policy, buffer_policies
-from distmerge.errors import UserError
-from distmerge.flat import FlatParameters, flatten, pieces
-from distmerge.rules.outer import outer_step
+from distmerge.config_file import checked
+from distmerge.flat import FlatParameters, flatten
+from distmerge.rules.mean import token_weight
+from distmerge.rules.radial import radial_mean
+from distmerge.workers.flight import AllReduce, Exchange, Flight, InFlight, share_numel, total_weight
+from distmerge.workers.fragments import Bucket, cut_fragments, segments
+from distmerge.workers.outer_state import OuterState, own_shares, share_slices
+from distmerge.workers.report import MergeReport, Spread
 from distmerge.workers.total import Peers
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """One merge.
-
-    Attributes:
-        round: merges done, this one included.
-        steps: inner steps since the merge before.
-        divergence: ``mean_m |delta_m - d|^2`` over all parameters, just before the merge.
-        correlation: the mean cosine between two workers' deltas (as if of equal norms); None without an anchor.
-        bytes_sent: what left this rank for it.
-    """
-
-    round: int
-    steps: int
-    divergence: float
-    correlation: float | None
-    collectives: int
-    bytes_sent: float
-    seconds: float
+from distmerge.workers.wire import WIRES
 
 
 class DiLoCo:
@@ -58,11 +49,23 @@ class DiLoCo:
 
     Args:
         model: any module, or parameters already laid out flat.
-        every: inner steps between merges (H).
+        every: inner steps between merges of a parameter (H).
         outer_lr, outer_momentum, nesterov: the outer optimizer.
+        fragments, fragment_order: parts of theta that merge in turn, "strided" over depth or "balanced" by bytes.
+        overlap: inner steps between sending and applying (tau), while the collectives run.
+        mix: share of a worker's own parameters that it keeps in a merge (alpha).
+        wire: the format of the values that travel: "fp32", "bf16", "int8" or "int4".
+        error_feedback: add what the wire's rounding lost to the next message.
+        rule: "mean", "tokens" (weights tokens^2 / steps) or "radial" (length and direction apart, per tensor).
+        outer_sharded: each worker keeps and steps 1/M of anchor and velocity.
+        outer_device: "cpu" keeps anchor and velocity in host memory.
         group: the peers, one rank of each worker; all ranks by default.
         bucket_bytes: bytes of parameters per collective.
         buffers: policies of buffers that are not known by name, see :mod:`distmerge.buffers`.
+
+    Attributes:
+        weight: this worker's weight in the next merges. At 0 it takes part, does not count, and starts again from what
+            the others share.
 
     Raises:
         UserError: for a value out of range, a buffer without a policy, or before init_process_group.
@@ -75,106 +78,224 @@ class DiLoCo:
         outer_lr: float = 0.7,
         outer_momentum: float = 0.9,
         nesterov: bool = True,
+        fragments: int = 1,
+        fragment_order: str = "strided",
+        overlap: int = 0,
+        mix: float = 0.0,
+        wire: str = "fp32",
+        error_feedback: bool = False,
+        rule: str = "mean",
+        outer_sharded: bool = False,
+        outer_device: str | None = None,
         group: dist.ProcessGroup | None = None,
         bucket_bytes: int = 64 * 2**20,
         buffers: dict[str, Policy] | None = None,
     ):
-        for name, value, allowed, holds in (
-            ("every", every, ">= 1", every >= 1),
-            ("outer_lr", outer_lr, "> 0", outer_lr > 0),
-            ("outer_momentum", outer_momentum, "in [0, 1)", 0 <= outer_momentum < 1),
-            ("bucket_bytes", bucket_bytes, ">= 4", bucket_bytes >= 4),
-        ):
-            if not holds:
-                raise UserError(f"{name} must be {allowed}, got {value}")
+        values = {name: value for name, value in locals().items() if name in config.DiLoCo.model_fields}
+        self.settings = checked(config.DiLoCo, **values)
         self.peers = Peers(group)
         self.flat = flatten(model)
         self.policies = buffer_policies(self.flat.model, buffers)
-        self.every, self.lr, self.momentum, self.nesterov = every, outer_lr, outer_momentum, nesterov
-        self.bucket = bucket_bytes // 4
+        self.fragments = cut_fragments(self.flat, fragments, fragment_order, bucket_bytes // 4)
+        self.wire = WIRES[wire]
+        self.weight = 1.0
         self.round = 0
-        self.steps = 0
+        self.steps, self.tokens = 0, 0.0
+        # each fragment's steps and tokens when it was last sent
+        self.sent: list[tuple[int, float]] = [(0, 0.0)] * fragments
+        self.flying: InFlight | None = None
         self.peers.start_equal(self.flat)
-        averages = outer_lr == 1 and outer_momentum == 0
-        self.anchor: Tensor | None = None if averages else self.flat.vector.clone()
-        self.velocity: Tensor | None = torch.zeros_like(self.flat.vector) if outer_momentum else None
+        self.outer = self._start_outer()
+        self.residuals = self._zero_residuals() if error_feedback else {}
+        self._message = self.flat.vector.new_empty(0)
+        self._reported = (0, 0.0)
 
-    def step(self) -> MergeReport | None:
-        """Count one inner step, and merge if it was the round's last."""
+    def step(self, tokens: float = 1.0) -> MergeReport | None:
+        """Count one inner step, on ``tokens`` tokens, and merge what is due."""
         self.steps += 1
-        return self.merge() if self.steps == self.every else None
-
-    def finish(self) -> MergeReport | None:
-        """Merge the round that was begun, if any, so that all workers end with the same model."""
-        return self.merge(full=True) if self.steps else None
-
-    @torch.no_grad()
-    def merge(self, full: bool = False) -> MergeReport:
-        """Merge now."""
-        began = time.perf_counter()
-        collectives, sent = self.peers.ledger.collectives, self.peers.ledger.bytes_sent
-        self.flat.pull()
-        vector = self.flat.vector
-        # |delta_m|^2 of this worker (or |theta_m - mean|^2 without an anchor) and |d|^2
-        norms = torch.zeros(2, dtype=torch.float64, device=vector.device)
-        buffer = vector.new_empty(min(self.bucket, vector.numel()))
-        for start in range(0, vector.numel(), self.bucket):
-            stop = min(start + self.bucket, vector.numel())
-            bucket = buffer[: stop - start]
-            self._take(bucket, start, stop, norms)
-            self.peers.total(bucket)
-            self._apply(bucket, start, stop, norms)
-        self.flat.push()
-        self.peers.merge_buffers(self.flat.model, self.policies, full)
-        divergence, correlation = self._compare(norms)
-        self.round += 1
-        report = MergeReport(
-            round=self.round,
-            steps=self.steps,
-            divergence=divergence,
-            correlation=correlation,
-            collectives=self.peers.ledger.collectives - collectives,
-            bytes_sent=self.peers.ledger.bytes_sent - sent,
-            seconds=time.perf_counter() - began,
-        )
-        self.steps = 0
+        self.tokens += tokens
+        report = self._fly() if self.flying else None
+        every, count = self.settings.every, len(self.fragments)
+        for number in range(count):
+            if self.steps % every == (number + 1) * every // count % every:
+                if not self.settings.overlap:
+                    return self.merge(number, self.settings.mix)
+                self._send_off(number)
         return report
 
-    def _take(self, bucket: Tensor, start: int, stop: int, norms: Tensor) -> None:
-        """bucket = theta - anchor; the parameters themselves where there is no anchor."""
-        for part in pieces(bucket, start, stop):
-            here = bucket[part.start - start : part.stop - start]
-            if self.anchor is None:
-                here.copy_(self.flat.vector[part])
-            else:
-                torch.sub(self.flat.vector[part], self.anchor[part], out=here)
-                norms[0] += square(here)
+    def finish(self) -> MergeReport | None:
+        """Apply what is in flight and merge every round that was begun: all workers end with the same bits."""
+        report = self._land() if self.flying else None
+        differ = self.settings.mix > 0 or self.settings.overlap > 0
+        begun = [number for number, (steps, _) in enumerate(self.sent) if differ or steps < self.steps]
+        for number in begun:
+            report = self.merge(number, full=number == begun[-1])
+        return report
 
-    def _apply(self, bucket: Tensor, start: int, stop: int, norms: Tensor) -> None:
-        """Divide the sum, take the outer step, and start the next round from the anchor."""
-        for part in pieces(bucket, start, stop):
-            mean = bucket[part.start - start : part.stop - start].div_(self.peers.size)
-            theta = self.flat.vector[part]
-            if self.anchor is None:
-                norms[0] += square(theta.sub_(mean))
-                theta.copy_(mean)
-            else:
-                norms[1] += square(mean)
-                velocity = None if self.velocity is None else self.velocity[part]
-                outer_step(self.anchor[part], mean, velocity, self.lr, self.momentum, self.nesterov)
-                theta.copy_(self.anchor[part])
+    @torch.no_grad()
+    def merge(self, number: int = 0, mix: float = 0.0, full: bool = False) -> MergeReport:
+        """Merge a fragment now, one bucket after the other; ``full`` where it ends a merge of everything."""
+        began, waited = time.perf_counter(), 0.0
+        self.flat.pull()
+        steps, weight = self._begin_round(number)
+        spread = Spread(self.flat.vector.device)
+        if self.settings.rule == "radial":
+            self._merge_radial(weight, mix, spread)
+        else:
+            for bucket in self.fragments[number]:
+                flight = self._send(bucket, self._shared_message(bucket), weight, spread)
+                self._receive(bucket, flight, weight, mix, spread)
+                waited += flight.waited
+        return self._report(number, steps, weight, spread, began, waited, full)
 
-    def _compare(self, norms: Tensor) -> tuple[float, float | None]:
-        """Divergence and mean correlation of the workers' deltas, from two scalars."""
-        self.flat.sum_over_shards(norms)
-        own, merged = norms[:1].clone(), norms[1].item()
-        size = self.peers.size
-        spread = self.peers.total(own).item() / size
-        if self.anchor is None:
-            return spread, None
-        # |d|^2 = spread / M + (M - 1) / M * correlation * spread
-        correlation = (size * merged / spread - 1) / (size - 1) if size > 1 and spread > 0 else None
-        return max(0.0, spread - merged), correlation
+    @torch.no_grad()
+    def _send_off(self, number: int) -> None:
+        """Send a fragment, and go on training."""
+        self.flat.pull()
+        steps, weight = self._begin_round(number)
+        vector = self.flat.vector
+        spread = Spread(vector.device)
+        flights = [self._send(b, vector.new_empty(b.numel + 1), weight, spread) for b in self.fragments[number]]
+        if not self.settings.outer_sharded:
+            spread.begin(self.peers, self.flat, weight)
+        self.flying = InFlight(number, flights, spread, weight, steps)
+
+    def _fly(self) -> MergeReport | None:
+        """What is due at this step for the fragment in flight, at the same step on all workers."""
+        assert self.flying is not None
+        flown, overlap = self.steps - self.sent[self.flying.fragment][0], self.settings.overlap
+        if flown == (overlap + 1) // 2:
+            for flight in self.flying.flights:
+                flight.advance()
+        return self._land() if flown == overlap else None
+
+    @torch.no_grad()
+    def _land(self) -> MergeReport:
+        """Apply the fragment that is in flight."""
+        assert self.flying is not None
+        began, flying, self.flying = time.perf_counter(), self.flying, None
+        self.flat.pull()
+        for bucket, flight in zip(self.fragments[flying.fragment], flying.flights, strict=True):
+            self._receive(bucket, flight, flying.weight, self.settings.mix, flying.spread)
+        waited = sum(flight.waited for flight in flying.flights)
+        return self._report(flying.fragment, flying.steps, flying.weight, flying.spread, began, waited)
+
+    def _send(self, bucket: Bucket, message: Tensor, weight: float, spread: Spread) -> Flight:
+        """Begin the mean of a bucket's deltas; of the parameters themselves where no whole anchor is at hand."""
+        theta, sharded = self.flat.vector, self.settings.outer_sharded
+        if weight > 0:
+            for part, place in bucket.parts(theta):
+                if self.outer is None or sharded:
+                    message[place].copy_(theta[part])
+                else:
+                    spread.add_own(self.outer.delta(theta[part], part, out=message[place]))
+        if sharded:
+            return Exchange(self.peers, message, weight, self.wire, owner=self._owner(bucket, spread))
+        if self.wire.name == "fp32":
+            return AllReduce(self.peers, message, weight)
+        return Exchange(self.peers, message, weight, self.wire, self.residuals.get(bucket.index))
+
+    def _receive(self, bucket: Bucket, flight: Flight, weight: float, mix: float, spread: Spread) -> None:
+        """Take the outer step along the mean, and start the next round from the anchor."""
+        flight.finish()
+        weights = total_weight(flight)
+        for part, place in bucket.parts(self.flat.vector):
+            theta, mean = self.flat.vector[part], flight.message[place].div_(weights)
+            if self.outer is None or self.settings.outer_sharded:
+                anchor = mean
+                if weight > 0:
+                    spread.add_own(theta - anchor)
+            else:
+                spread.add_merged(mean)
+                anchor = self.outer.step(mean, part)
+            theta.copy_(anchor) if mix == 0 else theta.lerp_(anchor, 1 - mix)
+
+    def _merge_radial(self, weight: float, mix: float, spread: Spread) -> None:
+        """The same for a rule that needs whole tensors: all of theta in one message."""
+        assert self.outer is not None
+        theta, whole = self.flat.vector, slice(0, self.flat.vector.numel())
+        delta = torch.zeros_like(theta)
+        if weight > 0:
+            spread.add_own(self.outer.delta(theta, whole, out=delta))
+        here = [list(segments([slot], self.flat.start, theta.numel())) for slot in self.flat.layout]
+        tensors = [runs[0] if runs else slice(0, 0) for runs in here]
+        plain = [any(word in slot.name for word in EMBEDDINGS) for slot in self.flat.layout]
+        weights = torch.full((1, 1), weight, device=theta.device)
+        total = lambda x: self.peers.total(x.sum(0))  # noqa: E731
+        d = radial_mean(delta[None], weights, total, tensors, plain, self.flat.sum_over_shards)
+        spread.add_merged(d)
+        anchor = self.outer.step(d, whole)
+        theta.copy_(anchor) if mix == 0 else theta.lerp_(anchor, 1 - mix)
+
+    def _begin_round(self, number: int) -> tuple[int, float]:
+        """Inner steps since this fragment was last sent, and this worker's weight."""
+        steps, tokens = self.steps - self.sent[number][0], self.tokens - self.sent[number][1]
+        self.sent[number] = (self.steps, self.tokens)
+        return steps, self.weight * (token_weight(tokens, steps) if self.settings.rule == "tokens" else 1.0)
+
+    def _report(
+        self, number: int, steps: int, weight: float, spread: Spread, began: float, waited: float, full: bool = False
+    ) -> MergeReport:
+        self.flat.push()
+        if full or number == len(self.fragments) - 1:
+            self.peers.merge_buffers(self.flat.model, self.policies, full)
+        divergence, correlation = spread.finish(self.peers, self.flat, weight, anchored=self.anchor is not None)
+        self.round += 1
+        ledger = self.peers.ledger
+        collectives, sent = self._reported
+        self._reported = (ledger.collectives, ledger.bytes_sent)
+        return MergeReport(
+            round=self.round,
+            steps=steps,
+            divergence=divergence,
+            correlation=correlation,
+            collectives=ledger.collectives - collectives,
+            bytes_sent=ledger.bytes_sent - sent,
+            seconds=time.perf_counter() - began,
+            wait_seconds=waited,
+        )
+
+    def _start_outer(self) -> OuterState | None:
+        s = self.settings
+        # Averaging in float32 sends theta itself. Formats, overlap and mix need the delta, and so the anchor.
+        plain = s.wire == "fp32" and s.rule != "radial" and s.overlap == s.mix == 0 and not s.outer_sharded
+        if s.outer_lr == 1 and s.outer_momentum == 0 and plain:
+            return None
+        start = own_shares(self.flat.vector, self.buckets, self.peers) if s.outer_sharded else self.flat.vector
+        return OuterState(start, s.outer_lr, s.outer_momentum, s.nesterov, s.outer_device)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        return [bucket for fragment in self.fragments for bucket in fragment]
+
+    def _owner(self, bucket: Bucket, spread: Spread) -> Callable[[Tensor], None]:
+        """What this peer does to the mean of its share of a bucket: the outer step of a sharded anchor."""
+        part = share_slices(self.buckets, self.peers.size)[bucket.index]
+
+        def step(mean: Tensor) -> None:
+            assert self.outer is not None
+            anchor = self.outer.step(self.outer.delta(mean, part, out=torch.empty_like(mean)), part)
+            spread.add_merged_share(mean - anchor)
+            mean.copy_(anchor)
+
+        return step
+
+    def _zero_residuals(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Error feedback's memory, by bucket: of what this worker sends, and of the mean that it sends as an owner."""
+        shares = {bucket.index: share_numel(bucket.numel, self.peers.size) for bucket in self.buckets}
+        new = self.flat.vector.new_zeros
+        return {index: (new(self.peers.size * share), new(share)) for index, share in shares.items()}
+
+    def _shared_message(self, bucket: Bucket) -> Tensor:
+        """Room for one message, used for one bucket after the other and kept: fresh memory costs as much as a copy."""
+        if self._message.numel() <= bucket.numel:
+            self._message = self.flat.vector.new_empty(bucket.numel + 1)
+        return self._message[: bucket.numel + 1]
+
+    @property
+    def anchor(self) -> Tensor | None:
+        """What the workers share, in the layout of the flat vector; None where it is theta itself, or sharded."""
+        return None if self.outer is None or self.settings.outer_sharded else self.outer.anchor
 
     @property
     def bytes_sent(self) -> float:
@@ -182,24 +303,34 @@ class DiLoCo:
         return self.peers.ledger.bytes_sent
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later merges depend on, besides the parameters. The tensors are not copies."""
+        """All that later merges depend on, besides the parameters. The tensors are not copies.
+
+        A fragment in flight is drained, by all workers together, and applied at its step.
+        """
         return {
             "round": self.round,
             "steps": self.steps,
-            "anchor": self.anchor,
-            "velocity": self.velocity,
+            "tokens": self.tokens,
+            "sent": self.sent,
+            "outer": None if self.outer is None else self.outer.state_dict(),
+            "residuals": self.residuals,
+            "flying": None if self.flying is None else self.flying.state_dict(),
             "ledger": self.peers.ledger.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken; the parameters are restored by their owner."""
-        self.round, self.steps = state["round"], state["steps"]
-        for mine, theirs in ((self.anchor, state["anchor"]), (self.velocity, state["velocity"])):
-            if mine is not None:
-                mine.copy_(theirs)
+        self.round, self.steps, self.tokens = state["round"], state["steps"], state["tokens"]
+        self.sent = [(steps, tokens) for steps, tokens in state["sent"]]
+        if self.outer is not None:
+            self.outer.load_state_dict(state["outer"])
+        for index, theirs in state["residuals"].items():
+            for mine, values in zip(self.residuals[index], theirs, strict=True):
+                mine.copy_(values)
+        self.flying = None if state["flying"] is None else InFlight.from_state(state["flying"], self.flat.vector.device)
         self.peers.ledger.load_state_dict(state["ledger"])
+        self._reported = (self.peers.ledger.collectives, self.peers.ledger.bytes_sent)
 
 
-def square(x: Tensor) -> Tensor:
-    """``|x|^2``, accumulated in float64."""
-    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
+EMBEDDINGS = ("embed", "wte", "wpe", "lm_head")
+"""Parts of the names of embeddings and heads, whose rows are tensors of their own: the radial rule averages them plainly."""

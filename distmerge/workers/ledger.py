@@ -26,10 +26,13 @@ class Ledger:
         self.payload_bytes += size_bytes
         self.reduced_bytes += size_bytes
 
-    def gather(self, size_bytes: int) -> None:
-        """A reduce-scatter, all-gather or all-to-all of b bytes in all, or a broadcast's share, sends b (M - 1) / M."""
+    def gather(self, size_bytes: int, payload: bool = True) -> None:
+        """A reduce-scatter, all-gather or all-to-all of b bytes in all sends b (M - 1) / M from each.
+
+        The second half of an exchange carries no new ``payload``.
+        """
         self.collectives += 1
-        self.payload_bytes += size_bytes
+        self.payload_bytes += size_bytes if payload else 0
         self.gathered_bytes += size_bytes
 
     @property

@@ -19,6 +19,7 @@ class Peers:
 
     Attributes:
         size: the number of workers.
+        rank: this one's number among them.
         ledger: what all calls here moved.
     """
 
@@ -26,7 +27,7 @@ class Peers:
         if not dist.is_available() or not dist.is_initialized():
             raise UserError("merging needs process groups: call torch.distributed.init_process_group() first")
         self.group: Any = group or dist.group.WORLD
-        self.size = dist.get_world_size(self.group)
+        self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.ledger = Ledger(self.size)
 
     def total(self, x: Tensor) -> Tensor:
@@ -35,6 +36,11 @@ class Peers:
         dist.all_reduce(x, group=self.group)
         return x
 
+    def begin_total(self, x: Tensor) -> dist.Work | None:
+        """Begin :meth:`total`; ``x`` is the sum once the work is waited for."""
+        self.ledger.all_reduce(x.numel() * x.element_size())
+        return dist.all_reduce(x, group=self.group, async_op=True)
+
     def start_equal(self, flat: FlatParameters) -> None:
         """Give every peer the first one's parameters and buffers, and prove it.
 
@@ -42,7 +48,7 @@ class Peers:
             UserError: when the peers' models differ in names or shapes. It is raised on all of them.
         """
         device = flat.vector.device
-        self._compare("the names and shapes of the parameters", torch.tensor(flat.manifest, device=device))
+        self._compare("the names and shapes of the parameters and buffers", torch.tensor(flat.manifest, device=device))
         flat.pull()
         source = dist.get_global_rank(self.group, 0)
         dist.broadcast(flat.vector, source, group=self.group)
@@ -62,6 +68,7 @@ class Peers:
             self._take_first(by_policy["last"])
         if by_policy["equal"] and full:
             digests = torch.stack([fingerprint(buffer) for buffer in by_policy["equal"]])
+            self.ledger.gather(digests.numel() * digests.element_size() * self.size)
             self._compare(f"the buffers {[n for n, p in policies.items() if p == 'equal']}, which must be equal", digests)
 
     def _average(self, buffers: list[Tensor]) -> None:

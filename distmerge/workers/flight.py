@@ -1,0 +1,198 @@
+"""Means over the peers that are under way: begun at one step, finished at the same or a later one.
+
+Every flight carries a message ``[n + 1]`` float32: values, and room for this worker's weight. After :meth:`finish`, on
+every peer with the same bits, ``message[:-1] / message[-1]`` is the weighted mean. A worker of weight 0 takes part in the
+collectives, but its values, finite or not, don't count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distmerge.errors import UserError
+from distmerge.workers.report import Spread
+from distmerge.workers.total import Peers
+from distmerge.workers.wire import BLOCK, Wire
+
+
+class Flight(Protocol):
+    """A mean under way.
+
+    Attributes:
+        message: where the result will be.
+        waited: seconds that this rank was blocked for it.
+    """
+
+    message: Tensor
+    waited: float
+
+    def advance(self) -> None:
+        """Begin the second half, if there is one; called by all peers at the same step."""
+        ...
+
+    def finish(self) -> None: ...
+
+
+class AllReduce:
+    """Float32 values in one all-reduce; the weight rides along."""
+
+    def __init__(self, peers: Peers, message: Tensor, weight: float):
+        self.message, self.waited = message, 0.0
+        weigh(message, weight)
+        if weight not in (0, 1):
+            message[:-1].mul_(weight)
+        self._work = peers.begin_total(message)
+
+    def advance(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        self.waited += wait(self._work)
+
+
+class Exchange:
+    """Values in a wire format: all-to-all, reduce in float32, all-gather.
+
+    Each peer reduces one share of the vector, so values are quantised twice whatever the number of workers. With
+    ``residual`` (one for each of the two, zero at first), what rounding left over is added to the next message.
+
+    ``owner`` is what a peer does to the mean of its share before it goes out to all: nothing, or the outer step.
+    """
+
+    def __init__(
+        self,
+        peers: Peers,
+        message: Tensor,
+        weight: float,
+        wire: Wire,
+        residual: tuple[Tensor, Tensor] | None = None,
+        owner: Callable[[Tensor], None] | None = None,
+    ):
+        self.peers, self.message, self.wire, self.residual, self.owner = peers, message, wire, residual, owner
+        self.waited = 0.0
+        self.share = share_numel(message.numel() - 1, peers.size)
+        self._stage = 1
+        weigh(message, weight)
+        values = message.new_zeros(peers.size * self.share)
+        values[: message.numel() - 1] = message[:-1]
+        encoded = self._encode(values.view(peers.size, self.share), 0)
+        # The weight goes beside the values and not into them: the format's error must not depend on it.
+        weights = message[-1].reshape(1, 1).expand(peers.size, 1).contiguous().view(torch.uint8)
+        outgoing = torch.cat([encoded, weights], dim=1).contiguous()
+        self._incoming = torch.empty_like(outgoing)
+        peers.ledger.gather(outgoing.numel())
+        self._work = dist.all_to_all_single(self._incoming.view(-1), outgoing.view(-1), group=peers.group, async_op=True)
+        self._outgoing = outgoing  # must live as long as the collective reads it
+
+    def advance(self) -> None:
+        if self._stage != 1:
+            return
+        self.waited += wait(self._work)
+        weights = self._incoming[:, -4:].contiguous().view(torch.float32)
+        values = self.wire.decode(self._incoming[:, :-4], self.share)
+        self._weights = weights.sum()
+        mean = (values * weights).sum(0) / self._weights
+        if self.owner is not None:
+            self.owner(mean)
+        encoded = self._encode(mean, 1)
+        self._incoming = encoded.new_empty(self.peers.size, encoded.numel())
+        self.peers.ledger.gather(self._incoming.numel(), payload=False)
+        self._work = dist.all_gather_into_tensor(self._incoming.view(-1), encoded, group=self.peers.group, async_op=True)
+        self._outgoing = encoded
+        self._stage = 2
+
+    def finish(self) -> None:
+        self.advance()
+        if self._stage == 2:
+            self.waited += wait(self._work)
+            values = self.wire.decode(self._incoming, self.share).view(-1)
+            self.message[:-1] = values[: self.message.numel() - 1]
+            self.message[-1] = self._weights > 0
+            self._stage = 3
+
+    def _encode(self, values: Tensor, half: int) -> Tensor:
+        if self.residual is None:
+            return self.wire.encode(values)
+        residual = self.residual[half].view(values.shape)
+        values = values + residual
+        encoded = self.wire.encode(values)
+        torch.sub(values, self.wire.decode(encoded, values.shape[-1]), out=residual)
+        return encoded
+
+
+class Landed:
+    """A flight that had finished when the state was saved."""
+
+    def __init__(self, message: Tensor):
+        self.message, self.waited = message, 0.0
+
+    def advance(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def weigh(message: Tensor, weight: float) -> None:
+    """Write the weight into the message; values of no weight may be NaN, so they are cleared."""
+    if weight == 0:
+        message[:-1].zero_()
+    message[-1] = weight
+
+
+@dataclass
+class InFlight:
+    """A fragment that was sent and not yet applied."""
+
+    fragment: int
+    flights: list[Flight]
+    spread: Spread
+    weight: float
+    steps: int
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is left to apply, once all that is under way has arrived; called by all peers together."""
+        for flight in self.flights:
+            flight.finish()
+        return {
+            "fragment": self.fragment,
+            "messages": [flight.message for flight in self.flights],
+            "spread": self.spread.state_dict(),
+            "weight": self.weight,
+            "steps": self.steps,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> InFlight:
+        spread = Spread(device)
+        spread.load_state_dict(state["spread"])
+        flights: list[Flight] = [Landed(message.to(device)) for message in state["messages"]]
+        return cls(state["fragment"], flights, spread, state["weight"], state["steps"])
+
+
+def total_weight(flight: Flight) -> Tensor:
+    """The sum of the workers' weights, by which a finished flight's values are to be divided."""
+    weights = flight.message[-1].clone()
+    if not weights > 0:
+        raise UserError("every worker is out of order (weight 0), so there is nothing to merge")
+    return weights
+
+
+def share_numel(numel: int, peers: int) -> int:
+    """Elements that each peer reduces, a multiple of the wire's block."""
+    return -(-numel // (peers * BLOCK)) * BLOCK
+
+
+def wait(work: dist.Work | None) -> float:
+    """Seconds blocked until ``work`` is done."""
+    began = time.perf_counter()
+    if work is not None:
+        work.wait()
+    return time.perf_counter() - began

@@ -1,0 +1,135 @@
+"""Fragments of theta that merge in turn, and the buckets that their collectives carry.
+
+Streaming DiLoCo (https://arxiv.org/abs/2501.18512) cuts a transformer into groups of blocks. ``strided`` deals the blocks
+out over depth, so that each fragment has early and late ones; ``balanced`` gives the next largest block to the smallest
+fragment. What stands before the first block (embeddings) goes with the first fragment, what follows the last with the last;
+where they are balanced, each of those parameters is dealt out like a block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from distmerge.errors import UserError
+from distmerge.flat import FlatParameters, Slot, pieces
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parts of this rank's vector that travel in one message.
+
+    Attributes:
+        index: its place among all buckets of a merger.
+        slices: where its elements lie in the vector.
+        numel: how many there are.
+    """
+
+    index: int
+    slices: tuple[slice, ...]
+    numel: int
+
+    def parts(self, like: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Pairs of (where in the vector, where in the message), small enough for a cache."""
+        at = 0
+        for whole in self.slices:
+            for part in pieces(like, whole.start, whole.stop):
+                yield part, slice(at, at + part.stop - part.start)
+                at += part.stop - part.start
+
+
+def cut_fragments(flat: FlatParameters, count: int, order: str, bucket_numel: int) -> list[list[Bucket]]:
+    """The buckets of each of ``count`` fragments of this rank's vector.
+
+    Raises:
+        UserError: when there are fewer blocks than fragments.
+    """
+    groups = [list(flat.layout)] if count == 1 else assign(flat.layout, count, order)
+    result: list[list[Bucket]] = []
+    index = 0
+    for slots in groups:
+        cuts = list(cut(segments(slots, flat.start, flat.vector.numel()), bucket_numel))
+        result.append([Bucket(index + i, part, sum(s.stop - s.start for s in part)) for i, part in enumerate(cuts)])
+        index += len(cuts)
+    return result
+
+
+def assign(layout: tuple[Slot, ...], count: int, order: str) -> list[list[Slot]]:
+    """The slots of each fragment, in the layout's order."""
+    blocks = block_numbers(layout)
+    depth = len(set(blocks.values()))
+    if count > depth:
+        raise UserError(f"fragments must be <= the model's {depth} blocks, got {count}")
+    if order == "strided":
+        first = min((slot.offset for slot in layout if slot.name in blocks), default=0)
+        chosen = [
+            blocks[slot.name] % count if slot.name in blocks else 0 if slot.offset < first else count - 1 for slot in layout
+        ]
+    elif order == "balanced":
+        chosen = balance(layout, blocks, count)
+    else:
+        raise UserError(f'fragment_order must be "strided" or "balanced", got "{order}"')
+    return [[slot for slot, fragment in zip(layout, chosen, strict=True) if fragment == number] for number in range(count)]
+
+
+def block_numbers(layout: tuple[Slot, ...]) -> dict[str, int]:
+    """The depth of each parameter that lies in the model's longest list of blocks, by name (``layers.3.mlp`` is 3)."""
+    found = {slot.name: match for slot in layout if (match := re.match(r"(.*?)\b(\d+)\.", slot.name))}
+    lists = Counter(prefix for prefix, _ in {(match[1], match[2]) for match in found.values()})
+    if not lists:
+        return {}
+    longest = max(lists, key=lambda prefix: lists[prefix])
+    numbers = sorted({int(match[2]) for match in found.values() if match[1] == longest})
+    return {name: numbers.index(int(match[2])) for name, match in found.items() if match[1] == longest}
+
+
+def balance(layout: tuple[Slot, ...], blocks: dict[str, int], count: int) -> list[int]:
+    """A fragment for each slot: units, largest first, to the fragment that is smallest so far."""
+    unit = {slot.name: f"block {blocks[slot.name]}" if slot.name in blocks else slot.name for slot in layout}
+    sizes: dict[str, int] = defaultdict(int)
+    for slot in layout:
+        sizes[unit[slot.name]] += slot.numel
+    loads = [0] * count
+    home: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        home[name] = loads.index(min(loads))
+        loads[home[name]] += sizes[name]
+    return [home[unit[slot.name]] for slot in layout]
+
+
+def segments(slots: list[Slot], start: int, length: int) -> Iterator[slice]:
+    """Contiguous runs of the slots, in the coordinates of a vector that holds [start, start + length) of the layout."""
+    run: slice | None = None
+    for slot in slots:
+        low, high = max(slot.offset, start) - start, min(slot.stop, start + length) - start
+        if low >= high:
+            continue
+        if run is not None and run.stop == low:
+            run = slice(run.start, high)
+            continue
+        if run is not None:
+            yield run
+        run = slice(low, high)
+    if run is not None:
+        yield run
+
+
+def cut(runs: Iterator[slice], size: int) -> Iterator[tuple[slice, ...]]:
+    """Group runs into messages of at most ``size`` elements; only the last may have fewer."""
+    message: list[slice] = []
+    room = size
+    for run in runs:
+        at = run.start
+        while at < run.stop:
+            taken = min(room, run.stop - at)
+            message.append(slice(at, at + taken))
+            at, room = at + taken, room - taken
+            if room == 0:
+                yield tuple(message)
+                message, room = [], size
+    if message:
+        yield tuple(message)

@@ -1,0 +1,73 @@
+"""The outer optimizer's state: what the workers share, and its velocity, in float32."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmerge.rules.outer import outer_step
+from distmerge.workers.flight import share_numel
+from distmerge.workers.fragments import Bucket
+from distmerge.workers.total import Peers
+
+
+class OuterState:
+    """Anchor and velocity of a vector, or of this peer's share of it.
+
+    They may lie in (pinned) host memory while the parameters are on a GPU; then each part is moved when it is used.
+
+    Attributes:
+        anchor: ``[n]`` float32.
+    """
+
+    def __init__(self, start: Tensor, lr: float, momentum: float, nesterov: bool, device: torch.device | str | None = None):
+        self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
+        self.device = start.device
+        pinned = self.device.type == "cuda" and str(device) == "cpu"
+        self.anchor = torch.empty_like(start, device=device, pin_memory=pinned).copy_(start)
+        self.velocity = torch.zeros_like(self.anchor, pin_memory=pinned) if momentum else None
+
+    def delta(self, theta: Tensor, part: slice, out: Tensor) -> Tensor:
+        """``theta - anchor[part]``."""
+        return torch.sub(theta, self.anchor[part].to(self.device, non_blocking=True), out=out)
+
+    def step(self, delta: Tensor, part: slice) -> Tensor:
+        """Take the outer step on a part along its merged delta; the part's new anchor, on the parameters' device."""
+        anchor = self.anchor[part].to(self.device, non_blocking=True)
+        velocity = None if self.velocity is None else self.velocity[part].to(self.device, non_blocking=True)
+        outer_step(anchor, delta, velocity, self.lr, self.momentum, self.nesterov)
+        if self.anchor.device != self.device:
+            self.anchor[part].copy_(anchor)
+            if self.velocity is not None and velocity is not None:
+                self.velocity[part].copy_(velocity)
+        return anchor
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"anchor": self.anchor, "velocity": self.velocity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.anchor.copy_(state["anchor"])
+        if self.velocity is not None:
+            self.velocity.copy_(state["velocity"])
+
+
+def share_slices(buckets: Sequence[Bucket], peers: int) -> list[slice]:
+    """Where a peer's share of each bucket lies in its sharded anchor."""
+    bounds = itertools.accumulate((share_numel(bucket.numel, peers) for bucket in buckets), initial=0)
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def own_shares(vector: Tensor, buckets: Sequence[Bucket], peers: Peers) -> Tensor:
+    """This peer's share of each bucket, end to end: what it keeps of a sharded anchor."""
+    shares = []
+    for bucket in buckets:
+        share = share_numel(bucket.numel, peers.size)
+        values = vector.new_zeros(peers.size * share)
+        for part, place in bucket.parts(values):
+            values[place] = vector[part]
+        shares.append(values[peers.rank * share : (peers.rank + 1) * share])
+    return torch.cat(shares)

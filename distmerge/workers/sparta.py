@@ -1,0 +1,199 @@
+"""SPARTA (https://openreview.net/forum?id=stFPf3gzq1): workers average a few parameters often.
+
+    every k steps:
+        I        = the same p n indices on all workers
+        theta[I] = mean_m theta_m[I]
+    at the end: theta = mean_m theta_m
+
+With a delay of d steps the mean travels while training goes on, and what comes back is applied as a difference:
+
+        theta[I] += mean_m theta_m(t - d)[I] - theta_own(t - d)[I]
+
+which keeps the d steps in between; overwriting would undo them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distmerge import config
+from distmerge.buffers import Policy
+from distmerge.config_file import checked
+from distmerge.flat import FlatParameters, flatten
+from distmerge.workers.diloco import DiLoCo
+from distmerge.workers.flight import AllReduce, Exchange, Flight, Landed, total_weight
+from distmerge.workers.report import MergeReport
+from distmerge.workers.selection import select
+from distmerge.workers.wire import WIRES
+
+
+@dataclass
+class Round:
+    """A round in flight: its number, the step it was sent at, this worker's own values then."""
+
+    number: int
+    sent_at: int
+    own: Tensor | None
+    flight: Flight
+
+
+class SPARTA:
+    """Averages a fraction of the parameters of the workers in a process group every ``every`` steps.
+
+    Args:
+        model: any module, or parameters already laid out flat.
+        fraction: share of the parameters in a round (p).
+        every: inner steps between rounds.
+        selector: "random", "shuffled" or "partitioned", see :mod:`distmerge.workers.selection`.
+        delay: inner steps that a round is in flight.
+        ema: smoothing of the differences, ``s = ema s + (1 - ema) difference`` for each parameter.
+        wire: the format of the values that travel.
+        seed: of the indices.
+        group, buffers: as for :class:`~distmerge.workers.diloco.DiLoCo`.
+
+    Attributes:
+        weight: this worker's weight in the next rounds; at 0 it takes part and does not count.
+    """
+
+    anchor = None
+
+    def __init__(
+        self,
+        model: nn.Module | FlatParameters,
+        fraction: float = 0.005,
+        every: int = 1,
+        selector: str = "partitioned",
+        delay: int = 0,
+        ema: float = 0.0,
+        wire: str = "fp32",
+        seed: int = 0,
+        group: dist.ProcessGroup | None = None,
+        buffers: dict[str, Policy] | None = None,
+    ):
+        values = {name: value for name, value in locals().items() if name in config.SPARTA.model_fields}
+        self.settings = checked(config.SPARTA, **values)
+        self.flat = flatten(model)
+        # The final model is a full average, which is DiLoCo with outer rate 1, never due before the end.
+        self.average = DiLoCo(self.flat, every=1 << 62, outer_lr=1.0, outer_momentum=0.0, group=group, buffers=buffers)
+        self.peers = self.average.peers
+        self.wire, self.seed = WIRES[wire], seed
+        self.weight = 1.0
+        self.round = 0
+        self.rounds: deque[Round] = deque()
+        self.smoothed = torch.zeros_like(self.flat.vector) if ema else None
+        self._reported = (0, 0.0)
+
+    @property
+    def steps(self) -> int:
+        """Inner steps so far."""
+        return self.average.steps
+
+    @torch.no_grad()
+    def step(self, tokens: float = 1.0) -> MergeReport | None:
+        """Count one inner step; begin a round and apply an earlier one where they are due."""
+        self.average.step(tokens)
+        began, report = time.perf_counter(), None
+        if self.steps % self.settings.every == 0:
+            self.flat.pull()
+            self._begin()
+        for sparse in self.rounds:
+            if sparse.sent_at + (self.settings.delay + 1) // 2 == self.steps:
+                sparse.flight.advance()
+        if self.rounds and self.rounds[0].sent_at + self.settings.delay == self.steps:
+            self.flat.pull()
+            report = self._apply(self.rounds.popleft(), began)
+            self.flat.push()
+        return report
+
+    def finish(self) -> MergeReport | None:
+        """Apply what is in flight, then average everything: all workers end with the same bits."""
+        with torch.no_grad():
+            while self.rounds:
+                self._apply(self.rounds.popleft(), time.perf_counter())
+        self.flat.push()
+        self.average.weight = self.weight
+        return self.average.finish()
+
+    def indices(self, number: int) -> Tensor:
+        """The indices of a round into this rank's vector: the same on all peers."""
+        vector, s = self.flat.vector, self.settings
+        return select(s.selector, vector.numel(), s.fraction, number, self.seed, vector.device)
+
+    def _begin(self) -> None:
+        """One gather, one collective."""
+        indices = self.indices(self.round)
+        message = self.flat.vector.new_empty(len(indices) + 1)
+        torch.index_select(self.flat.vector, 0, indices, out=message[:-1])
+        own = message[:-1].clone() if self.settings.delay or self.smoothed is not None else None
+        flight: Flight
+        if self.wire.name == "fp32":
+            flight = AllReduce(self.peers, message, self.weight)
+        else:
+            flight = Exchange(self.peers, message, self.weight, self.wire)
+        self.rounds.append(Round(self.round, self.steps, own, flight))
+        self.round += 1
+
+    def _apply(self, sparse: Round, began: float) -> MergeReport:
+        """One scatter."""
+        sparse.flight.finish()
+        message = sparse.flight.message
+        mean = message[:-1].div_(total_weight(sparse.flight))
+        indices = self.indices(sparse.number)
+        if sparse.own is None:
+            self.flat.vector.index_copy_(0, indices, mean)
+        else:
+            self.flat.vector.index_add_(0, indices, self._smooth(indices, mean.sub_(sparse.own)))
+        ledger, (collectives, sent) = self.peers.ledger, self._reported
+        self._reported = (ledger.collectives, ledger.bytes_sent)
+        return MergeReport(
+            round=sparse.number + 1,
+            steps=self.settings.every,
+            divergence=None,
+            correlation=None,
+            collectives=ledger.collectives - collectives,
+            bytes_sent=ledger.bytes_sent - sent,
+            seconds=time.perf_counter() - began,
+            wait_seconds=sparse.flight.waited,
+        )
+
+    def _smooth(self, indices: Tensor, difference: Tensor) -> Tensor:
+        if self.smoothed is None:
+            return difference
+        smoothed = self.smoothed[indices].lerp_(difference, 1 - self.settings.ema)
+        self.smoothed.index_copy_(0, indices, smoothed)
+        return smoothed
+
+    @property
+    def bytes_sent(self) -> float:
+        """Bytes that left this rank for merging since the start."""
+        return self.peers.ledger.bytes_sent
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later rounds depend on. Rounds in flight are drained, by all workers together, and applied in time."""
+        for sparse in self.rounds:
+            sparse.flight.finish()
+        return {
+            "round": self.round,
+            "smoothed": self.smoothed,
+            "rounds": [(r.number, r.sent_at, r.own, r.flight.message) for r in self.rounds],
+            "average": self.average.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was taken; the parameters are restored by their owner."""
+        device = self.flat.vector.device
+        self.round = state["round"]
+        if self.smoothed is not None:
+            self.smoothed.copy_(state["smoothed"])
+        self.rounds = deque(
+            Round(number, sent_at, None if own is None else own.to(device), Landed(message.to(device)))
+            for number, sent_at, own, message in state["rounds"]
+        )
+        self.average.load_state_dict(state["average"])

@@ -1,0 +1,27 @@
+"""Fixtures of the whole suite. Nothing here imports torch: the ranks do, once each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from tests.ranks import Ranks
+
+# Before anything imports datasets or transformers, here and in every process started from here.
+CACHE = tempfile.mkdtemp(prefix="distmerge-tests-")
+os.environ.update(HF_DATASETS_CACHE=CACHE, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
