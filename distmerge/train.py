@@ -168,7 +168,7 @@ class Run:
         return sum(merger.bytes_sent for merger in self.mergers)
 
     def evaluate(self) -> float:
-        """The loss of what the workers share: the anchor, where a merger keeps one; else each worker's own part."""
+        """The loss of what the workers share: the anchor, once a merger has moved it; else each worker's own part."""
         with self.meter.paused(), self._anchor_in_place():
             section = self.config.evaluate
             place = (self.mesh.rank, self.mesh.world)
@@ -179,7 +179,7 @@ class Run:
 
     @contextlib.contextmanager
     def _anchor_in_place(self) -> Iterator[None]:
-        anchor = next((merger.anchor for merger in self.mergers if merger.anchor is not None), None)
+        anchor = next((merger.anchor for merger in self.mergers if merger.anchor is not None and merger.round), None)
         if anchor is None:
             yield
             return
