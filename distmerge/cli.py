@@ -10,6 +10,7 @@ import sys
 from typing import NoReturn
 
 from distmerge.errors import UserError
+from distmerge.launch import LAUNCHED
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -25,6 +26,8 @@ def main() -> None:
             raise
         fail(f"cannot write {error.filename or 'to the disk'}: {error.strerror}")
     except KeyboardInterrupt:
+        if LAUNCHED in os.environ:
+            sys.exit(130)
         print("\ninterrupted; start the same command again to resume from the newest checkpoint", file=sys.stderr)
         sys.exit(130)
 
