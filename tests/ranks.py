@@ -152,12 +152,13 @@ def take_part(rank: int, world: int, port: int, rendezvous: str | None, function
             dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world, timeout=patience)
         return Answer(None, function(*arguments), time.monotonic())
     except BaseException as error:
-        return Answer(portable(error), None, time.monotonic())
+        failed = Answer(portable(error), None, time.monotonic())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
         torch.set_num_threads(1)
-        gc.collect()  # locks and stores of a function that failed
+    gc.collect()  # the error held the function's frames, and they its locks and stores
+    return failed
 
 
 def portable(error: BaseException) -> BaseException:
