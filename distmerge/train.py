@@ -90,11 +90,10 @@ class Run:
 
     def _open_data(self) -> tuple[IndexedBatches | StreamBatches, datasets.Dataset]:
         section, rows = self.config.data, self.config.train
-        if section.streaming:
-            batches = self.config.evaluate.batches * rows.batch_size
-            return stream_corpus(section, self.mesh, rows.gradient_accumulation, rows.batch_size, batches)
-        corpus = open_corpus(section)
         place = (self.mesh.rank, self.mesh.world, rows.gradient_accumulation, rows.batch_size)
+        if section.streaming:
+            return stream_corpus(section, *place, eval_sequences=self.config.evaluate.batches * rows.batch_size)
+        corpus = open_corpus(section)
         return IndexedBatches(corpus.train, self.config.seed, *place), corpus.held_out
 
     @property
