@@ -73,7 +73,9 @@ def rule_of(recipe: Recipe, form: dict[str, str], pairing: Pairing, dtype: torch
         case "ptm":
             return Ptm([skill["omega"] for skill in each[1:]], wide)
         case "model_stock":
-            return ModelStock(len(each), columns if shared["filter_wise"] else None, dtype)
+            return ModelStock(
+                len(each), columns if shared["filter_wise"] else None, dtype, 1e-6 if recipe.compat == "mergekit" else 1e-30
+            )
         case "sce":
             return Sce(shared["select_topk"], numel_of(pairing), dtype)
         case "passthrough":
@@ -86,10 +88,13 @@ def task_vectors(recipe: Recipe, form: dict[str, str], pairing: Pairing, dtype: 
     divide = divisor(recipe.method, recipe.compat, recipe.variants, shared)
     combine = Combine(form["elect"] if method.elect else "none", form["on_cancel"], divide, shared["lambda"])
     weights = [one["weight"] for one in pairing.each]
+    rescale = rescaling(recipe, form, pairing)
     if method.sparsify == "magnitude" and form["trim"] == "global":
+        if rescale != "none":
+            raise UserError('rescale needs trim = "tensor": a global trim is not rescaled')
         return GlobalTrim(weights, combine, thresholds)
     thin, unit = sparsifier(recipe, form, pairing, dtype)
-    return TaskVectors(weights, combine, thin, rescaling(recipe, form, pairing), dtype, numel_of(pairing), unit)
+    return TaskVectors(weights, combine, thin, rescale, dtype, numel_of(pairing), unit)
 
 
 def rescaling(recipe: Recipe, form: dict[str, str], pairing: Pairing) -> str:
