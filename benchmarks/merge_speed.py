@@ -60,7 +60,8 @@ def shapes(size: Size) -> dict[str, tuple[int, ...]]:
 def make_models(root: Path, size: Size) -> None:
     """base, a, b: bfloat16, a and b near the base."""
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": size.hidden, "intermediate_size": size.inner,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": size.hidden,
+        "intermediate_size": size.inner,
         "num_hidden_layers": size.layers, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": size.vocabulary,
         "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     }  # fmt: skip

@@ -16,6 +16,7 @@ from distmerge.files.models import Model, open_model
 from distmerge.files.output import refuse_existing
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)?", re.IGNORECASE)
+AUTO = "auto"
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -27,7 +28,13 @@ def merge(recipe: Recipe, out: Path, options: argparse.Namespace) -> None:
     """
     refuse_existing(out)
     shard_bytes = parse_size(options.shard_size)
+    if recipe.method == AUTO:
+        recipe = recommended(recipe, options)
     check_structure(recipe)
+    if options.report and (recipe.base is None or recipe.method in ("linear", "slerp", "passthrough")):
+        raise UserError(
+            f"--report looks at task vectors, which need a base; {recipe.method} has none here: use distmerge diagnose"
+        )
     models = open_all(recipe, options.allow_pickle)
     recipe = with_omegas(recipe, models)
     pairings = pair(recipe, models)
@@ -35,8 +42,22 @@ def merge(recipe: Recipe, out: Path, options: argparse.Namespace) -> None:
 
     from distmerge.experts.run import run  # imports torch, and all that can fail without it has been tried
 
-    more = {"shards": shard_bytes, "stochastic": options.stochastic}
+    more = {"shards": shard_bytes, "stochastic": options.stochastic, "report": options.report}
     run(recipe, models, pairings, out, identity(recipe, models, more), shard_bytes, small, options)
+
+
+def recommended(recipe: Recipe, options: argparse.Namespace) -> Recipe:
+    """The recipe with the method that a diagnosis of its models recommends; says so and why."""
+    if recipe.base is None:
+        raise UserError("method auto needs a base: the model that the others were trained from")
+    from distmerge.experts.inspect import diagnose, mean_of
+    from distmerge.experts.run import settings_of
+
+    (slice,) = recipe.slices
+    bare = mean_of(recipe.base, [entry.model for entry in slice.entries if entry.model != recipe.base])
+    chosen = diagnose(bare, open_all(bare, options.allow_pickle), settings_of(options))["recommendation"]
+    print(f"method auto takes {chosen['method']}:", *(f"- {why}" for why in chosen["reasons"]), sep="\n")
+    return replace(recipe, method=chosen["method"], parameters=chosen["parameters"] | recipe.parameters)
 
 
 def open_all(recipe: Recipe, allow_pickle: bool) -> dict[str, Model]:

@@ -1,0 +1,101 @@
+"""The verb ``diagnose``, and the report that ``merge`` asks for: the passes over the models behind ``diagnose.py``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distmerge.errors import UserError
+from distmerge.experts.build import build
+from distmerge.experts.diagnose import Similarity, summarise, table
+from distmerge.experts.merge import open_all
+from distmerge.experts.pairing import Pairing, check_structure, pair
+from distmerge.experts.recipe import Entry, Recipe, Slice
+from distmerge.experts.run import settings_of
+from distmerge.files.models import Model
+from distmerge.files.sources import Maps, OnDisk
+from distmerge.files.stream import Settings, Stream, in_memory
+from distmerge.rules.counter import key_of, uniform
+from distmerge.rules.rule import spans
+from distmerge.rules.similarity import overlap
+
+RANK = 8
+
+
+def run(options: argparse.Namespace) -> int:
+    """Diagnose the models; print, write and draw what was asked for."""
+    if len(options.models) < 2:
+        raise UserError(f"distmerge diagnose needs at least two models beside --base, got {len(options.models)}")
+    recipe = mean_of(options.base, options.models)
+    models = open_all(recipe, options.allow_pickle)
+    report = diagnose(recipe, models, settings_of(options), subspaces=True)
+    if options.files:
+        from distmerge.experts.barrier import on_data
+
+        report |= on_data([options.base, *options.models], options.files, options.sequence_length, options.batches)
+    print(json.dumps(report) if options.json else table(report))
+    if options.plot:
+        from distmerge.experts.plots import draw
+
+        draw(report, Path(options.plot))
+    if options.tensorboard:
+        from distmerge.experts.plots import to_tensorboard
+
+        to_tensorboard(report, Path(options.tensorboard))
+    return 0
+
+
+def mean_of(base: str, models: list[str]) -> Recipe:
+    """The plain mean of the task vectors: what a diagnosis looks at."""
+    entries = tuple(Entry(model, {"weight": 1 / len(models)}) for model in models)
+    return Recipe(method="task_arithmetic", slices=(Slice(entries),), base=base)
+
+
+def diagnose(recipe: Recipe, models: dict[str, Model], settings: Settings, subspaces: bool = False) -> dict[str, Any]:
+    """The report on a recipe's models, from one pass over them; with ``subspaces``, three more."""
+    check_structure(recipe)
+    pairings = pair(recipe, models)
+    maps = Maps()
+    with Stream(build(recipe, pairings, maps, []), settings, observer=Similarity()) as stream:
+        notes = in_memory(stream, lambda job, offset, elements: None)
+    members = [item.model for item in pairings[0].members]
+    report = summarise(notes, members)
+    if subspaces:
+        report["subspaces"] = [entry for pairing in pairings for entry in overlaps(pairing, maps)]
+    return report
+
+
+def overlaps(pairing: Pairing, maps: Maps) -> list[dict[str, Any]]:
+    """For a matrix in a layer: how much the leading ``RANK`` left singular directions of each pair of task vectors share."""
+    if len(pairing.shape) != 2 or min(pairing.shape) < 2 * RANK or ".layers." not in pairing.name or pairing.base is None:
+        return []
+    base = OnDisk(pairing.base.stored, maps)
+    leading = [leading_subspace(OnDisk(item.stored, maps), base, pairing.shape) for item in pairing.members]
+    return [
+        {"tensor": pairing.name, "pair": [i, j], "overlap": overlap(leading[i], leading[j])}
+        for i in range(len(leading))
+        for j in range(i + 1, len(leading))
+    ]
+
+
+def leading_subspace(member: OnDisk, base: OnDisk, shape: tuple[int, ...]) -> torch.Tensor:
+    """``[rows, RANK]`` orthonormal: a randomised range of the task vector with one power iteration.
+
+    Source: Halko, Martinsson, Tropp, https://arxiv.org/abs/0909.4061
+    """
+    rows, columns = shape
+    cuts = list(spans(rows * columns, columns))
+
+    def delta(start: int, stop: int) -> torch.Tensor:
+        return (member.read(start, stop).float() - base.read(start, stop).float()).view(-1, columns)
+
+    test = (uniform(key_of("range", shape), 0, columns * 2 * RANK) - 0.5).float().view(columns, -1)
+    for _ in range(2):
+        found = torch.linalg.qr(torch.cat([delta(a, b) @ test for a, b in cuts])).Q
+        test = sum((delta(a, b).T @ found[a // columns : b // columns] for a, b in cuts), torch.zeros_like(test))
+    left, _, _ = torch.linalg.svd(test.T, full_matrices=False)
+    return (found @ left)[:, :RANK]
