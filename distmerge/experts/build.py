@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from distmerge.errors import UserError
 from distmerge.experts.methods import METHODS, divisor, variants
-from distmerge.experts.pairing import Pairing, half_width
+from distmerge.experts.pairing import Input, Pairing, half_width
 from distmerge.experts.recipe import DTYPES, Recipe
 from distmerge.files.header import FLOATS
-from distmerge.files.sources import Cast, Maps, OnDisk, Source
+from distmerge.files.sources import Adapted, Cast, Maps, OnDisk, Source
 from distmerge.files.stream import Job
 from distmerge.rules.consensus import ModelStock, Sce
 from distmerge.rules.counter import key_of
@@ -33,8 +31,8 @@ def build(recipe: Recipe, pairings: list[Pairing], maps: Maps, thresholds: list[
 
 
 def job(recipe: Recipe, form: dict[str, str], pairing: Pairing, maps: Maps, thresholds: list[int]) -> Job:
-    def source(item: Any) -> Source:
-        opened = OnDisk(item.stored, maps)
+    def source(item: Input) -> Source:
+        opened = open_source(item, maps)
         return Cast(opened, getattr(torch, recipe.dtype)) if floating and recipe.dtype else opened
 
     floating = pairing.members[0].stored.dtype in FLOATS
@@ -48,6 +46,14 @@ def job(recipe: Recipe, form: dict[str, str], pairing: Pairing, maps: Maps, thre
     if recipe.method == "slerp" and base is not None:
         members, base = (base, *members), None
     return Job(pairing.name, pairing.shape, DTYPES[out] if out else first, rule, members, base)
+
+
+def open_source(item: Input, maps: Maps) -> Source:
+    """The input's tensor, with its adapter."""
+    base = OnDisk(item.stored, maps)
+    if item.factors is None:
+        return base
+    return Adapted(base, OnDisk(item.factors.a, maps), OnDisk(item.factors.b, maps), item.factors.scale)
 
 
 def arithmetic(form: dict[str, str], inputs: list[Source]) -> torch.dtype:

@@ -7,20 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distmerge.errors import UserError
-from distmerge.experts.build import build
+from distmerge.experts.build import build, open_source
 from distmerge.experts.diagnose import Similarity, summarise, table
+from distmerge.experts.lora import leading_factors
 from distmerge.experts.merge import open_all
 from distmerge.experts.pairing import Pairing, check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice
 from distmerge.experts.run import settings_of
 from distmerge.files.models import Model
-from distmerge.files.sources import Maps, OnDisk
+from distmerge.files.sources import Maps
 from distmerge.files.stream import Settings, Stream, in_memory
-from distmerge.rules.counter import key_of, uniform
-from distmerge.rules.rule import spans
 from distmerge.rules.similarity import overlap
 
 RANK = 8
@@ -73,29 +70,10 @@ def overlaps(pairing: Pairing, maps: Maps) -> list[dict[str, Any]]:
     """For a matrix in a layer: how much the leading ``RANK`` left singular directions of each pair of task vectors share."""
     if len(pairing.shape) != 2 or min(pairing.shape) < 2 * RANK or ".layers." not in pairing.name or pairing.base is None:
         return []
-    base = OnDisk(pairing.base.stored, maps)
-    leading = [leading_subspace(OnDisk(item.stored, maps), base, pairing.shape) for item in pairing.members]
+    base = open_source(pairing.base, maps)
+    leading = [leading_factors(open_source(item, maps), base, pairing.shape, RANK)[0] for item in pairing.members]
     return [
         {"tensor": pairing.name, "pair": [i, j], "overlap": overlap(leading[i], leading[j])}
         for i in range(len(leading))
         for j in range(i + 1, len(leading))
     ]
-
-
-def leading_subspace(member: OnDisk, base: OnDisk, shape: tuple[int, ...]) -> torch.Tensor:
-    """``[rows, RANK]`` orthonormal: a randomised range of the task vector with one power iteration.
-
-    Source: Halko, Martinsson, Tropp, https://arxiv.org/abs/0909.4061
-    """
-    rows, columns = shape
-    cuts = list(spans(rows * columns, columns))
-
-    def delta(start: int, stop: int) -> torch.Tensor:
-        return (member.read(start, stop).float() - base.read(start, stop).float()).view(-1, columns)
-
-    test = (uniform(key_of("range", shape), 0, columns * 2 * RANK) - 0.5).float().view(columns, -1)
-    for _ in range(2):
-        found = torch.linalg.qr(torch.cat([delta(a, b) @ test for a, b in cuts])).Q
-        test = sum((delta(a, b).T @ found[a // columns : b // columns] for a, b in cuts), torch.zeros_like(test))
-    left, _, _ = torch.linalg.svd(test.T, full_matrices=False)
-    return (found @ left)[:, :RANK]

@@ -12,11 +12,13 @@ from distmerge.errors import UserError
 from distmerge.experts.pairing import check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice
 from distmerge.experts.record import identity, small_files
-from distmerge.files.models import Model, open_model
+from distmerge.files.adapters import is_adapter, read_adapter
+from distmerge.files.models import Model, open_model, with_adapter
 from distmerge.files.output import refuse_existing
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)?", re.IGNORECASE)
 AUTO = "auto"
+ADAPTER_METHODS = ("cat", "svd", "extract")
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -28,6 +30,11 @@ def merge(recipe: Recipe, out: Path, options: argparse.Namespace) -> None:
     """
     refuse_existing(out)
     shard_bytes = parse_size(options.shard_size)
+    if recipe.method in ADAPTER_METHODS:
+        from distmerge.experts.lora import merge_adapters
+
+        merge_adapters(recipe, out, options)
+        return
     if recipe.method == AUTO:
         recipe = recommended(recipe, options)
     check_structure(recipe)
@@ -61,7 +68,25 @@ def recommended(recipe: Recipe, options: argparse.Namespace) -> Recipe:
 
 
 def open_all(recipe: Recipe, allow_pickle: bool) -> dict[str, Model]:
-    return {reference: open_model(reference, allow_pickle) for reference in recipe.references}
+    """Every model of the recipe. An adapter stands for its base with it on: "BASE+ADAPTER", or ADAPTER on the recipe's base."""
+    models: dict[str, Model] = {}
+    for reference in recipe.references:
+        whole, plus, adapter = reference.rpartition("+")
+        if plus and not Path(reference).exists():
+            models[reference] = adapted(open_model(whole, allow_pickle), reference, Path(adapter))
+        elif is_adapter(Path(reference)):
+            if recipe.base is None or reference == recipe.base:
+                raise UserError(f"{reference} is an adapter, which needs a base: write it as BASE+{reference}")
+            models[reference] = adapted(models[recipe.base], reference, Path(reference))
+        else:
+            models[reference] = open_model(reference, allow_pickle)
+    return models
+
+
+def adapted(base: Model, reference: str, adapter: Path) -> Model:
+    if not is_adapter(adapter):
+        raise UserError(f"{adapter} is no LoRA adapter: it has no adapter_config.json")
+    return with_adapter(base, reference, read_adapter(adapter).factors)
 
 
 def out_layers(recipe: Recipe) -> int | None:

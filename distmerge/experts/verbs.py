@@ -38,7 +38,9 @@ def add_parsers(verbs: Any) -> None:
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     flags = parser.add_argument_group("a recipe in flags")
-    flags.add_argument("--method", help=f"one of {', '.join(METHODS)}, or auto: what diagnose recommends")
+    flags.add_argument(
+        "--method", help=f"one of {', '.join(METHODS)}, or auto (what diagnose recommends), or for LoRA cat, svd, extract"
+    )
     flags.add_argument("--base", metavar="MODEL", help="what the others were trained from")
     flags.add_argument("--general", metavar="MODEL", help="ptm: what the skills are added to")
     flags.add_argument("--model", action="append", metavar="MODEL[:WEIGHT]", help="a model, again for each (weight: 1)")
@@ -48,6 +50,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         flags.add_argument(f"--{key.replace('_', '-')}", choices=("true", "false"))
     for key, values in VARIANTS.items():
         flags.add_argument(f"--{key.replace('_', '-')}", choices=values)
+    flags.add_argument("--rank", type=int, help="of the adapter that svd and extract make")
     flags.add_argument("--dtype", help="round the inputs to it first")
     flags.add_argument("--out-dtype", help="of the output")
     flags.add_argument("--tokenizer", metavar="SOURCE", help="base, union or a model")
