@@ -236,8 +236,7 @@ def interrupted(options: dict[str, Any], stop: int) -> dict[str, Any]:
 def whole_state(model: nn.Module, merger: dm.DiLoCo, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = dict(model.state_dict())
     tensors["counters"] = torch.tensor([merger.round, merger.steps, merger.peers.ledger.collectives, merger.bytes_sent])
-    for name in ("anchor", "velocity"):
-        value = getattr(merger, name)
+    for name, value in ({} if merger.outer is None else merger.outer.state_dict()).items():
         tensors[name] = torch.zeros(0) if value is None else value
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
