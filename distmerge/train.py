@@ -79,7 +79,7 @@ class Run:
             self.batches, self.held_out = mesh.lead_first("data", self._open_data)
         self.engine = TorchEngine(model, config, mesh)
         with mesh.together():
-            self.mergers = build_mergers(config, self.engine.parameters, mesh)
+            self.mergers: list[DiLoCo | SPARTA] = build_mergers(config, self.engine.parameters, mesh)
         check_same_start(self.engine.parameters)
         torch.manual_seed(config.seed * 1_000_003 + mesh.rank)  # dropout draws apart on each rank
         self.store = Store(directory.checkpoints, mesh, config.checkpoint.keep)
