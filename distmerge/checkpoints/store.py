@@ -65,8 +65,8 @@ class Store:
             if self.mesh.leads:
                 guarded(self.root, lambda: clear_leftovers(self.root))
 
-    def commit(self, step: int, files: dict[str, Any]) -> None:
-        """Publish ``files`` of all ranks as the checkpoint of ``step``; asynchronously, begin to.
+    def commit(self, step: int, files: dict[str, Any]) -> Path:
+        """Publish ``files`` of all ranks as the checkpoint of ``step``; asynchronously, begin to. Where it is, or will be.
 
         Raises:
             UserError: when the disk is full or not writable; everything published before is as it was. A commit in the
@@ -75,9 +75,10 @@ class Store:
         self.wait()
         if self.staging is None:
             self._commit(step, files)
-            return
-        self.written.clear()
-        self.todo.put((step, self.staging.copy(files)))
+        else:
+            self.written.clear()
+            self.todo.put((step, self.staging.copy(files)))
+        return self.root / f"step-{step:08}"
 
     def wait(self) -> None:
         """Until a commit in the background is published."""

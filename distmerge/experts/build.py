@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from distmerge.errors import UserError
 from distmerge.experts.methods import METHODS, divisor, variants
-from distmerge.experts.pairing import Pairing, half_width
+from distmerge.experts.pairing import Input, Pairing, half_width
 from distmerge.experts.recipe import DTYPES, Recipe
 from distmerge.files.header import FLOATS
-from distmerge.files.sources import Cast, Maps, OnDisk, Source
+from distmerge.files.sources import Adapted, Cast, Maps, OnDisk, Source
 from distmerge.files.stream import Job
 from distmerge.rules.consensus import ModelStock, Sce
 from distmerge.rules.counter import key_of
@@ -33,8 +31,8 @@ def build(recipe: Recipe, pairings: list[Pairing], maps: Maps, thresholds: list[
 
 
 def job(recipe: Recipe, form: dict[str, str], pairing: Pairing, maps: Maps, thresholds: list[int]) -> Job:
-    def source(item: Any) -> Source:
-        opened = OnDisk(item.stored, maps)
+    def source(item: Input) -> Source:
+        opened = open_source(item, maps)
         return Cast(opened, getattr(torch, recipe.dtype)) if floating and recipe.dtype else opened
 
     floating = pairing.members[0].stored.dtype in FLOATS
@@ -48,6 +46,14 @@ def job(recipe: Recipe, form: dict[str, str], pairing: Pairing, maps: Maps, thre
     if recipe.method == "slerp" and base is not None:
         members, base = (base, *members), None
     return Job(pairing.name, pairing.shape, DTYPES[out] if out else first, rule, members, base)
+
+
+def open_source(item: Input, maps: Maps) -> Source:
+    """The input's tensor, with its adapter."""
+    base = OnDisk(item.stored, maps)
+    if item.factors is None:
+        return base
+    return Adapted(base, OnDisk(item.factors.a, maps), OnDisk(item.factors.b, maps), item.factors.scale)
 
 
 def arithmetic(form: dict[str, str], inputs: list[Source]) -> torch.dtype:
@@ -73,7 +79,9 @@ def rule_of(recipe: Recipe, form: dict[str, str], pairing: Pairing, dtype: torch
         case "ptm":
             return Ptm([skill["omega"] for skill in each[1:]], wide)
         case "model_stock":
-            return ModelStock(len(each), columns if shared["filter_wise"] else None, dtype)
+            return ModelStock(
+                len(each), columns if shared["filter_wise"] else None, dtype, 1e-6 if recipe.compat == "mergekit" else 1e-30
+            )
         case "sce":
             return Sce(shared["select_topk"], numel_of(pairing), dtype)
         case "passthrough":
@@ -86,10 +94,13 @@ def task_vectors(recipe: Recipe, form: dict[str, str], pairing: Pairing, dtype: 
     divide = divisor(recipe.method, recipe.compat, recipe.variants, shared)
     combine = Combine(form["elect"] if method.elect else "none", form["on_cancel"], divide, shared["lambda"])
     weights = [one["weight"] for one in pairing.each]
+    rescale = rescaling(recipe, form, pairing)
     if method.sparsify == "magnitude" and form["trim"] == "global":
+        if rescale != "none":
+            raise UserError('rescale needs trim = "tensor": a global trim is not rescaled')
         return GlobalTrim(weights, combine, thresholds)
     thin, unit = sparsifier(recipe, form, pairing, dtype)
-    return TaskVectors(weights, combine, thin, rescaling(recipe, form, pairing), dtype, numel_of(pairing), unit)
+    return TaskVectors(weights, combine, thin, rescale, dtype, numel_of(pairing), unit)
 
 
 def rescaling(recipe: Recipe, form: dict[str, str], pairing: Pairing) -> str:

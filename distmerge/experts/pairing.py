@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from distmerge.errors import UserError
 from distmerge.experts.methods import METHODS, PARAMETERS, REQUIRED, Method, checked, divisor, method, variants
 from distmerge.experts.recipe import Entry, Place, Recipe, Slice, resolve
+from distmerge.files.adapters import Factors
 from distmerge.files.header import FLOATS, Stored
 from distmerge.files.models import Model, in_layer, layer_of
 
@@ -20,11 +21,12 @@ FRONT = re.compile(r"embed|wte|wpe")
 
 
 class Input(NamedTuple):
-    """One model's tensor in a merge."""
+    """One model's tensor in a merge, with the factors of an adapter on it, if there is one."""
 
     model: str
     name: str
     stored: Stored
+    factors: Factors | None = None
 
 
 class Pairing(NamedTuple):
@@ -233,7 +235,7 @@ def half_width(recipe: Recipe, epsilon: float) -> float:
 def take(model: Model, name: str) -> Input:
     if name not in model.tensors:
         raise UserError(f"{model.reference} has no tensor {name}")
-    return Input(model.reference, name, model.tensors[name])
+    return Input(model.reference, name, model.tensors[name], model.factors.get(name))
 
 
 def is_vocabulary(inputs: list[Input], models: dict[str, Model]) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from distmerge.experts.build import build
+from distmerge.experts.diagnose import Similarity, summarise
 from distmerge.experts.methods import METHODS, variants
 from distmerge.experts.pairing import Pairing
 from distmerge.experts.recipe import Recipe
@@ -32,12 +33,15 @@ def run(
     maps = Maps()
     survey = survey_of(recipe, pairings)
     jobs = build(recipe, pairings, maps, survey.thresholds if survey else [])
-    with Stream(jobs, settings, survey) as stream:
+    observer = Similarity() if options.report else None
+    with Stream(jobs, settings, survey, observer) as stream:
         stream.rounding = Rounding(options.stochastic)
 
         def close(report: Report) -> dict[str, bytes]:
-            outputs = dict(report.outputs)
-            return small | {RECORD: as_json(record(recipe, outputs, report.inputs)), "README.md": card(recipe, out.name)}
+            said = {RECORD: as_json(record(recipe, report.outputs, report.inputs)), "README.md": card(recipe, out.name)}
+            if options.report:
+                said["report.json"] = as_json(summarise(report.notes, [item.model for item in pairings[0].members]))
+            return small | said
 
         report = write_model(stream, out, identity, shard_bytes, close)
     size = sum(entry["bytes"] for entry in report.outputs.values())

@@ -23,11 +23,24 @@ def add_parsers(verbs: Any) -> None:
     add_run_flags(merge)
     merge.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest file of the output, such as 500MB or 5GB")
     merge.add_argument("--stochastic", type=int, metavar="SEED", help="round to bfloat16 stochastically")
+    merge.add_argument("--report", action="store_true", help="diagnose the inputs in the same pass: report.json in DIR")
+    diagnose = verbs.add_parser("diagnose", help="how alike models are, and how to merge them", allow_abbrev=False)
+    diagnose.add_argument("models", nargs="+", metavar="MODEL")
+    diagnose.add_argument("--base", required=True, metavar="MODEL", help="what they were trained from")
+    diagnose.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    diagnose.add_argument("--plot", metavar="DIR", help="write cosines.png and layers.png")
+    diagnose.add_argument("--tensorboard", metavar="DIR", help="write the figures for TensorBoard")
+    diagnose.add_argument("--files", nargs="+", metavar="GLOB", help="text on which loss barriers and KL are measured")
+    diagnose.add_argument("--sequence-length", type=int, default=128)
+    diagnose.add_argument("--batches", type=int, default=8, help="batches of 8 sequences")
+    add_run_flags(diagnose)
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     flags = parser.add_argument_group("a recipe in flags")
-    flags.add_argument("--method", help=f"one of {', '.join(METHODS)}")
+    flags.add_argument(
+        "--method", help=f"one of {', '.join(METHODS)}, or auto (what diagnose recommends), or for LoRA cat, svd, extract"
+    )
     flags.add_argument("--base", metavar="MODEL", help="what the others were trained from")
     flags.add_argument("--general", metavar="MODEL", help="ptm: what the skills are added to")
     flags.add_argument("--model", action="append", metavar="MODEL[:WEIGHT]", help="a model, again for each (weight: 1)")
@@ -37,6 +50,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         flags.add_argument(f"--{key.replace('_', '-')}", choices=("true", "false"))
     for key, values in VARIANTS.items():
         flags.add_argument(f"--{key.replace('_', '-')}", choices=values)
+    flags.add_argument("--rank", type=int, help="of the adapter that svd and extract make")
     flags.add_argument("--dtype", help="round the inputs to it first")
     flags.add_argument("--out-dtype", help="of the output")
     flags.add_argument("--tokenizer", metavar="SOURCE", help="base, union or a model")
@@ -53,6 +67,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The verb's exit status."""
+    for name, value in (("--threads", options.threads), ("--chunk", options.chunk)):
+        if value is not None and not 1 <= value <= 1 << 40:
+            raise UserError(f"{name} must be >= 1, got {value}")
+    if options.verb == "diagnose":
+        from distmerge.experts import inspect
+
+        return inspect.run(options)
     if options.verify is not None:
         from distmerge.experts.record import verify
 
@@ -60,9 +81,6 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.out is None:
         raise UserError("distmerge merge needs --out DIR")
-    for name, value in (("--threads", options.threads), ("--chunk", options.chunk)):
-        if value is not None and not 1 <= value <= 1 << 40:
-            raise UserError(f"{name} must be >= 1, got {value}")
     from distmerge.experts.merge import merge
 
     merge(recipe_of(options), Path(options.out), options)
@@ -124,7 +142,7 @@ def table_of(options: argparse.Namespace) -> dict[str, Any]:
     table: dict[str, Any] = {key: getattr(options, key) for key in ("method", "base", "general", "compat", "seed")}
     table |= {key: getattr(options, key) for key in ("dtype", "out_dtype", "tokenizer", *PARAMETER_FLAGS, *VARIANTS)}
     table |= {key: getattr(options, key) == "true" for key in SWITCHES if getattr(options, key) is not None}
-    own = METHODS[options.method].parameters if options.method in METHODS else ()
+    own = METHODS[options.method].parameters if options.method in METHODS else ("weight",)
     factor = "omega" if "omega" in own else "weight"
     table["model"] = []
     for item in options.model:

@@ -18,12 +18,13 @@ class ModelStock(Rule):
 
     Args:
         columns: None for one cosine a tensor; the length of a row for one a row.
+        floor: products of norms count as at least this (mergekit: 1e-6, which damps very small task vectors).
 
     Source: https://arxiv.org/abs/2403.19522. Where the denominator vanishes there is no estimate, and the base stays.
     """
 
-    def __init__(self, members: int, columns: int | None, dtype: torch.dtype):
-        self.members, self.columns, self.dtype = members, columns, dtype
+    def __init__(self, members: int, columns: int | None, dtype: torch.dtype, floor: float):
+        self.members, self.columns, self.dtype, self.floor = members, columns, dtype, floor
         self.unit, self.passes = columns or 1, 0 if columns else 1
         self.pairs = [(i, j) for i in range(members) for j in range(i + 1, members)]
 
@@ -45,7 +46,7 @@ class ModelStock(Rule):
         """``[rows or 1, 1]``: t."""
         norm, dots = norm.to(self.dtype), dots.to(self.dtype)
         cosines = [
-            (dot / (norm[i] * norm[j]).clamp(min=TINY)).clamp(-1, 1) for dot, (i, j) in zip(dots, self.pairs, strict=True)
+            (dot / (norm[i] * norm[j]).clamp(min=self.floor)).clamp(-1, 1) for dot, (i, j) in zip(dots, self.pairs, strict=True)
         ]
         cosine = torch.stack(cosines).mean(0).unsqueeze(-1)
         below = 1 + (self.members - 1) * cosine

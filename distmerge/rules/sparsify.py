@@ -60,6 +60,9 @@ class Trim(NamedTuple):
         """``delta [M, n]`` of block ``index``, with what does not survive set to 0."""
         rows = []
         for member, (row, keep) in enumerate(zip(delta, self.keeps, strict=True)):
+            if keep is NONE:
+                rows.append(torch.zeros_like(row))
+                continue
             low = high = Among(0, 0)
             if self.equal is not None:
                 counts = self.equal[:, member]

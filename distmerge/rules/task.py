@@ -130,7 +130,7 @@ class TaskVectors(Rule):
                 delta = rounded(delta.mul_(state.factor.to(delta.device)), self.dtype)
             elif odds is not None:
                 delta = delta.div_(odds)
-        return base.add_(self.combine(delta, self.weights, self.dtype))
+        return base + self.combine(delta, self.weights, self.dtype)
 
     def odds(self, delta: Tensor) -> Tensor | None:
         """What the survivors are divided by, if they are."""
@@ -166,7 +166,7 @@ class GlobalTrim(Rule):
         base, delta = deltas(block, torch.float32)
         bars = [value_of(bits - 1, torch.float32) for bits in self.thresholds]
         delta = torch.stack([hardshrink(row, bar) if bar >= 0 else row for row, bar in zip(delta, bars, strict=True)])
-        return base.add_(self.combine(delta, self.weights, torch.float32))
+        return base + self.combine(delta, self.weights, torch.float32)
 
 
 class Ptm(Rule):
