@@ -25,6 +25,7 @@ import torch
 from report import Report, parser, spread
 
 from distmerge import config_file
+from distmerge.checkpoints.recovery import Recovery
 from distmerge.data import open_corpus
 from distmerge.engine.torch import StepResult, TorchEngine
 from distmerge.launch import Place
@@ -80,14 +81,19 @@ def table(arm: Arm, run_dir: Path, steps: int) -> dict[str, Any]:
 
 def run(arm: Arm, out: Path, steps: int) -> dict[str, Any]:
     """One run in this process; what became of it."""
-    real, calls = TorchEngine.train_step, 0
+    real, real_roll_back, calls, over = TorchEngine.train_step, Recovery.roll_back, 0, False
+
+    def roll_back(self: Recovery, step: int) -> None:
+        nonlocal over
+        over = True  # the cause is gone with the roll-back: what is compared is what it leaves behind
+        real_roll_back(self, step)
 
     def train_step(self: TorchEngine, batch: torch.Tensor, lr: float) -> StepResult:
         nonlocal calls
-        calls += 1  # the first time through only: after a roll-back the same steps are well
-        if arm.injection == "rate" and AT <= calls < AT + 10:
+        calls += 1
+        if arm.injection == "rate" and AT <= calls < AT + 10 and not over:
             lr *= 10
-        if arm.injection == "batches" and AT <= calls < AT + 3:
+        if arm.injection == "batches" and AT <= calls < AT + 3 and not over:
             batch = torch.randint(3, 259, batch.shape)
         result = real(self, batch, lr)
         if arm.injection == "nan" and calls == AT:
@@ -98,12 +104,12 @@ def run(arm: Arm, out: Path, steps: int) -> dict[str, Any]:
     run_dir = out / arm.name
     shutil.rmtree(run_dir, ignore_errors=True)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
-    TorchEngine.train_step = train_step
+    TorchEngine.train_step, Recovery.roll_back = train_step, roll_back
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             train(config_file.validate(table(arm, run_dir, steps)), Place(0, 1, 0, 1), ["benchmark"])
     finally:
-        TorchEngine.train_step = real
+        TorchEngine.train_step, Recovery.roll_back = real, real_roll_back
     lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     spikes = [line["step"] for line in lines if line["event"] == "spike"]
     backs = [line["to"] for line in lines if "rolled back" in line["event"]]

@@ -137,7 +137,7 @@ class Recovery:
 
     def _be_well(self) -> None:
         self.sick = None
-        self.detector.reset(self.section.cool_down)
+        self.detector.cool_down(self.section.cool_down)
         for merger in self.run.mergers:
             merger.weight = 1.0
 

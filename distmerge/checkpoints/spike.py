@@ -31,11 +31,13 @@ class Detector:
         self.samples: dict[str, deque[float]] = {name: deque(maxlen=window) for name in LEAST_SCALE}
         self.quiet = 0
 
-    def reset(self, quiet: int) -> None:
-        """Forget all samples; for ``quiet`` steps only what is no number is a spike."""
-        for samples in self.samples.values():
-            samples.clear()
-        self.quiet = quiet
+    def cool_down(self, steps: int) -> None:
+        """For some steps only what is no number is a spike.
+
+        The samples stay: they are of well steps, and after a roll-back the run is where it was. Begun anew, a few steps'
+        scatter would be taken for the truth, and a hard batch for a spike.
+        """
+        self.quiet = steps
 
     def check(self, loss: float, grad_norm: float) -> str | None:
         """Why this step is a spike; None for one that is not, which then joins the statistics."""

@@ -49,9 +49,12 @@ def test_quiet_after_a_roll_back_but_not_for_nan() -> None:
     detector = Detector(32, 6.0)
     for sample in clean(100, 1):
         detector.check(*sample)
-    detector.reset(quiet=20)
+    detector.cool_down(20)
     assert detector.check(9.0, 1.0) is None
     assert "nan" in str(detector.check(math.nan, 1.0))
+    for _ in range(20):
+        detector.check(2.5, 0.4)
+    assert "loss" in str(detector.check(9.0, 1.0))  # and then it sees again, by what it knew before
 
 
 def test_state_survives() -> None:
