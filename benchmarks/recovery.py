@@ -121,7 +121,7 @@ def run(arm: Arm, out: Path, steps: int) -> dict[str, Any]:
 def main() -> None:
     options = parser(__doc__, seeds=5).parse_args()
     report = Report("recovery", options)
-    steps, seeds = (180, 1) if options.small else (240, options.seeds)
+    steps, seeds = (180, 1) if options.small else (210, options.seeds)
     arms = [Arm("", 1, "rollback", seed) for seed in range(seeds)]
     arms += [
         Arm(injection, merge_last, optimizer, seed)
