@@ -39,10 +39,10 @@ class Size(NamedTuple):
 FULL = Size(
     steps=2000,
     sweep_steps=1000,
-    rates=(2e-3, 4e-3, 8e-3),
+    rates=(1e-3, 2e-3, 4e-3),
     outer=((1.0, 0.0), (0.7, 0.0), (0.5, 0.5), (0.7, 0.5), (0.9, 0.3), (1.0, 0.5), (0.3, 0.8), (0.7, 0.9)),
 )
-SMALL = Size(steps=200, sweep_steps=100, rates=(4e-3,), outer=((1.0, 0.0), (0.7, 0.5)))
+SMALL = Size(steps=200, sweep_steps=100, rates=(2e-3,), outer=((1.0, 0.0), (0.7, 0.5)))
 
 MODEL = {
     "model_type": "llama",
@@ -82,7 +82,7 @@ class Arm:
             "optimizer": {"lr": self.lr},
             "schedule": {"name": "wsd", "warmup": self.steps // 20, "decay": self.steps // 4},
             "merge": list(self.merge),
-            "evaluate": {"every": max(EVERY, self.steps // 10), "batches": EVAL_SEQUENCES // batch_size},
+            "evaluate": {"every": max(EVERY, min(200, self.steps // 5)), "batches": EVAL_SEQUENCES // batch_size},
             "checkpoint": {"every": max(EVERY, self.steps // 4), "keep": 1},
             "log": {"every": 50},
         }

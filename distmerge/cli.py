@@ -7,9 +7,11 @@ import errno
 import json
 import os
 import sys
+from typing import NoReturn
 
 from distmerge.errors import UserError
 from distmerge.experts import verbs as experts
+from distmerge.launch import LAUNCHED
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -25,6 +27,8 @@ def main() -> None:
             raise
         fail(f"cannot write {error.filename or 'to the disk'}: {error.strerror}")
     except KeyboardInterrupt:
+        if LAUNCHED in os.environ:
+            sys.exit(130)
         print("\ninterrupted; start the same command again to resume from the newest checkpoint", file=sys.stderr)
         sys.exit(130)
 
@@ -34,17 +38,24 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all other errors are said."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help says more")
+
+
 def run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="distmerge", description="Training in which merging is an event: across workers, checkpoints and experts."
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    train = verbs.add_parser("train", help="train a run, or resume it", add_help=False)
+    train = verbs.add_parser("train", help="train a run, or resume it", add_help=False, allow_abbrev=False)
     train.add_argument("config", nargs="?", metavar="CONFIG.toml")
     train.add_argument("--ranks", type=int, help="ranks to launch on this machine (default: mesh.workers)")
     train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     train.add_argument("-h", "--help", action="store_true")
-    evaluate = verbs.add_parser("eval", help="the loss of a model directory on text")
+    evaluate = verbs.add_parser("eval", help="the loss of a model directory on text", allow_abbrev=False)
     evaluate.add_argument("model", metavar="MODEL_DIR")
     evaluate.add_argument("--files", nargs="+", metavar="GLOB", help="text files (default: the held-out standard library)")
     evaluate.add_argument("--sequence-length", type=int, default=128)
@@ -76,13 +87,14 @@ def train_verb(options: argparse.Namespace, overrides: list[str], arguments: lis
 
         train(config, here, ["distmerge", *arguments])
         return 0
-    return start(config, options.ranks or config.mesh.workers, arguments)
+    return start(config, config.mesh.workers if options.ranks is None else options.ranks, arguments)
 
 
 def start(config, ranks: int, arguments: list[str]) -> int:
     """Refuse what can be known to fail, then launch the ranks."""
     from distmerge.launch import launch
     from distmerge.rundir import Lock, RunDirectory
+    from distmerge.sources import check_sources
 
     if ranks < 1 or ranks % config.mesh.workers:
         raise UserError(f"--ranks must be a multiple of config.mesh.workers = {config.mesh.workers}, got {ranks}")
@@ -98,6 +110,7 @@ def start(config, ranks: int, arguments: list[str]) -> int:
         print(f"{directory.path} has finished its {summary['steps']} steps")
         print(table(directory, summary))
         return 0
+    check_sources(config)
     return launch(ranks, arguments)
 
 

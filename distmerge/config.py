@@ -15,7 +15,7 @@ from distmerge.presets import PRESETS
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Mesh(Section):
@@ -90,12 +90,15 @@ class Train(Section):
     """CPU threads of each rank; by default the machine's cores / local ranks."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """muon: torch.optim.Muon for the hidden matrices, AdamW for embeddings, head and vectors."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate of the inner optimizer."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's averaging coefficients."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay, of tensors with two or more dimensions."""

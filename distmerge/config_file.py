@@ -95,7 +95,7 @@ def put(table: dict[str, Any], key: str, values: list[str]) -> None:
     for name in parents:
         place = descend(place, name, key)
     if not isinstance(place, dict):
-        raise UserError(f"--{key} names a whole entry, not a key of it")
+        raise UserError(f"--{key} does not lead to a key of the configuration")
     place[last] = coerce(parents, last, key, values)
 
 
@@ -126,6 +126,8 @@ def coerce(parents: list[str], last: str, key: str, values: list[str]) -> Any:
     if not values:
         if field is not None and field.annotation is bool:
             return True
+        if field is None and section is not None:
+            return None  # the schema says that there is no such key
         raise UserError(f"--{key} needs a value")
     if len(values) > 1:
         raise UserError(f"--{key} takes one value, got {' '.join(values)}")
@@ -162,8 +164,9 @@ def explain(error: ErrorDetails) -> str:
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         return f"{key} is not a known key; " + (f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tags = context.get("expected_tags") or ", ".join(f"'{name}'" for name in MERGE_KINDS)
-        return f"{key}.kind must be one of {tags}, got {context.get('tag', 'none')!r}"
+        tags = ", ".join(f"'{name}'" for name in MERGE_KINDS)
+        said = f"got {context['tag']!r}" if "tag" in context else "and is not given"
+        return f"{key}.kind must be one of {tags}, {said}"
     if kind not in ALLOWED:
         return f"{key}: {error['msg']}, got {value!r}"
     shown = value if kind.endswith(("than", "equal")) else repr(value)
@@ -186,6 +189,7 @@ ALLOWED = {
     "int_from_float": "an integer",
     "float_type": "a number",
     "float_parsing": "a number",
+    "finite_number": "finite",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "string_type": "a string",

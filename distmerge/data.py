@@ -7,9 +7,6 @@ Indexed data: the position is a function of (seed, step, mesh), so there is noth
 from __future__ import annotations
 
 import functools
-import glob
-import sysconfig
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -22,26 +19,16 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 from distmerge.config import Data
 from distmerge.errors import UserError
 from distmerge.model import first_line, load_tokenizer
+from distmerge.sources import data_files
 
 datasets.disable_progress_bars()
-datasets.logging.set_verbosity_error()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told as ours
 
 PIECE_CHARACTERS = 1 << 16
 """A longer document is cut at line ends into pieces of about this size: one file is corpus enough."""
 
 CACHE_VERSION = 1
 """Part of the cache's key: raise it when cut() or pack() give other results."""
-
-LOADERS = {
-    ".txt": "text",
-    ".py": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".c": "text",
-    ".h": "text",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-}
 
 
 class Corpus(NamedTuple):
@@ -79,6 +66,9 @@ def read_pieces(section: Data) -> datasets.Dataset:
     documents = load_documents(section)
     if column not in documents.column_names:
         raise UserError(f'config.data.column must be one of {", ".join(documents.column_names)}, got "{column}"')
+    kind = getattr(documents.features[column], "dtype", "a table")
+    if kind not in ("string", "large_string"):
+        raise UserError(f'config.data.column must hold text, got {kind} in "{column}"')
     return documents.map(
         functools.partial(cut, column=column, version=CACHE_VERSION),
         batched=True,
@@ -96,47 +86,26 @@ def load_documents(section: Data, streaming: bool = False) -> Any:
         loader, files = data_files(section)
         options: Any = {"sample_by": "document", "encoding_errors": "replace"} if loader == "text" else {}
         return load_dataset(loader, data_files=files, split="train", streaming=streaming, **options)
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"config.data: cannot read {section.dataset or section.files or 'the corpus'}: {first_line(error)}"
-        ) from None
+    except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
+        raise unreadable(section, error) from None
 
 
-def data_files(section: Data) -> tuple[str, list[str]]:
-    """The name of ``datasets``' loader and the sorted files."""
-    if section.source == "stdlib":
-        return "text", stdlib_files()
-    files: list[str] = []
-    for pattern in section.files:
-        matches = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
-        if not matches:
-            raise UserError(f'config.data.files: "{pattern}" matches no file')
-        files += [path for path in matches if path not in files]
-    loaders = {LOADERS.get(Path(path).suffix) for path in files}
-    if None in loaders or len(loaders) > 1:
-        kinds = sorted({Path(path).suffix or "no suffix" for path in files})
-        texts = ", ".join(suffix for suffix, loader in LOADERS.items() if loader == "text")
-        raise UserError(f"config.data.files must be all text ({texts}), all .jsonl or all .parquet, got {', '.join(kinds)}")
-    return loaders.pop() or "", files
+def unreadable(section: Data, error: Exception) -> UserError:
+    """What to say when ``datasets`` fails on the corpus."""
+    if isinstance(error, UserError):
+        return error
+    names = section.dataset or ", ".join(section.files) or "the standard library"
+    reason = "it has no rows" if isinstance(error, StopIteration) else first_line(error.__cause__ or error)
+    return UserError(f"config.data: cannot read {names}: {reason}")
 
 
-def stdlib_files() -> list[str]:
-    """The standard library's own source text, without its tests: real text on every machine that runs Python."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = [str(path) for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]
-    if not files:
-        raise UserError(f'config.data.source must be "files" or "hub" where Python has no library sources, as in {root}')
-    return sorted(files)
-
-
-def cut(batch: dict[str, list[str]], column: str, version: int) -> dict[str, list]:
+def cut(batch: dict[str, list[str | None]], column: str, version: int) -> dict[str, list]:
     """Documents as pieces of at most about PIECE_CHARACTERS, cut at line ends; ``ends`` marks a document's last."""
     texts: list[str] = []
     ends: list[bool] = []
     for document in batch[column]:
+        if document is None:
+            raise no_text(column)
         lines, size = [], 0
         for line in document.splitlines(keepends=True):
             if size + len(line) > PIECE_CHARACTERS and lines:
@@ -148,6 +117,10 @@ def cut(batch: dict[str, list[str]], column: str, version: int) -> dict[str, lis
         texts.append("".join(lines))
         ends.append(True)
     return {"text": texts, "ends": ends}
+
+
+def no_text(column: str) -> UserError:
+    return UserError(f'config.data.column must hold text in every row, got none in a row of "{column}"')
 
 
 def packed(pieces: datasets.Dataset, section: Data) -> datasets.Dataset:

@@ -50,7 +50,7 @@ class Meter:
     def read(self) -> dict[str, Any]:
         """What a line says, and a new line begun."""
         self._tick()
-        line = dict(self.seen)
+        line = self.seen | {"seconds": self.seconds}
         if self.line_steps:
             line["train/loss"] = self.loss_sum.item() / self.line_steps
             line["tokens_per_second"] = self.line_steps * self.tokens_per_step / self.line_seconds

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from distmerge.config import Model
 from distmerge.errors import UserError
+from distmerge.sources import check_directory
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -22,6 +24,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """``bytes`` (a token per byte, no files needed), or the tokenizer in a directory or of a hub id."""
     if name == "bytes":
         return ByT5Tokenizer()
+    check_directory("config.data.tokenizer", name)
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -39,13 +42,22 @@ def build_model(section: Model, tokenizer: PreTrainedTokenizerBase, seed: int) -
     model_config = build_config(dict(section.config), tokenizer)
     try:
         return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ZeroDivisionError, RuntimeError, KeyError, StrictDataclassError) as error:
         raise UserError(f"config.model.config does not describe a causal language model: {first_line(error)}") from None
 
 
+def check_fits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> None:
+    """Refuse token ids or positions that the model has no embedding for."""
+    rows: int = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    if rows < len(tokenizer):
+        raise UserError(f"config.data.tokenizer must have at most {rows} tokens, as the model has, got {len(tokenizer)}")
+    if positions is not None and sequence_length > positions:
+        raise UserError(f"config.data.sequence_length must be <= {positions}, the model's positions, got {sequence_length}")
+
+
 def load_model(path: str) -> nn.Module:
-    if "/" in path and path.startswith((".", "/")) and not Path(path).is_dir():
-        raise UserError(f"the model directory {path} does not exist")
+    check_directory("config.model.path", path)
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
@@ -72,17 +84,23 @@ def build_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> An
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         return AutoConfig.for_model(model_type, **({key: ids[key] for key in ids if key in known} | keys))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
         raise UserError(f"config.model.config is not valid for {model_type}: {first_line(error)}") from None
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write an HF model directory. The parameters may be views of one vector, so copies of them are written."""
-    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    """Write an HF model directory. The parameters may be views of one vector, so copies are written, of tied weights one."""
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+    state = {
+        name: copies.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().cpu().clone())
+        for name, tensor in model.state_dict().items()
+    }
     model.save_pretrained(directory, state_dict=state)  # pyright: ignore[reportCallIssue]
     tokenizer.save_pretrained(directory)
 
 
 def first_line(error: BaseException) -> str:
-    """An error's first line, for messages that must be one."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """An error's first line that says something, for messages that must be one."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
+    text = lines[0].strip() if lines else type(error).__name__
+    return f"unknown key {text}" if isinstance(error, KeyError) else text

@@ -13,9 +13,8 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from distmerge.config import Data
-from distmerge.data import load_documents, tokenize
+from distmerge.data import load_documents, no_text, tokenize, unreadable
 from distmerge.errors import UserError
-from distmerge.mesh import Mesh
 from distmerge.model import load_tokenizer
 
 
@@ -26,15 +25,16 @@ class StreamBatches:
         self.documents, self.section, self.shape = documents, section, (micro_steps, batch_size)
         self.tokenizer = load_tokenizer(section.tokenizer)
         self.left = np.empty(0, dtype=np.int32)
-        self.rows = self._rows()
+        self.texts = self._texts()
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _texts(self) -> Iterator[str]:
         while True:
             found = False
-            for row in self.documents:
-                if not held_out(row[self.section.column], self.section.eval_fraction):
+            for text in texts_of(self.documents, self.section):
+                if not held_out(text, self.section.eval_fraction):
                     found = True
-                    yield row
+                    yield text
+            self.documents.load_state_dict({})  # or each epoch after a resume would begin where the resume did
             if not found:
                 raise UserError("config.data: this rank's share of the stream holds no training document")
 
@@ -44,7 +44,7 @@ class StreamBatches:
         wanted = self.shape[0] * self.shape[1] * length
         parts, count = [self.left], len(self.left)
         while count < wanted:
-            parts.append(tokenize(self.tokenizer, [next(self.rows)[self.section.column]], [True]))
+            parts.append(tokenize(self.tokenizer, [next(self.texts)], [True]))
             count += len(parts[-1])
         tokens = np.concatenate(parts)
         self.left = tokens[wanted:]
@@ -56,11 +56,11 @@ class StreamBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.documents.load_state_dict(state["documents"])
         self.left = state["left"].numpy()
-        self.rows = self._rows()
+        self.texts = self._texts()
 
 
 def stream_corpus(
-    section: Data, mesh: Mesh, micro_steps: int, batch_size: int, eval_sequences: int
+    section: Data, rank: int, world: int, micro_steps: int, batch_size: int, eval_sequences: int
 ) -> tuple[StreamBatches, datasets.Dataset]:
     """This rank's stream, and the first held-out sequences: documents are held out by a hash of their text."""
     documents = load_documents(section, streaming=True)
@@ -70,9 +70,9 @@ def stream_corpus(
     tokenizer, length = load_tokenizer(section.tokenizer), section.sequence_length
     texts: list[str] = []
     count = 0
-    for row in documents:
-        if held_out(row[section.column], section.eval_fraction):
-            texts.append(row[section.column])
+    for text in texts_of(documents, section):
+        if held_out(text, section.eval_fraction):
+            texts.append(text)
             count += len(tokenize(tokenizer, texts[-1:], [True]))
             if count >= eval_sequences * length:
                 break
@@ -81,8 +81,23 @@ def stream_corpus(
     tokens = tokenize(tokenizer, texts, [True] * len(texts))
     rows = tokens[: len(tokens) // length * length].reshape(-1, length)
     sequences = datasets.Dataset.from_dict({"input_ids": rows}).with_format("numpy")
-    own = split_dataset_by_node(documents, rank=mesh.rank, world_size=mesh.world)
+    own = split_dataset_by_node(documents, rank=rank, world_size=world)
     return StreamBatches(own, section, micro_steps, batch_size), sequences
+
+
+def texts_of(documents: datasets.IterableDataset, section: Data) -> Iterator[str]:
+    """The documents' texts, in order.
+
+    Raises:
+        UserError: for a file that cannot be read to its end, and for a row without text.
+    """
+    try:
+        for row in documents:
+            if not isinstance(row[section.column], str):
+                raise no_text(section.column)
+            yield row[section.column]
+    except (OSError, ValueError) as error:
+        raise unreadable(section, error) from None
 
 
 def held_out(text: str, fraction: float) -> bool:

@@ -25,7 +25,7 @@ from distmerge.flat import FlatParameters, fingerprint
 from distmerge.launch import Place
 from distmerge.mesh import Mesh
 from distmerge.metrics import Meter, MetricsLog, table
-from distmerge.model import build_model, load_tokenizer, save_model
+from distmerge.model import build_model, check_fits, load_tokenizer, save_model
 from distmerge.rundir import Lock, RunDirectory, write_atomically
 from distmerge.schedule import lr_factor
 from distmerge.stream import StreamBatches, stream_corpus
@@ -74,6 +74,7 @@ class Run:
         with mesh.together():
             self.tokenizer = load_tokenizer(config.data.tokenizer)
             model = build_model(config.model, self.tokenizer, config.seed)
+            check_fits(model, self.tokenizer, config.data.sequence_length)
         with mesh.together():
             self.batches, self.held_out = mesh.lead_first("data", self._open_data)
         self.engine = TorchEngine(model, config, mesh)
@@ -89,11 +90,10 @@ class Run:
 
     def _open_data(self) -> tuple[IndexedBatches | StreamBatches, datasets.Dataset]:
         section, rows = self.config.data, self.config.train
-        if section.streaming:
-            batches = self.config.evaluate.batches * rows.batch_size
-            return stream_corpus(section, self.mesh, rows.gradient_accumulation, rows.batch_size, batches)
-        corpus = open_corpus(section)
         place = (self.mesh.rank, self.mesh.world, rows.gradient_accumulation, rows.batch_size)
+        if section.streaming:
+            return stream_corpus(section, *place, eval_sequences=self.config.evaluate.batches * rows.batch_size)
+        corpus = open_corpus(section)
         return IndexedBatches(corpus.train, self.config.seed, *place), corpus.held_out
 
     @property
@@ -167,7 +167,7 @@ class Run:
         return sum(merger.bytes_sent for merger in self.mergers)
 
     def evaluate(self) -> float:
-        """The loss of what the workers share: the anchor, where a merger keeps one; else each worker's own part."""
+        """The loss of what the workers share: the anchor, once a merger has moved it; else each worker's own part."""
         with self.meter.paused(), self._anchor_in_place():
             section = self.config.evaluate
             place = (self.mesh.rank, self.mesh.world)
@@ -178,7 +178,7 @@ class Run:
 
     @contextlib.contextmanager
     def _anchor_in_place(self) -> Iterator[None]:
-        anchor = next((merger.anchor for merger in self.mergers if merger.anchor is not None), None)
+        anchor = next((merger.anchor for merger in self.mergers if merger.anchor is not None and merger.round), None)
         if anchor is None:
             yield
             return

@@ -127,16 +127,14 @@ class DiLoCo:
         """Apply what is in flight and merge every round that was begun: all workers end with the same bits."""
         report = self._land() if self.flying else None
         differ = self.settings.mix > 0 or self.settings.overlap > 0
-        for number, (steps, _) in enumerate(self.sent):
-            if differ or steps < self.steps:
-                report = self.merge(number)
-        if report is not None:
-            self.peers.merge_buffers(self.flat.model, self.policies, full=True)
+        begun = [number for number, (steps, _) in enumerate(self.sent) if differ or steps < self.steps]
+        for number in begun:
+            report = self.merge(number, full=number == begun[-1])
         return report
 
     @torch.no_grad()
-    def merge(self, number: int = 0, mix: float = 0.0) -> MergeReport:
-        """Merge a fragment now, one bucket after the other."""
+    def merge(self, number: int = 0, mix: float = 0.0, full: bool = False) -> MergeReport:
+        """Merge a fragment now, one bucket after the other; ``full`` where it ends a merge of everything."""
         began, waited = time.perf_counter(), 0.0
         self.flat.pull()
         steps, weight = self._begin_round(number)
@@ -148,7 +146,7 @@ class DiLoCo:
                 flight = self._send(bucket, self._shared_message(bucket), weight, spread)
                 self._receive(bucket, flight, weight, mix, spread)
                 waited += flight.waited
-        return self._report(number, steps, weight, spread, began, waited)
+        return self._report(number, steps, weight, spread, began, waited, full)
 
     @torch.no_grad()
     def _send_off(self, number: int) -> None:
@@ -235,10 +233,12 @@ class DiLoCo:
         self.sent[number] = (self.steps, self.tokens)
         return steps, self.weight * (token_weight(tokens, steps) if self.settings.rule == "tokens" else 1.0)
 
-    def _report(self, number: int, steps: int, weight: float, spread: Spread, began: float, waited: float) -> MergeReport:
+    def _report(
+        self, number: int, steps: int, weight: float, spread: Spread, began: float, waited: float, full: bool = False
+    ) -> MergeReport:
         self.flat.push()
-        if number == len(self.fragments) - 1:
-            self.peers.merge_buffers(self.flat.model, self.policies, full=False)
+        if full or number == len(self.fragments) - 1:
+            self.peers.merge_buffers(self.flat.model, self.policies, full)
         divergence, correlation = spread.finish(self.peers, self.flat, weight, anchored=self.anchor is not None)
         self.round += 1
         ledger = self.peers.ledger

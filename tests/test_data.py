@@ -1,0 +1,265 @@
+"""The data: what is held out, how it is packed, who sees what, and streams that resume."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from distmerge.config import Data
+from distmerge.data import PIECE_CHARACTERS, IndexedBatches, cut, open_corpus, packed_text
+from distmerge.errors import UserError
+from distmerge.sources import data_files, stdlib_files
+from distmerge.stream import StreamBatches, held_out, stream_corpus
+
+LENGTH = 16
+DOCUMENTS = [f"<{index}>" + "abcdefghij"[index % 10] * (20 + index % 7) for index in range(80)]
+
+
+def rows_of(data: datasets.Dataset) -> list[list[int]]:
+    return [list(map(int, row)) for row in data[:]["input_ids"]] if len(data) else []
+
+
+def text_of(rows: list[list[int]]) -> str:
+    """Bytes + 3, with a line end for each end of text."""
+    return "".join("\n" if token == 1 else chr(token - 3) for row in rows for token in row)
+
+
+def section(path: Path | str, **keys: Any) -> Data:
+    return Data(source="files", files=[str(path)], sequence_length=LENGTH, **keys)
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": document, "other": 1}) for document in DOCUMENTS))
+    return path
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "txt"])
+def test_formats_give_the_same_tokens(tmp_path: Path, suffix: str) -> None:
+    if suffix == "jsonl":
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": document}) for document in DOCUMENTS))
+    elif suffix == "parquet":
+        datasets.Dataset.from_dict({"text": DOCUMENTS}).to_parquet(tmp_path / "a.parquet")
+    else:
+        for index, document in enumerate(DOCUMENTS):
+            (tmp_path / f"{index:03}.txt").write_text(document)
+    whole = "\n".join(DOCUMENTS) + "\n"
+    text = text_of(rows_of(packed_text(section(tmp_path / f"*.{suffix}"))))
+    assert text == whole[: len(whole) // LENGTH * LENGTH]
+
+
+def test_another_column(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": d, "text": "no"}) for d in DOCUMENTS))
+    assert text_of(rows_of(packed_text(section(tmp_path / "a.jsonl", column="body")))).startswith(DOCUMENTS[0])
+
+
+def test_globs_are_sorted_and_named_once(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "deep/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    patterns = [f"{tmp_path}/*.txt", f"{tmp_path}/**/*.txt"]
+    loader, files = data_files(Data(source="files", files=patterns))
+    assert loader == "text"
+    assert [Path(file).relative_to(tmp_path).as_posix() for file in files] == ["a.txt", "b.txt", "deep/c.txt"]
+
+
+def test_the_standard_library_is_corpus_enough() -> None:
+    files = stdlib_files()
+    assert len(files) > 300
+    assert not [file for file in files if "/test/" in file or "site-packages" in file]
+
+
+def test_bytes_are_tokens(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("é–\N{GRINNING FACE}" * 10)
+    rows = rows_of(packed_text(section(tmp_path / "a.txt")))
+    data = bytes(token - 3 for row in rows for token in row)
+    assert ("é–\N{GRINNING FACE}" * 10).encode().startswith(data)
+
+
+def test_a_tokenizer_of_words(tmp_path: Path, jsonl: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: index for index, word in enumerate(["[unk]", "</s>", "one", "two"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[unk]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="[unk]").save_pretrained(tmp_path / "t")
+    (tmp_path / "a.txt").write_text("one two two " * 8)
+    rows = rows_of(packed_text(section(tmp_path / "a.txt", tokenizer=str(tmp_path / "t"))))
+    assert rows == [[2, 3, 3] * 5 + [2]]
+
+
+# ---- cutting and holding out
+
+
+def test_long_documents_are_cut_at_line_ends() -> None:
+    line = "x" * 999 + "\n"
+    document = line * 200 + "y" * (2 * PIECE_CHARACTERS) + "\n" + line
+    pieces = cut({"text": [document, "short", ""]}, "text", 1)
+    assert "".join(pieces["text"]) == document + "short"
+    assert pieces["ends"] == [False] * (len(pieces["ends"]) - 3) + [True, True, True]
+    for piece in pieces["text"][:-3]:
+        assert piece.endswith("\n")
+        assert len(piece) <= PIECE_CHARACTERS or "\n" not in piece[:-1], "only a longer line makes a longer piece"
+
+
+def test_held_out_by_document(jsonl: Path) -> None:
+    """A document is in one part, whole; the parts are the whole."""
+    parts = [text_of(rows_of(part)) for part in open_corpus(section(jsonl, eval_fraction=0.25))]
+    numbers = [
+        {piece.split("<")[1].split(">")[0] for piece in part.split("\n") if "<" in piece and ">" in piece} for part in parts
+    ]
+    assert not numbers[0] & numbers[1]
+    assert len(numbers[1]) in (19, 20), "a quarter of 80; the last may be cut off by the last whole sequence"
+    assert len(numbers[0]) in (59, 60)
+
+
+def test_one_file_is_corpus_enough(tmp_path: Path) -> None:
+    lines = [f"line {index} of the text\n" for index in range(3 * PIECE_CHARACTERS // 20)]
+    (tmp_path / "a.txt").write_text("".join(lines))
+    corpus = open_corpus(section(tmp_path / "a.txt", eval_fraction=0.01))
+    assert len(corpus.held_out) > 0, "at least one piece"
+    held, train = (set(text_of(rows_of(part)).split("\n")) for part in (corpus.held_out, corpus.train))
+    shared = held & train
+    assert all(not line.startswith("line") or not line.endswith("of the text") for line in shared)
+
+
+def test_the_seed_of_a_run_does_not_move_the_held_out_text(jsonl: Path) -> None:
+    first, second = (rows_of(open_corpus(section(jsonl)).held_out) for _ in range(2))
+    assert first == second
+
+
+# ---- dealing to ranks
+
+
+def numbered(count: int) -> datasets.Dataset:
+    data = datasets.Dataset.from_dict({"input_ids": [[index, index] for index in range(count)]})
+    return data.with_format("numpy")
+
+
+def seen(count: int, seed: int, world: int, micro_steps: int, batch_size: int, steps: int) -> list[list[int]]:
+    """The sequences that each rank sees, in order."""
+    ranks = [IndexedBatches(numbered(count), seed, rank, world, micro_steps, batch_size) for rank in range(world)]
+    return [[int(n) for step in range(steps) for n in batches.batch(step)[..., 0].flatten()] for batches in ranks]
+
+
+@pytest.mark.parametrize(
+    ("count", "world", "micro_steps", "batch_size"), [(50, 2, 1, 3), (64, 4, 2, 2), (13, 3, 1, 4), (7, 1, 1, 2)]
+)
+def test_no_two_ranks_see_the_same_sequence_in_an_epoch(count: int, world: int, micro_steps: int, batch_size: int) -> None:
+    together = world * micro_steps * batch_size
+    per_epoch = count // together
+    ranks = seen(count, 3, world, micro_steps, batch_size, 3 * per_epoch)
+    own = per_epoch * micro_steps * batch_size
+    epochs = [[n for rank in ranks for n in rank[epoch * own : (epoch + 1) * own]] for epoch in range(3)]
+    for epoch in epochs:
+        assert len(epoch) == len(set(epoch)) == per_epoch * together
+    assert epochs[0] != epochs[1]
+    if per_epoch * together < count:
+        assert set().union(*map(set, epochs)) > set(epochs[0]), "what one epoch leaves over, another takes"
+
+
+def test_the_position_is_a_function_of_seed_step_and_mesh() -> None:
+    data = numbered(40)
+    forward = IndexedBatches(data, 5, 1, 2, 2, 3)
+    batches = [forward.batch(step) for step in range(20)]
+    fresh = IndexedBatches(data, 5, 1, 2, 2, 3)
+    for step in (19, 3, 7, 0, 12):
+        assert torch.equal(fresh.batch(step), batches[step])
+    assert fresh.state_dict() == {}
+    assert batches[0].shape == (2, 3, 2)
+    assert batches[0].dtype == torch.int64
+    other = IndexedBatches(data, 6, 1, 2, 2, 3)
+    assert any(not torch.equal(other.batch(step), batches[step]) for step in range(3))
+
+
+def test_gradient_accumulation_is_the_same_data_in_other_pieces() -> None:
+    assert seen(64, 0, 2, 4, 2, 5) == seen(64, 0, 2, 2, 4, 5) == seen(64, 0, 2, 1, 8, 5)
+
+
+def test_a_corpus_shorter_than_a_batch() -> None:
+    with pytest.raises(UserError, match=r"at least one batch, 12 sequences \(2 ranks x 2 micro steps x 3\), got 11"):
+        IndexedBatches(numbered(11), 0, 0, 2, 2, 3)
+
+
+def test_corpora_that_are_too_small(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one piece")
+    with pytest.raises(UserError, match="at least 2 pieces of text, one of them held out, got 1"):
+        open_corpus(section(tmp_path / "a.txt"))
+    (tmp_path / "b.txt").write_text("x")
+    with pytest.raises(UserError, match=r"must hold out at least one sequence of 16 tokens, got 0\.02 of 2 pieces"):
+        open_corpus(section(tmp_path / "?.txt"))
+
+
+# ---- streams
+
+
+def stream(path: Path, rank: int = 0, world: int = 1, batch_size: int = 1) -> StreamBatches:
+    return stream_corpus(section(path, streaming=True, eval_fraction=0.1), rank, world, 1, batch_size, 4)[0]
+
+
+def tokens(batches: StreamBatches, steps: range) -> list[int]:
+    return [int(token) for step in steps for token in batches.batch(step).flatten()]
+
+
+def documents_in(numbers: list[int]) -> Iterator[str]:
+    yield from text_of([numbers]).split("\n")
+
+
+def test_two_ranks_streams_are_disjoint(jsonl: Path) -> None:
+    parts = [set(itertools.islice(documents_in(tokens(stream(jsonl, rank, 2), range(40))), 20)) for rank in (0, 1)]
+    assert len(parts[0]) == len(parts[1]) == 20
+    assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] <= {document for document in DOCUMENTS if not held_out(document, 0.1)}
+
+
+def test_what_a_stream_holds_out_is_never_trained_on(jsonl: Path) -> None:
+    batches, sequences = stream_corpus(section(jsonl, streaming=True, eval_fraction=0.1), 0, 1, 1, 1, 4)
+    held = [document for document in DOCUMENTS if held_out(document, 0.1)]
+    assert "\n".join(held).startswith(text_of(rows_of(sequences))[:LENGTH])
+    trained = text_of([tokens(batches, range(300))])
+    assert not [document for document in held if document in trained]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stop", [1, 7, 60, 150, 299])
+def test_a_stream_resumes_exactly(jsonl: Path, tmp_path: Path, stop: int, world: int) -> None:
+    """Also after some epochs, and the state goes through a checkpoint's file."""
+    uninterrupted = tokens(stream(jsonl, world - 1, world), range(300))
+    before = stream(jsonl, world - 1, world)
+    tokens(before, range(stop))
+    torch.save(before.state_dict(), tmp_path / "state.pt")
+    resumed = stream(jsonl, world - 1, world)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert tokens(resumed, range(stop, 300)) == uninterrupted[stop * LENGTH :]
+
+
+def test_after_its_last_document_a_stream_begins_again(jsonl: Path) -> None:
+    text = text_of([tokens(stream(jsonl), range(400))])
+    epoch = "".join(document + "\n" for document in DOCUMENTS if not held_out(document, 0.1))
+    assert len(text) > 2 * len(epoch)
+    assert (epoch * 4).startswith(text)
+
+
+def test_a_stream_without_training_text(tmp_path: Path) -> None:
+    held = next(document for document in map(str, range(1000)) if held_out(document, 0.1))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": held}) for _ in range(90)))
+    with pytest.raises(UserError, match="holds no training document"):
+        stream(tmp_path / "a.jsonl").batch(0)
+
+
+def test_held_out_shares() -> None:
+    share = np.mean([held_out(f"document {index}", 0.2) for index in range(5000)])
+    assert 0.17 < share < 0.23

@@ -1,0 +1,89 @@
+"""Evaluation: the mean loss per token, however it is dealt."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import ByT5Tokenizer
+
+from distmerge import cli
+from distmerge.config import Model
+from distmerge.evaluate import Evaluation, evaluate
+from distmerge.model import build_model, save_model
+from tests.ranks import Ranks
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def model() -> Any:
+    return build_model(Model(config={"model_type": "llama", "attention_dropout": 0.5, **SMALL}), ByT5Tokenizer(), 0)
+
+
+def sequences(count: int) -> datasets.Dataset:
+    rows = torch.randint(3, 250, (count, 12), generator=torch.Generator().manual_seed(1))
+    return datasets.Dataset.from_dict({"input_ids": rows.tolist()}).with_format("numpy")
+
+
+def reference(count: int) -> float:
+    rows = torch.tensor(sequences(count)[:]["input_ids"])
+    logits = model().eval()(rows).logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits.double(), rows[:, 1:].flatten()).item()
+
+
+@pytest.mark.parametrize(("batches", "used"), [(1, 4), (3, 11), (100, 11)])
+def test_the_mean_over_tokens(batches: int, used: int) -> None:
+    result = evaluate(model(), sequences(11), 4, batches)
+    assert result.tokens == used * 11
+    rows = torch.tensor(sequences(11)[:used]["input_ids"])
+    logits = model().eval()(rows).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten()).item()
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_model_and_the_generators_are_left_as_they_were() -> None:
+    subject = model().train()
+    state = torch.get_rng_state()
+    evaluate(subject, sequences(8), 4, 2)
+    assert subject.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in subject.parameters())
+
+
+def dealt() -> Evaluation:
+    return evaluate(model(), sequences(11), 2, 100, dist.get_rank(), dist.get_world_size())
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_dealt_to_ranks_it_is_the_same(ranks: Ranks, world: int) -> None:
+    for result in ranks.run(world, dealt):
+        assert result.tokens == 121
+        assert result.loss == pytest.approx(reference(11), rel=1e-5)
+
+
+def test_the_verb_prints_one_object(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    save_model(model(), ByT5Tokenizer(), tmp_path / "model")
+    (tmp_path / "a.txt").write_text("some words to judge " * 50)
+    arguments = ["eval", str(tmp_path / "model"), "--files", str(tmp_path / "a.txt"), "--sequence-length", "20"]
+    assert cli.run(arguments) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tokens"] == 50 * 19
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2))
+    assert cli.run([*arguments, "--batches", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 16 * 19
+
+
+def test_the_verbs_mistakes(tmp_path: Path) -> None:
+    save_model(model(), ByT5Tokenizer(), tmp_path / "model")
+    (tmp_path / "a.txt").write_text("few")
+    with pytest.raises(cli.UserError, match="--files must hold at least one sequence of 20 tokens"):
+        cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "a.txt"), "--sequence-length", "20"])
+    with pytest.raises(cli.UserError, match="matches no file"):
+        cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "no*.txt")])

@@ -1,0 +1,140 @@
+"""Models: built the same everywhere, saved so that transformers loads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+
+from distmerge.config import Model
+from distmerge.errors import UserError
+from distmerge.flat import FlatParameters
+from distmerge.model import build_model, check_fits, first_line, load_model, load_tokenizer, save_model
+
+SMALL = {
+    "llama": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
+    "qwen3": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    },
+}
+
+
+def build(model_type: str, seed: int = 0, **keys: Any) -> Any:
+    section = Model(config={"model_type": model_type, **SMALL[model_type], **keys})
+    return build_model(section, ByT5Tokenizer(), seed)
+
+
+def test_the_seed_gives_the_weights() -> None:
+    first, again, other = (dict(build("llama", seed).named_parameters()) for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_vocabulary_is_the_tokenizers() -> None:
+    model = build("llama")
+    assert model.config.vocab_size == len(ByT5Tokenizer())
+    assert model.config.eos_token_id == ByT5Tokenizer().eos_token_id
+    assert build("llama", vocab_size=1000).config.vocab_size == 1000
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", SMALL)
+def test_a_flat_model_is_saved_so_that_it_loads(tmp_path: Path, model_type: str, tied: bool) -> None:
+    model = build(model_type, tie_word_embeddings=tied)
+    flat = FlatParameters(model)
+    flat.vector.add_(0.25)
+    save_model(model, ByT5Tokenizer(), tmp_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    head, table = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
+    assert (head is table) == tied
+    assert sum(p.numel() for p in loaded.parameters()) == flat.vector.numel()
+    theirs = dict(loaded.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(theirs[name], parameter)
+    names = load_file(tmp_path / "model.safetensors")
+    assert sum(tensor.numel() for tensor in names.values()) == flat.vector.numel(), "tied weights are stored once"
+    batch = torch.arange(20).view(2, 10)
+    assert torch.equal(loaded(batch).logits, model.eval()(batch).logits)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(ByT5Tokenizer())
+
+
+def test_training_goes_on_from_a_directory(tmp_path: Path) -> None:
+    model = build("llama")
+    save_model(model, ByT5Tokenizer(), tmp_path)
+    loaded = build_model(Model(path=str(tmp_path)), load_tokenizer(str(tmp_path)), seed=9)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "lama"}, 'config.model.config.model_type must be one that transformers knows, got "lama"'),
+        ({"model_type": "llama", "n_layer": 2}, "config.model.config.n_layer is not a known key of llama"),
+        (
+            {"model_type": "llama", "num_hidden_layer": 2},
+            'num_hidden_layer is not a known key of llama; did you mean "num_hidden_layers"?',
+        ),
+        ({"model_type": "llama", "vocab_size": 3}, "config.model.config.vocab_size must be >= 384, the tokenizer's, got 3"),
+        (
+            {"model_type": "llama", "hidden_size": 7},
+            "is not valid for llama: ValueError: The hidden size (7) is not a multiple",
+        ),
+        (
+            {"model_type": "t5"},
+            "config.model.config does not describe a causal language model: Unrecognized configuration class",
+        ),
+    ],
+)
+def test_mistakes(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_model(Model(config=config), ByT5Tokenizer(), 0)
+    assert message in str(caught.value)
+
+
+def test_directories_that_hold_no_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cannot load a causal language model from .*model_type"):
+        load_model(str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"config.model.path must be a directory or a hub id, got /no/where, which does not exist"
+    ):
+        load_model("/no/where")
+    with pytest.raises(UserError, match=r'config.data.tokenizer must be "bytes", a directory or a hub id, got '):
+        load_tokenizer(str(tmp_path))
+
+
+def test_weights_are_read_from_safetensors_only(tmp_path: Path) -> None:
+    model = build("llama")
+    save_model(model, ByT5Tokenizer(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot load a causal language model"):
+        load_model(str(tmp_path))
+
+
+def test_what_does_not_fit() -> None:
+    tokenizer = ByT5Tokenizer()
+    model = build("gpt2")
+    check_fits(model, tokenizer, 32)
+    with pytest.raises(UserError, match=r"config.data.sequence_length must be <= 32, the model's positions, got 33"):
+        check_fits(model, tokenizer, 33)
+    model.resize_token_embeddings(20)
+    with pytest.raises(UserError, match=r"config.data.tokenizer must have at most 20 tokens, as the model has, got 384"):
+        check_fits(model, tokenizer, 32)
+
+
+def test_first_lines() -> None:
+    assert first_line(ValueError("\n  a reason\nand more")) == "a reason"
+    assert first_line(ValueError("Validation failed:\n  a reason")) == "a reason"
+    assert first_line(ValueError()) == "ValueError"
+    assert first_line(KeyError("gelo")) == "unknown key 'gelo'"
