@@ -15,7 +15,6 @@ import threading
 import time
 from dataclasses import dataclass
 
-
 LAUNCHED = "DISTMERGE_LAUNCHED"
 """Set in the environment of ranks whose launcher is ours: it speaks for them when they are interrupted."""
 
