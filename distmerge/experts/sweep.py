@@ -22,7 +22,8 @@ from distmerge.errors import UserError
 from distmerge.evaluate import evaluate
 from distmerge.experts import native
 from distmerge.experts.build import build
-from distmerge.experts.merge import merge, open_all, with_omegas
+from distmerge.experts.members import open_all
+from distmerge.experts.merge import merge, with_omegas
 from distmerge.experts.methods import PARAMETERS
 from distmerge.experts.pairing import check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice, is_number
