@@ -9,6 +9,7 @@ import os
 import sys
 from typing import NoReturn
 
+from distmerge.checkpoints import verbs as checkpoints
 from distmerge.errors import UserError
 from distmerge.experts import verbs as experts
 from distmerge.launch import LAUNCHED
@@ -61,6 +62,7 @@ def run(arguments: list[str]) -> int:
     evaluate.add_argument("--sequence-length", type=int, default=128)
     evaluate.add_argument("--batches", type=int, default=32, help="batches of 8 sequences")
     experts.add_parsers(verbs)
+    checkpoints.add_parsers(verbs)
     options, overrides = parser.parse_known_args(arguments)
     if options.verb == "train":
         return train_verb(options, overrides, arguments)
@@ -68,7 +70,9 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"unknown argument {overrides[0]}; distmerge {options.verb} --help lists them")
     if options.verb in ("merge", "diagnose", "sweep"):
         return experts.run(options)
-    return eval_verb(options)
+    if options.verb == "eval":
+        return eval_verb(options)
+    return checkpoints.run(options, lambda config, command: start(config, config.mesh.workers, command))
 
 
 def train_verb(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from distmerge.config_checkpoints import Checkpoint, Preview, Recovery, Window
 from distmerge.errors import UserError
 from distmerge.presets import PRESETS
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+from distmerge.section import Section, given
 
 
 class Mesh(Section):
@@ -47,7 +45,7 @@ class Data(Section):
     source: Literal["stdlib", "files", "hub"] = "stdlib"
     """stdlib: the source text of Python's standard library on this machine; files: the files below; hub: a data set of
     the Hugging Face hub or its cache."""
-    files: list[str] = []
+    files: list[str] = Field(default=[])
     """Globs of .txt, .jsonl or .parquet files (source files). One text file is cut into pieces at line ends."""
     dataset: str | None = None
     """The data set's name (source hub)."""
@@ -106,7 +104,9 @@ class Optimizer(Section):
 
 class Schedule(Section):
     name: Literal["constant", "cosine", "linear", "wsd"] = "constant"
-    """The learning rate after the warmup. wsd: constant, then a linear decay over the last steps."""
+    """The learning rate after the warmup. wsd: constant, then a decay over the last steps."""
+    curve: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    """The shape of wsd's final decay."""
     warmup: int = Field(default=0, ge=0)
     """Steps of linear warmup."""
     decay: int = Field(default=0, ge=0)
@@ -235,13 +235,6 @@ class Evaluate(Section):
     """Batches of held-out text per evaluation, over all ranks."""
 
 
-class Checkpoint(Section):
-    every: int = Field(default=100, ge=1)
-    """Steps between checkpoints; there is one at the end anyway."""
-    keep: int = Field(default=3, ge=1)
-    """Newest checkpoints to keep."""
-
-
 class Log(Section):
     every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
@@ -267,6 +260,9 @@ class TrainConfig(Section):
     engine: Engine = Engine()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
+    window: Window | None = None
+    preview: Preview | None = None
+    recovery: Recovery = Recovery()
     log: Log = Log()
 
     @model_validator(mode="after")
@@ -282,10 +278,17 @@ class TrainConfig(Section):
             raise UserError(
                 f"schedule.warmup + decay must be <= steps = {self.steps}, got {self.schedule.warmup} + {self.schedule.decay}"
             )
+        if self.window is not None and self.schedule.name not in ("constant", "wsd"):
+            raise UserError(
+                'schedule.name must be "constant" or "wsd" with a [window], whose blocks have one learning rate each, '
+                f'got "{self.schedule.name}"'
+            )
+        if self.preview is not None and self.window is None:
+            raise UserError("window must be given with a [preview], which merges its blocks, got none")
+        if self.recovery.enabled and self.window is None and self.recovery.merge_last > self.checkpoint.keep:
+            raise UserError(
+                f"recovery.merge_last must be <= checkpoint.keep = {self.checkpoint.keep}, got {self.recovery.merge_last}"
+            )
         if self.schedule.name == "wsd" and self.schedule.decay == 0:
             raise UserError('schedule.decay must be >= 1 for schedule.name "wsd", got 0')
         return self
-
-
-def given(*values: object) -> str:
-    return "both" if all(value is not None for value in values) else "none"

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from distmerge.config import Merge, Section, TrainConfig
@@ -16,7 +17,7 @@ from distmerge.errors import UserError
 
 S = TypeVar("S", bound=Section)
 
-MAY_CHANGE = ("run_dir", "steps", "train.threads", "log", "evaluate", "checkpoint")
+MAY_CHANGE = ("run_dir", "steps", "train.threads", "log", "evaluate", "checkpoint", "preview", "recovery")
 """Keys, or whole sections, that may differ when a run is resumed. run_dir: a run may be moved."""
 
 MERGE_KINDS: dict[str, type[Section]] = {
@@ -54,7 +55,7 @@ def checked(section: type[S], **values: Any) -> S:
 
 def dump(config: TrainConfig) -> str:
     """The resolved configuration as TOML; keys that are unset are left out."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, by_alias=True))
 
 
 def differing_keys(stored: TrainConfig, config: TrainConfig) -> list[str]:
@@ -122,7 +123,7 @@ def coerce(parents: list[str], last: str, key: str, values: list[str]) -> Any:
         except tomllib.TOMLDecodeError:
             return value
     section = section_at(parents)
-    field = section.model_fields.get(last) if section else None
+    field = fields_of(section).get(last) if section else None
     if field is not None and get_origin(field.annotation) in (list, tuple):
         return values
     if not values:
@@ -145,10 +146,15 @@ def section_at(location: list[str] | tuple[str | int, ...]) -> type[Section] | N
         elif section is None and name in MERGE_KINDS:
             section = MERGE_KINDS[str(name)]
         elif section is not None:
-            field = section.model_fields.get(str(name))
-            inner = field.annotation if field else None
-            section = inner if isinstance(inner, type) and issubclass(inner, Section) else None
+            field = fields_of(section).get(str(name))
+            inner = [field.annotation, *get_args(field.annotation)] if field else []
+            section = next((each for each in inner if isinstance(each, type) and issubclass(each, Section)), None)
     return section
+
+
+def fields_of(section: type[Section]) -> dict[str, FieldInfo]:
+    """A section's fields by the names that a file gives them: async is no name in Python."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def explain(error: ErrorDetails) -> str:
@@ -162,7 +168,7 @@ def explain(error: ErrorDetails) -> str:
         return f"{key} must be given"
     if kind == "extra_forbidden":
         section = section_at(location[:-1])
-        known = sorted(section.model_fields) if section else []
+        known = sorted(fields_of(section)) if section else []
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         return f"{key} is not a known key; " + (f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}")
     if kind in ("union_tag_invalid", "union_tag_not_found"):

@@ -10,6 +10,7 @@ fragment, a sparse subset, a snapshot or a running mean is then one operation on
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Iterator
@@ -76,6 +77,18 @@ class FlatParameters:
         """Bring the model up to date with the vector."""
         if not self._views:
             self._copy(into_model=True)
+
+    @contextlib.contextmanager
+    def borrowed(self) -> Iterator[Tensor]:
+        """A stretch in which the vector may hold other values; push() brings them to the model. Afterwards every bit of the
+        parameters is as it was."""
+        self.pull()
+        own = self.vector.clone()
+        try:
+            yield self.vector
+        finally:
+            self.vector.copy_(own)
+            self.push()
 
     def sum_over_shards(self, scalars: Tensor) -> None:
         """Complete sums over this rank's part of theta to sums over all of it, in place. Here the part is the whole."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ class Mesh:
         shard, shards: this rank's part of its worker, of how many.
         peers: process group of the ranks that hold the same shard, one of each worker: merges run here.
         inside: process group of this worker's ranks.
+        files: process group of all ranks, on the CPU, for what a thread writes while training goes on.
         device: where this rank computes.
         crowding: what the ranks share, in words, where there are more of them than devices.
     """
@@ -52,6 +54,7 @@ class Mesh:
         ranks = [list(range(worker * self.shards, (worker + 1) * self.shards)) for worker in range(self.workers)]
         self.inside = self._group(ranks, timeout)
         self.peers = self._group([list(column) for column in zip(*ranks, strict=True)], timeout)
+        self.files: Any = dist.new_group(backend="gloo", timeout=timeout)
 
     def _group(self, rank_lists: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
         group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timeout)
@@ -64,10 +67,10 @@ class Mesh:
         return self.rank == 0
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, group: Any = None) -> Iterator[None]:
         """A stretch in which a user's error on any rank ends the job on all of them, told once.
 
-        Nothing in the stretch may wait for a rank that could have failed in it.
+        Nothing in the stretch may wait for a rank that could have failed in it. ``group`` holds all ranks, too.
         """
         error: UserError | None = None
         try:
@@ -75,7 +78,7 @@ class Mesh:
         except UserError as caught:
             error = caught
         failed: list[bool] = [False] * self.world
-        dist.all_gather_object(failed, error is not None)
+        dist.all_gather_object(failed, error is not None, group=group)
         if error is not None and failed.index(True) == self.rank:
             raise error
         if any(failed):
@@ -119,6 +122,24 @@ class Mesh:
             return missing
         except RuntimeError:
             return [0]  # rank 0's node held the store
+
+    def name_dead_peers(self, error: RuntimeError) -> BaseException:
+        """What to raise for an error of the training: with the ranks' names, if peers died in a collective."""
+        text = str(error)
+        if not isinstance(error, dist.DistError) and not any(word in text.lower() for word in ("gloo", "nccl", "connection")):
+            return error
+        missing = self.missing_ranks()
+        if not missing:
+            return error
+        names = ", ".join(f"{rank} (worker {rank // self.shards})" for rank in missing)
+        print(f"error: rank {names} died or stopped answering; start the same command again to resume", file=sys.stderr)
+        return SystemExit(1)
+
+    def check_same(self, what: str, digest: torch.Tensor) -> None:
+        """All ranks of all workers hold the same bits."""
+        theirs = [torch.empty_like(digest.reshape(1)) for _ in range(self.world)]
+        dist.all_gather(theirs, digest.reshape(1))
+        assert all(torch.equal(other, theirs[0]) for other in theirs), f"the ranks differ in {what}"
 
     def close(self) -> None:
         dist.destroy_process_group()

@@ -100,6 +100,9 @@ class MetricsLog:
         self.board = SummaryWriter(str(run.tensorboard))
         for line in run.metrics.read_text().splitlines():
             self._draw(json.loads(line))
+        self.events = open(run.events, "a")  # noqa: SIM115
+        for line in run.events.read_text().splitlines():
+            self._note(json.loads(line))
         self.steps = steps
         self.bar = progress_bar(steps) if sys.stderr.isatty() else None
 
@@ -113,6 +116,19 @@ class MetricsLog:
         self.file.flush()
         self._draw(line)
         self.say("  ".join(shown(line, self.steps)), line["step"])
+
+    def event(self, step: int, kind: str, facts: dict[str, Any]) -> None:
+        """A decision, as a line of events.jsonl, which is only ever added to, and as a text in TensorBoard."""
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, "event": kind} | facts
+        self.events.write(json.dumps(line) + "\n")
+        self.events.flush()
+        self._note(line)
+        self.board.flush()
+        if kind != "block":
+            self.say(f"step {step}: {kind}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
+
+    def _note(self, line: dict[str, Any]) -> None:
+        self.board.add_text(f"events/{line['event']}", json.dumps(line), line["step"])
 
     def say(self, text: str, step: int | None = None) -> None:
         """A line for people, and the bar moved."""
@@ -128,6 +144,7 @@ class MetricsLog:
         if self.bar is not None:
             self.bar.stop()
         self.board.close()
+        self.events.close()
         self.file.close()
 
     def _draw(self, line: dict[str, Any]) -> None:

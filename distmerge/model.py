@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,22 @@ def build_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> An
         raise UserError(f"config.model.config is not valid for {model_type}: {first_line(error)}") from None
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write an HF model directory. The parameters may be views of one vector, so copies are written, of tied weights one."""
-    copies: dict[tuple[int, torch.Size], Tensor] = {}
-    state = {
-        name: copies.setdefault((tensor.data_ptr(), tensor.shape), tensor.detach().cpu().clone())
-        for name, tensor in model.state_dict().items()
-    }
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: str | None = None) -> None:
+    """Write an HF model directory. The parameters may be views of one vector, so copies of them are written.
+
+    Args:
+        dtype: of the floating-point tensors in the files, such as "bfloat16"; by default the model's.
+    """
+    target = getattr(torch, dtype) if dtype else None
+    copies: dict[int, Tensor] = {}  # by address: tied weights stay tied, and are written once
+    for tensor in model.state_dict().values():
+        copy = tensor.detach().cpu().clone()
+        copies[tensor.data_ptr()] = copy.to(target) if target and copy.is_floating_point() else copy
+    state = {name: copies[tensor.data_ptr()].view(tensor.shape) for name, tensor in model.state_dict().items()}
     model.save_pretrained(directory, state_dict=state)  # pyright: ignore[reportCallIssue]
+    if dtype is not None:  # say what the files hold, so that a reader does not widen them
+        written = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(written | {"dtype": dtype}, indent=2) + "\n")
     tokenizer.save_pretrained(directory)
 
 

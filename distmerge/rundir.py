@@ -12,22 +12,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distmerge import config_file
 from distmerge.config import TrainConfig
 from distmerge.errors import UserError
 
+if TYPE_CHECKING:
+    from distmerge.mesh import Mesh
+
 
 class RunDirectory:
-    """``RUN_DIR``: config.toml, environment.json, metrics.jsonl, tensorboard/, checkpoints/, final/, summary.json."""
+    """``RUN_DIR``: config.toml, environment.json, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/, window/, final/,
+    summary.json."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config = self.path / "config.toml"
         self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.window = self.path / "window"
         self.final = self.path / "final"
         self.summary = self.path / "summary.json"
 
@@ -115,6 +121,18 @@ class Lock:
                 return False
             raise
         return True
+
+
+def take_lock(directory: RunDirectory, config: TrainConfig, mesh: Mesh, command: list[str]) -> Lock:
+    """The run directory, for all ranks of this job and no other."""
+    with mesh.together():
+        directory.check(config)
+        lock = Lock(directory)
+        if mesh.leads:
+            lock.take_job()
+            directory.begin(config, command)
+    lock.join(mesh.rank)
+    return lock
 
 
 def write_atomically(path: Path, text: str) -> None:

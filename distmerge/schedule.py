@@ -21,5 +21,17 @@ def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
         case "cosine":
             return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
         case "wsd":
-            decayed = max(0.0, (step - (steps - schedule.decay)) / schedule.decay)
-            return floor + (1 - floor) * (1 - decayed)
+            progress = max(0.0, (step - (steps - schedule.decay)) / schedule.decay)
+            return floor + (1 - floor) * decayed(schedule.curve, progress)
+
+
+def decayed(curve: str, x: float) -> float:
+    """A decay curve from 1 at x = 0 to 0 at x = 1."""
+    match curve:
+        case "linear":
+            return 1 - x
+        case "1-sqrt":
+            return 1 - math.sqrt(x)
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * x))
+    raise AssertionError(f"no decay curve {curve}")

@@ -6,16 +6,19 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from distmerge import config as sections
-from distmerge.checkpoints.store import Store, guarded, reader
+from distmerge.checkpoints.durable import guarded, reader
+from distmerge.checkpoints.preview import Preview
+from distmerge.checkpoints.recovery import Recovery
+from distmerge.checkpoints.store import Store
+from distmerge.checkpoints.window import Window
 from distmerge.config import TrainConfig
 from distmerge.data import IndexedBatches, open_corpus
 from distmerge.engine.torch import TorchEngine
@@ -26,7 +29,7 @@ from distmerge.launch import Place
 from distmerge.mesh import Mesh
 from distmerge.metrics import Meter, MetricsLog, table
 from distmerge.model import build_model, check_fits, load_tokenizer, save_model
-from distmerge.rundir import Lock, RunDirectory, write_atomically
+from distmerge.rundir import RunDirectory, take_lock, write_atomically
 from distmerge.schedule import lr_factor
 from distmerge.stream import StreamBatches, stream_corpus
 from distmerge.workers.diloco import DiLoCo
@@ -45,24 +48,31 @@ def train(config: TrainConfig, place: Place, command: list[str]) -> None:
         run.close()
         lock.release()
     except RuntimeError as error:
-        raise name_dead_peers(mesh, error) from error
+        raise mesh.name_dead_peers(error) from error
     mesh.close()
 
 
 def loop(run: Run) -> None:
-    config, meter = run.config, run.meter
+    config, meter, recovery = run.config, run.meter, run.recovery
     if run.step == 0:
         run.write_line(run.evaluate())
     while run.step < config.steps:
-        lr = config.optimizer.lr * lr_factor(config.schedule, run.step, config.steps)
-        result = run.engine.train_step(run.batches.batch(run.step), lr)
-        merges = [report for merger in run.mergers if (report := merger.step())]
+        lr = config.optimizer.lr * lr_factor(config.schedule, run.step, config.steps) * recovery.lr_factor(run.step)
+        result = run.engine.train_step(run.next_batch(), lr)
+        if recovery.needed(run.step + 1, result):  # before a merge or a block can take in sick values
+            recovery.roll_back(run.step + 1)
+            continue
+        merges = [report for merger in run.mergers if (report := merger.step())]  # across workers
         run.step += 1
+        recovery.cure(run.step, merges)
+        if run.window is not None:
+            run.window.observe(run.step, lr, result.loss)  # across checkpoints
         meter.observe(result, lr, merges)
         evaluating = run.due(config.evaluate.every) and run.step < config.steps
-        if evaluating or run.due(config.log.every):
-            run.write_line(run.evaluate() if evaluating else None)
-        if run.due(config.checkpoint.every):
+        previewing = config.preview is not None and run.due(config.preview.every)
+        if evaluating or previewing or run.due(config.log.every):
+            run.write_line(run.evaluate() if evaluating else None, run.preview_loss() if previewing else None)
+        if run.due(config.checkpoint.every) and not recovery.blocks_commit(run.step):
             run.commit()
 
 
@@ -80,13 +90,27 @@ class Run:
         self.engine = TorchEngine(model, config, mesh)
         with mesh.together():
             self.mergers: list[DiLoCo | SPARTA] = build_mergers(config, self.engine.parameters, mesh)
-        check_same_start(self.engine.parameters)
+        mesh.check_same("the parameters that they start from", fingerprint(self.engine.parameters.whole))
         torch.manual_seed(config.seed * 1_000_003 + mesh.rank)  # dropout draws apart on each rank
-        self.store = Store(directory.checkpoints, mesh, config.checkpoint.keep)
+        self.store = Store(directory.checkpoints, mesh, config.checkpoint.keep, config.checkpoint.asynchronous)
         self.meter = Meter(mesh.device, self.tokens_per_step)
         self.log: MetricsLog | None = None
-        self.step = 0
+        self.path, self.step = directory.path, 0
         self.committed = 0  # the step of the newest checkpoint
+        with mesh.together():
+            self.window = self._open_window()
+            self.preview = self._open_preview()
+        self.recovery = Recovery(config.recovery, self)
+
+    def _open_window(self) -> Window | None:
+        section, root, flat = self.config.window, self.directory.window, self.engine.parameters
+        if section is None:
+            return None
+        return Window(section, root, flat, self.mergers, self.mesh, self.tokens_per_step, self.tokenizer, self.tell)
+
+    def _open_preview(self) -> Preview | None:
+        section = self.config.preview
+        return Preview(section, self.window, self.engine.parameters, self._loss) if section and self.window else None
 
     def _open_data(self) -> tuple[IndexedBatches | StreamBatches, datasets.Dataset]:
         section, rows = self.config.data, self.config.train
@@ -104,15 +128,29 @@ class Run:
     def due(self, every: int) -> bool:
         return self.step % every == 0
 
+    def next_batch(self) -> Tensor:
+        """The next batch; those that a recovery leaves out are passed by."""
+        *left_out, index = self.recovery.batches_of(self.step)
+        for skipped in left_out if self.config.data.streaming else []:
+            self.batches.batch(skipped)
+        return self.batches.batch(index)
+
+    def tell(self, step: int, event: str, facts: dict[str, Any]) -> None:
+        """A line of events.jsonl, from the rank that writes it."""
+        if self.log is not None:
+            self.log.event(step, event, facts)
+
     def resume(self) -> None:
         """Go on from the newest valid checkpoint, if there is one."""
         self.store.open()
+        self.recovery.finish_tainting()
         path, rejections = self.store.newest_valid()
         if path is not None:
-            read = reader(path)
-            self.engine.load_state_files(read)
-            self._load(read(f"rank-{self.mesh.rank:05}.pt"))
-            self.committed = self.step
+            state = self.load_checkpoint(path)
+            self.recovery.load_state_dict(state["recovery"])
+            self.meter.load_state_dict(state["meter"])
+        if self.window is not None:
+            self.window.open(self.step)
         if self.mesh.leads:
             self.log = MetricsLog(self.directory, self.meter.log_bytes, self.config.steps)
             if self.mesh.crowding is not None:
@@ -121,6 +159,7 @@ class Run:
                 self.log.say(f"rejected checkpoint {rejection.path}: {rejection.reason}")
             if path is not None:
                 self.log.say(f"resuming from {path}")
+        self.recovery.resume(self.step)
 
     def commit(self) -> None:
         """Publish everything that later steps depend on."""
@@ -137,22 +176,31 @@ class Run:
             "mergers": [merger.state_dict() for merger in self.mergers],
             "batches": self.batches.state_dict(),
             "generators": [torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None],
+            "window": self.window and self.window.state_dict(),
+            "recovery": self.recovery.state_dict(),
             "meter": self.meter.state_dict(),
         }
 
-    def _load(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+    def load_checkpoint(self, path: Path) -> dict[str, Any]:
+        """The state of a checkpoint, but for the recovery and the meter, which remember what was later."""
+        read = reader(path)
+        self.engine.load_state_files(read)
+        state = read(f"rank-{self.mesh.rank:05}.pt")
+        self.step = self.committed = state["step"]
+        if self.window is not None:
+            self.window.load_state_dict(state["window"])
         for merger, merger_state in zip(self.mergers, state["mergers"], strict=True):
             merger.load_state_dict(merger_state)
         self.batches.load_state_dict(state["batches"])
         torch.set_rng_state(state["generators"][0])
         if state["generators"][1] is not None:
             torch.cuda.set_rng_state(state["generators"][1])
-        self.meter.load_state_dict(state["meter"])
+        return state
 
-    def write_line(self, eval_loss: float | None = None) -> None:
+    def write_line(self, eval_loss: float | None = None, preview_loss: float | None = None) -> None:
         """One line of metrics: what the meter saw since the line before."""
-        line = {"step": self.step, "tokens": self.step * self.tokens_per_step, "eval/loss": eval_loss}
+        line = {"step": self.step, "tokens": self.step * self.tokens_per_step}
+        line |= {"eval/loss": eval_loss, "preview/loss": preview_loss}
         sent = {
             "merge/bytes_sent": self.bytes_sent,
             "merge/bytes_per_token": self.bytes_sent * self.mesh.world / line["tokens"] if self.step else None,
@@ -168,33 +216,34 @@ class Run:
 
     def evaluate(self) -> float:
         """The loss of what the workers share: the anchor, once a merger has moved it; else each worker's own part."""
-        with self.meter.paused(), self._anchor_in_place():
-            section = self.config.evaluate
-            place = (self.mesh.rank, self.mesh.world)
-            loss = evaluate(self.engine.model, self.held_out, self.config.train.batch_size, section.batches, *place).loss
+        flat = self.engine.parameters
+        anchor = next((merger.anchor for merger in self.mergers if merger.anchor is not None and merger.round), None)
+        with self.meter.paused(), contextlib.nullcontext() if anchor is None else flat.borrowed():
+            if anchor is not None:
+                flat.vector.copy_(anchor)
+                flat.push()
+            loss = self._loss()
         if self.meter.first_eval is None:
             self.meter.first_eval = loss
         return loss
 
-    @contextlib.contextmanager
-    def _anchor_in_place(self) -> Iterator[None]:
-        anchor = next((merger.anchor for merger in self.mergers if merger.anchor is not None and merger.round), None)
-        if anchor is None:
-            yield
-            return
-        flat = self.engine.parameters
-        flat.pull()
-        own = flat.vector.clone()
-        flat.vector.copy_(anchor)
-        flat.push()
-        yield
-        flat.vector.copy_(own)
-        flat.push()
+    def preview_loss(self) -> float | None:
+        """What annealing would reach, as far as the merged window tells."""
+        assert self.preview is not None
+        with self.meter.paused():
+            return self.preview.loss()
+
+    def _loss(self) -> float:
+        """The loss of the model as it stands; a collective."""
+        section = self.config.evaluate
+        place = (self.mesh.rank, self.mesh.world)
+        return evaluate(self.engine.model, self.held_out, self.config.train.batch_size, section.batches, *place).loss
 
     def close(self) -> None:
         """Keep the last state, merge what is left to merge, publish the model, and say what came out."""
         if self.committed != self.step:
             self.commit()
+        self.store.wait()
         for merger in self.mergers:
             merger.finish()
         loss = self.evaluate()
@@ -243,36 +292,3 @@ def build_mergers(config: TrainConfig, flat: FlatParameters, mesh: Mesh) -> list
         except UserError as error:
             raise UserError(f"config.merge[{index}]: {error}") from None
     return mergers
-
-
-def check_same_start(flat: FlatParameters) -> None:
-    """All ranks of all workers start from the same bits."""
-    digest = fingerprint(flat.whole).reshape(1)
-    theirs: list[Tensor] = [torch.empty_like(digest) for _ in range(dist.get_world_size())]
-    dist.all_gather(theirs, digest)
-    assert all(torch.equal(other, digest) for other in theirs), "the ranks start from different parameters"
-
-
-def take_lock(directory: RunDirectory, config: TrainConfig, mesh: Mesh, command: list[str]) -> Lock:
-    """The run directory, for all ranks of this job and no other."""
-    with mesh.together():
-        directory.check(config)
-        lock = Lock(directory)
-        if mesh.leads:
-            lock.take_job()
-            directory.begin(config, command)
-    lock.join(mesh.rank)
-    return lock
-
-
-def name_dead_peers(mesh: Mesh, error: RuntimeError) -> BaseException:
-    """What to raise for an error of the training: with the ranks' names, if peers died in a collective."""
-    text = str(error)
-    if not isinstance(error, dist.DistError) and not any(word in text.lower() for word in ("gloo", "nccl", "connection")):
-        return error
-    missing = mesh.missing_ranks()
-    if not missing:
-        return error
-    names = ", ".join(f"{rank} (worker {rank // mesh.shards})" for rank in missing)
-    print(f"error: rank {names} died or stopped answering; start the same command again to resume", file=sys.stderr)
-    return SystemExit(1)

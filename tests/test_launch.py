@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from distmerge.checkpoints.store import published_checkpoints, verify
+from distmerge.checkpoints.durable import verify
+from distmerge.checkpoints.store import published_checkpoints
 from tests import jobs
 from tests.ranks import free_port
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distmerge import cli, config_file
-from distmerge.checkpoints.store import published_checkpoints, read_manifest, verify
+from distmerge.checkpoints.durable import read_manifest, verify
+from distmerge.checkpoints.store import published_checkpoints
 from tests import jobs
 from tests.ranks import Outcome, Ranks, command
 

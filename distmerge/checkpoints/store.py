@@ -1,29 +1,36 @@
 """The store: checkpoints that can be trusted.
 
 Commit: a temporary directory -> every rank writes its files -> fsync -> hashes are gathered -> rank 0 writes the manifest
--> fsync -> rename -> fsync of the parent -> only then retention. Whatever dies when, a published directory is whole. It
-never changes afterwards, and it is loaded only if every byte still hashes to what the manifest says.
+-> fsync -> rename -> fsync of the parent -> only then retention, and only when the newest one reads back as it was meant.
+Whatever dies when, a published directory is whole. It never changes afterwards, and it is loaded only if every byte still
+hashes to what the manifest says.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import os
-import shutil
-from collections.abc import Callable
+import queue
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from distmerge.checkpoints.durable import (
+    clear_leftovers,
+    guarded,
+    publish,
+    published_directories,
+    read_manifest,
+    remove,
+    set_aside,
+    verify,
+    write_file,
+)
+from distmerge.checkpoints.staging import Staging
 from distmerge.errors import UserError
 from distmerge.mesh import Mesh
-
-MANIFEST = "manifest.json"
 
 
 class Rejection(NamedTuple):
@@ -34,41 +41,76 @@ class Rejection(NamedTuple):
 class Store:
     """The checkpoints of one run, one directory a step, written and read by all ranks together.
 
-    Every public method is a collective. A file's name gives its format: .safetensors (a dict of tensors), .pt (torch, read
-    with weights_only) or .json.
+    Every public method is a collective.
+
+    Args:
+        keep: newest checkpoints to keep.
+        asynchronous: copy the state and write it in a thread, which has a process group of its own: the protocol is the
+            same, and training goes on after the copy.
     """
 
-    def __init__(self, root: Path, mesh: Mesh, keep: int):
+    def __init__(self, root: Path, mesh: Mesh, keep: int, asynchronous: bool = False):
         self.root, self.mesh, self.keep = root, mesh, keep
+        self.staging = Staging(mesh.device) if asynchronous else None
+        self.todo: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+        self.written = threading.Event()
+        self.written.set()
+        if asynchronous:  # one thread for all commits: to start one takes milliseconds
+            threading.Thread(target=self._commit_behind, daemon=True).start()
+        self.failure: BaseException | None = None
 
     def open(self) -> None:
         """Make the directory, and clear away what an interrupted commit left."""
         with self.mesh.together():
             if self.mesh.leads:
-                guarded(self.root, lambda: self.root.mkdir(parents=True, exist_ok=True))
-                for leftover in self.root.glob(".*"):
-                    shutil.rmtree(leftover)
+                guarded(self.root, lambda: clear_leftovers(self.root))
 
     def commit(self, step: int, files: dict[str, Any]) -> Path:
-        """Publish ``files`` of all ranks as the checkpoint of ``step``.
+        """Publish ``files`` of all ranks as the checkpoint of ``step``; asynchronously, begin to. Where it is, or will be.
 
         Raises:
-            UserError: when the disk is full or not writable; everything published before is as it was.
+            UserError: when the disk is full or not writable; everything published before is as it was. A commit in the
+                background raises at the next call of commit or wait.
         """
+        self.wait()
+        if self.staging is None:
+            self._commit(step, files)
+        else:
+            self.written.clear()
+            self.todo.put((step, self.staging.copy(files)))
+        return self.root / f"step-{step:08}"
+
+    def wait(self) -> None:
+        """Until a commit in the background is published."""
+        self.written.wait()
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
+            raise failure
+
+    def _commit_behind(self) -> None:
+        while True:
+            step, files = self.todo.get()
+            try:
+                self._commit(step, files)
+            except BaseException as error:  # raised where the training is, at its next call
+                self.failure = error
+            self.written.set()
+
+    def _commit(self, step: int, files: dict[str, Any]) -> None:
+        group = self.mesh.files
         name = f"step-{step:08}"
         temporary, published = self.root / f".{name}", self.root / name
-        with self.mesh.together():
+        with self.mesh.together(group):
             if self.mesh.leads:
-                guarded(temporary, temporary.mkdir)
+                guarded(temporary, lambda: os.mkdir(temporary))
         entries: dict[str, dict[str, Any]] = {}
-        with self.mesh.together():
+        with self.mesh.together(group):
             for file, content in files.items():
-                entries[file] = guarded(
-                    temporary / file, lambda path=temporary / file, content=content: write_file(path, content)
-                )
+                path = temporary / file
+                entries[file] = guarded(path, lambda path=path, content=content: write_file(path, content))
         gathered: list[dict[str, dict[str, Any]]] = [{}] * self.mesh.world
-        dist.all_gather_object(gathered, entries)
-        with self.mesh.together():
+        dist.all_gather_object(gathered, entries, group=group)
+        with self.mesh.together(group):
             if self.mesh.leads:
                 manifest = {
                     "step": step,
@@ -77,8 +119,21 @@ class Store:
                     "files": {file: entry for part in gathered for file, entry in sorted(part.items())},
                 }
                 guarded(published, lambda: publish(temporary, published, manifest))
-                self._retain()
-        return published
+        self._retain(published)
+
+    def _retain(self, newest: Path) -> None:
+        """Delete all but the newest ``keep``, unless the newest does not verify: then they are all that there is."""
+        doomed: list[list[Path]] = [published_checkpoints(self.root)[: -self.keep] if self.mesh.leads else []]
+        dist.broadcast_object_list(doomed, 0, group=self.mesh.files)
+        if not doomed[0]:
+            return
+        problem = self._verify(newest)
+        with self.mesh.together(self.mesh.files):
+            if self.mesh.leads:
+                if problem is not None:
+                    raise UserError(f"{newest} does not read back as it was written: {problem}; older ones are kept")
+                for path in doomed[0]:
+                    guarded(path, lambda path=path: remove(path))
 
     def newest_valid(self) -> tuple[Path | None, list[Rejection]]:
         """The newest checkpoint that verifies, and those that were rejected on the way to it.
@@ -88,29 +143,40 @@ class Store:
         Raises:
             UserError: when there are checkpoints but all are damaged, or the newest valid one is of another mesh.
         """
-        candidates: list[list[Path]] = [published_checkpoints(self.root) if self.mesh.leads else []]
-        dist.broadcast_object_list(candidates, 0)
-        rejections: list[Rejection] = []
-        for path in reversed(candidates[0]):
-            problem = self._verify(path)
-            if problem is None:
-                with self.mesh.together():
-                    self._check_mesh(path)
-                    if self.mesh.leads:
-                        for rejection in rejections:
-                            guarded(rejection.path, lambda path=rejection.path: set_aside(path))
-                return path, rejections
-            rejections.append(Rejection(path, problem))
+        accepted, rejections = self.valid(1)
         with self.mesh.together():
-            if rejections:
+            if rejections and not accepted:
                 reasons = "; ".join(f"{rejection.path.name}: {rejection.reason}" for rejection in rejections)
                 raise UserError(f"every checkpoint in {self.root} is damaged ({reasons}); move them away to start anew")
-        return None, []
+            if accepted:
+                self._check_mesh(accepted[0])
+            if self.mesh.leads:
+                for rejection in rejections:
+                    guarded(rejection.path, lambda path=rejection.path: set_aside(path, "rejected"))
+        return (accepted[0] if accepted else None), rejections
+
+    def valid(self, count: int, up_to: float = math.inf) -> tuple[list[Path], list[Rejection]]:
+        """The newest ``count`` checkpoints that verify, of steps ``up_to``, newest first; and those rejected on the way."""
+        candidates: list[list[Path]] = [published_checkpoints(self.root) if self.mesh.leads else []]
+        dist.broadcast_object_list(candidates, 0, group=self.mesh.files)
+        accepted: list[Path] = []
+        rejections: list[Rejection] = []
+        for path in reversed(candidates[0]):
+            if len(accepted) == count:
+                break
+            if step_of(path) > up_to:
+                continue
+            problem = self._verify(path)
+            if problem is None:
+                accepted.append(path)
+            else:
+                rejections.append(Rejection(path, problem))
+        return accepted, rejections
 
     def _verify(self, path: Path) -> str | None:
         """What is wrong with a checkpoint; its files are hashed by all ranks, each its part."""
         problems: list[str | None] = [None] * self.mesh.world
-        dist.all_gather_object(problems, verify(path, self.mesh.rank, self.mesh.world))
+        dist.all_gather_object(problems, verify(path, self.mesh.rank, self.mesh.world), group=self.mesh.files)
         return next((problem for problem in problems if problem), None)
 
     def _check_mesh(self, path: Path) -> None:
@@ -122,114 +188,12 @@ class Store:
                 "resume with as many, or take another --run-dir"
             )
 
-    def _retain(self) -> None:
-        for path in published_checkpoints(self.root)[: -self.keep]:
-            # Renamed first: a half-deleted checkpoint must not look like a damaged one.
-            doomed = path.with_name(f".doomed-{path.name}")
-            path.rename(doomed)
-            shutil.rmtree(doomed)
-
-
-def reader(path: Path) -> Callable[[str], Any]:
-    """``read(name)`` for the files of a checkpoint."""
-    return lambda name: read_file(path / name)
-
 
 def published_checkpoints(root: Path) -> list[Path]:
     """Directories of published checkpoints, oldest first."""
-    return sorted(path for path in root.glob("step-*") if path.is_dir() and path.suffix != ".rejected")
+    return published_directories(root, "step")
 
 
-def verify(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, or None. With ``parts``, only every parts-th file is hashed, from ``part`` on."""
-    try:
-        manifest = read_manifest(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    if path.name != f"step-{manifest['step']:08}":
-        return f"{MANIFEST} says step {manifest['step']}"
-    for name, entry in list(manifest["files"].items())[part::parts]:
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, {MANIFEST} says {entry['bytes']}"
-        if sha256(file) != entry["sha256"]:
-            return f"{name} does not have the SHA-256 that {MANIFEST} says"
-    return None
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A checkpoint's manifest, which carries a hash of itself."""
-    manifest = json.loads((path / MANIFEST).read_bytes())
-    stored = manifest.pop("sha256")
-    if hash_of(manifest) != stored:
-        raise ValueError("its own SHA-256 does not match")
-    return manifest
-
-
-def publish(temporary: Path, published: Path, manifest: dict[str, Any]) -> None:
-    write_file(temporary / MANIFEST, manifest | {"sha256": hash_of(manifest)})
-    fsync(temporary)
-    temporary.rename(published)
-    fsync(published.parent)
-
-
-def set_aside(path: Path) -> None:
-    aside = path.with_name(path.name + ".rejected")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-
-
-def write_file(path: Path, content: Any) -> dict[str, Any]:
-    """Write a file through to the disk; its size and hash."""
-    match path.suffix:
-        case ".safetensors":
-            save_file(content, path)
-        case ".pt":
-            with open(path, "wb") as file:
-                torch.save(content, file)
-        case ".json":
-            path.write_text(json.dumps(content, indent=1) + "\n")
-        case _:
-            raise AssertionError(f"no format for {path.name}")
-    fsync(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def read_file(path: Path) -> Any:
-    match path.suffix:
-        case ".safetensors":
-            return load_file(path)
-        case ".pt":
-            return torch.load(path, map_location="cpu", weights_only=True)
-        case ".json":
-            return json.loads(path.read_text())
-    raise AssertionError(f"no format for {path.name}")
-
-
-def guarded(path: Path, work: Callable[[], Any]) -> Any:
-    """``work()``, with a disk that is full or not writable as the user's error."""
-    try:
-        return work()
-    except (OSError, SafetensorError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; free some space or take another run_dir, and start again") from error
-
-
-def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def step_of(path: Path) -> int:
+    """The step that a published directory's name says."""
+    return int(path.name.rpartition("-")[2])

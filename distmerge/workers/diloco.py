@@ -132,6 +132,17 @@ class DiLoCo:
             report = self.merge(number, full=number == begun[-1])
         return report
 
+    def due(self) -> bool:
+        """Whether the next step sends something."""
+        every, count, step = self.settings.every, len(self.fragments), self.steps + 1
+        return any(step % every == (number + 1) * every // count % every for number in range(count))
+
+    def restart(self) -> None:
+        """Take the present parameters, the same on all workers, for what is shared. The velocity stays."""
+        if self.outer is not None:
+            vector = self.flat.vector
+            self.outer.anchor.copy_(own_shares(vector, self.buckets, self.peers) if self.settings.outer_sharded else vector)
+
     @torch.no_grad()
     def merge(self, number: int = 0, mix: float = 0.0, full: bool = False) -> MergeReport:
         """Merge a fragment now, one bucket after the other; ``full`` where it ends a merge of everything."""

@@ -112,6 +112,13 @@ class SPARTA:
             self.flat.push()
         return report
 
+    def due(self) -> bool:
+        """Whether the next step sends something."""
+        return (self.steps + 1) % self.settings.every == 0
+
+    def restart(self) -> None:
+        """There is nothing shared but theta itself."""
+
     def finish(self) -> MergeReport | None:
         """Apply what is in flight, then average everything: all workers end with the same bits."""
         with torch.no_grad():

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from distmerge import config
-from distmerge.checkpoints.store import MANIFEST, Store, published_checkpoints, read_manifest, reader, verify
+from distmerge.checkpoints.durable import MANIFEST, read_manifest, reader, verify
+from distmerge.checkpoints.store import Store, published_checkpoints
 from distmerge.errors import UserError
 from distmerge.launch import Place
 from distmerge.mesh import Mesh

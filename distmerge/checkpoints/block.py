@@ -1,0 +1,108 @@
+"""Blocks on disk: model directories that anyone can read, with a record of where in the run they lie."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from distmerge.checkpoints.durable import guarded, publish, published_directories, read_manifest, seal
+from distmerge.model import save_model
+
+RECORD = "block.json"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of a run at one learning rate, as one checkpoint.
+
+    Attributes:
+        first_step, last_step: inner steps, counted from 1, both inside.
+        first_token, last_token: tokens of all workers before the block, and with it.
+        lr: the learning rate of all its steps.
+        loss: the mean training loss in it, over all workers.
+        kind: "mean" of the parameters over the block, or "snapshot" at its end.
+        stretch: steps before the constant-rate stretch that the block is part of; blocks of different ones don't merge.
+        tainted: a spike touched it; merges leave it out.
+    """
+
+    first_step: int
+    last_step: int
+    first_token: int
+    last_token: int
+    lr: float
+    loss: float
+    kind: str
+    stretch: int
+    tainted: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"block-{self.last_step:08}"
+
+
+def publish_block(root: Path, block: Block, model: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: str) -> Path:
+    """Write the model as it stands as an HF directory with the block's record, and give it its name.
+
+    Raises:
+        UserError: when the disk is full or not writable; nothing that was published is harmed.
+    """
+    temporary, published = root / f".{block.name}", root / block.name
+
+    def write() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_model(model, tokenizer, temporary, dtype)
+        record = {"step": block.last_step} | asdict(block) | {"files": seal(temporary)}
+        publish(temporary, published, record, RECORD)
+
+    try:
+        guarded(published, write)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return published
+
+
+def read_block(path: Path) -> Block:
+    """A block's record.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: where it is not as it was written.
+    """
+    record = read_manifest(path, RECORD)
+    return Block(**{key: record[key] for key in Block.__dataclass_fields__})
+
+
+def published_blocks(root: Path) -> list[Path]:
+    """Directories of published blocks, oldest first."""
+    return published_directories(root, "block")
+
+
+def mergeable(blocks: list[Block], last: int | None = None) -> list[Block]:
+    """The newest ``last`` blocks that may be merged: of the newest one's constant-rate stretch, untainted, oldest first."""
+    if not blocks:
+        return []
+    together = [block for block in blocks if block.stretch == blocks[-1].stretch and block.lr == blocks[-1].lr]
+    clean = [block for block in together if not block.tainted and math.isfinite(block.loss)]
+    return clean[-last:] if last else clean
+
+
+def accumulate(path: Path, weight: float, into: dict[str, Tensor], pattern: str = "*.safetensors") -> None:
+    """``into[name] += weight * tensor`` in float32, for each name that the directory's files hold."""
+    for file in sorted(path.glob(pattern)):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if name in into:
+                    into[name].add_(tensors.get_tensor(name).to(into[name]), alpha=weight)
+
+
+def describe(block: Block) -> dict[str, Any]:
+    """What an event says of a block."""
+    return {"block": block.name, "loss": block.loss, "lr": block.lr, "tokens": block.last_token}

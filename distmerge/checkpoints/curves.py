@@ -1,0 +1,235 @@
+"""Merge weights from learning-rate curves, and back.
+
+A merge of the checkpoints of a constant-rate stretch does what a decay of the learning rate would have done to the updates
+between them (WSM, https://arxiv.org/abs/2507.17634): with theta_j = theta_0 + u_1 + ... + u_j,
+
+    sum_j c_j theta_j = theta_0 + sum_i w_i u_i,      w_i = sum_{j >= i} c_j
+
+so that w_i is the factor that update u_i's learning rate would have had, whatever the optimizer. A decay curve d, from 1 at
+x = 0 down to x = 1, gives the factors, and their differences the weights.
+
+    c = weights("1-sqrt", token_shares(starts, end))
+
+Curves by name: ``linear`` 1 - x; ``cosine`` (1 + cos pi x) / 2; ``1-sqrt`` 1 - sqrt x; ``floor:R`` R + (1 - R)(1 - x).
+Averages by name, which know no positions: ``mean`` 1/n; ``wma`` i / (n (n + 1) / 2); ``ema:A`` (recursive: the oldest
+keeps (1 - A)^(n - 1)); ``ema-normalized:A`` A (1 - A)^(n - i), divided by its sum.
+"""
+
+from __future__ import annotations
+
+import cmath
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from distmerge.errors import UserError
+
+Decay = Callable[[float], float]
+"""The share of the peak learning rate at x in [0, 1], the share of the window's tokens that are behind."""
+
+Curve = str | Decay | Sequence[tuple[float, float]]
+"""A name, a function, or a table of points (x, d) with straight lines between them."""
+
+Quadrature = Literal["endpoint", "mean"]
+"""endpoint: w_i = d(x_i), x_i the share of the tokens before member i: members are blocks that tile the window, and the merge
+of block means then follows d as a chain of straight lines. mean: w_i is the mean of d over the stretch between members i - 1
+and i: members are snapshots, and the n - 1 stretches between them are the whole decay."""
+
+DECAYS: dict[str, Decay] = {
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "1-sqrt": lambda x: 1 - math.sqrt(x),
+}
+
+NAMES = ("mean", "wma", *DECAYS, "floor:R", "ema:A", "ema-normalized:A")
+
+
+class Table:
+    """A decay through points, with straight lines between them; what :func:`implied_curve` gives."""
+
+    def __init__(self, points: Sequence[tuple[float, float]]):
+        self.x = np.array([x for x, _ in points], dtype=np.float64)
+        self.d = np.array([d for _, d in points], dtype=np.float64)
+        if len(points) < 2 or np.any(np.diff(self.x) <= 0):
+            raise UserError(f"a curve's table must have at least 2 points of increasing x, got {list(points)}")
+        if self.x[0] != 0 or self.x[-1] > 1:
+            raise UserError(f"a curve's table must begin at x = 0 and end by x = 1, got x from {self.x[0]} to {self.x[-1]}")
+
+    def __call__(self, x: float) -> float:
+        return float(np.interp(x, self.x, self.d))
+
+
+def weights(curve: Curve, shares: Sequence[float], quadrature: Quadrature = "endpoint") -> np.ndarray:
+    """The members' merge weights, oldest first.
+
+    Args:
+        curve: see the module.
+        shares: ``[n]``, for each member the share of the window's tokens before it, from 0, increasing, below 1.
+        quadrature: how a decay becomes factors; averages don't ask.
+
+    Returns:
+        ``[n]`` float64, with sum 1.
+
+    Raises:
+        UserError: for an unknown name, a parameter out of range, positions that don't increase, or a curve that
+            increases or leaves [0, 1].
+    """
+    x = checked_shares(shares)
+    if quadrature not in get_args(Quadrature):
+        raise UserError(f'quadrature must be "endpoint" or "mean", got {quadrature!r}')
+    if isinstance(curve, str) and (average := named_average(curve, len(x))) is not None:
+        return average
+    decay = find_decay(curve)
+    check_decay(decay, curve)
+    return differences(factors(decay, x, quadrature))
+
+
+def factors(decay: Decay, x: np.ndarray, quadrature: Quadrature) -> np.ndarray:
+    """``[n - 1]``: the factor w_i of each update between two members."""
+    if quadrature == "endpoint":
+        return np.array([decay(share) for share in x[1:]])
+    ends = x / x[-1] if len(x) > 1 else x
+    return np.array([mean_over(decay, a, b) for a, b in itertools.pairwise(ends)])
+
+
+def differences(factors: np.ndarray) -> np.ndarray:
+    """Weights from factors: c_0 = 1 - w_1, c_j = w_j - w_(j+1), and the last w itself."""
+    return -np.diff(np.concatenate([[1.0], factors, [0.0]]))
+
+
+def mean_over(decay: Decay, a: float, b: float) -> float:
+    """The mean of a decay over [a, b]. In sqrt(x) all named curves are smooth, so that Gauss's rule is exact for them."""
+    kinks = decay.x[(decay.x > a) & (decay.x < b)] if isinstance(decay, Table) else []
+    nodes, node_weights = np.polynomial.legendre.leggauss(48)
+    integral = 0.0
+    for low, high in itertools.pairwise([a, *kinks, b]):
+        middle, half = (math.sqrt(high) + math.sqrt(low)) / 2, (math.sqrt(high) - math.sqrt(low)) / 2
+        roots = middle + half * nodes
+        integral += sum(w * half * 2 * r * decay(min(r * r, 1.0)) for w, r in zip(node_weights, roots, strict=True))
+    return float(integral / (b - a))
+
+
+def named_average(name: str, n: int) -> np.ndarray | None:
+    """The weights of an average that knows no positions; None if the name is a decay's."""
+    kind, _, parameter = name.partition(":")
+    age = np.arange(n - 1, -1, -1, dtype=np.float64)
+    match kind:
+        case "mean":
+            return np.full(n, 1 / n)
+        case "wma":
+            return (n - age) / (n * (n + 1) / 2)
+        case "ema":
+            a = number(name, parameter)
+            kept = a * (1 - a) ** age
+            kept[0] = (1 - a) ** (n - 1)
+            return kept
+        case "ema-normalized":
+            a = number(name, parameter)
+            kept = a * (1 - a) ** age
+            return kept / kept.sum()
+    return None
+
+
+def find_decay(curve: Curve) -> Decay:
+    """The decay that a curve means."""
+    if callable(curve):
+        return curve
+    if not isinstance(curve, str):
+        return Table(curve)
+    if curve in DECAYS:
+        return DECAYS[curve]
+    if curve.startswith("floor:"):
+        floor = number(curve, curve.partition(":")[2])
+        return lambda x: floor + (1 - floor) * (1 - x)
+    if curve.startswith("table:"):
+        return Table(parse_points(curve))
+    raise UserError(f"curve must be one of {', '.join(NAMES)} or table:X=D,X=D,..., got {curve!r}")
+
+
+def number(name: str, parameter: str) -> float:
+    try:
+        value = float(parameter)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise UserError(f"curve {name!r} must have a number in (0, 1) after its colon")
+    return value
+
+
+def parse_points(curve: str) -> list[tuple[float, float]]:
+    """``table:0=1,0.5=0.2,1=0`` as points."""
+    try:
+        pairs = [point.split("=") for point in curve.partition(":")[2].split(",")]
+        return [(float(x), float(d)) for x, d in pairs]
+    except ValueError:
+        raise UserError(f"curve must be written table:X=D,X=D,..., got {curve!r}") from None
+
+
+def check_decay(decay: Decay, curve: Curve) -> None:
+    """Refuse what is no decay: it must begin at 1, never increase and stay in [0, 1]."""
+    name = curve if isinstance(curve, str) else getattr(curve, "__name__", "the given one")
+    values = [decay(x) for x in np.linspace(0, 1, 257).tolist()]
+    if not math.isclose(values[0], 1.0, abs_tol=1e-9):
+        raise UserError(f"curve {name} must be 1 at x = 0, got {values[0]}")
+    for index, (before, value) in enumerate(itertools.pairwise(values), start=1):
+        if not (-1e-12 <= value <= before + 1e-12):
+            what = "stay in [0, 1]" if value <= before else "not increase"
+            raise UserError(f"curve {name} must {what}, got {before:.6g} then {value:.6g} at x = {index / 256:.4g}")
+
+
+def checked_shares(shares: Sequence[float]) -> np.ndarray:
+    x = np.asarray(shares, dtype=np.float64)
+    if x.ndim != 1 or len(x) == 0:
+        raise UserError("a merge needs at least one member, got none")
+    if x[0] != 0 or np.any(np.diff(x) <= 0) or x[-1] >= 1:
+        raise UserError(f"positions must begin at 0, increase and stay below 1, got {[round(float(v), 6) for v in x]}")
+    return x
+
+
+def token_shares(starts: Sequence[float], end: float | None = None) -> np.ndarray:
+    """Positions as shares of the window.
+
+    Args:
+        starts: ``[n]`` tokens (or steps) before each member, increasing.
+        end: where the window ends; without it, one mean spacing after the last start, as for snapshots.
+    """
+    x = np.asarray(starts, dtype=np.float64)
+    if len(x) == 0:
+        raise UserError("a merge needs at least one member, got none")
+    if np.any(np.diff(x) <= 0):
+        raise UserError(f"positions must increase, got {[float(v) for v in x]}")
+    if end is None:
+        end = float(x[-1] + ((x[-1] - x[0]) / (len(x) - 1) if len(x) > 1 else 1.0))
+    if end <= x[-1]:
+        raise UserError(f"the window must end after the last member begins, at {x[-1]:g}, got {end:g}")
+    return (x - x[0]) / (end - x[0])
+
+
+def implied_curve(members: Sequence[float] | np.ndarray, shares: Sequence[float] | np.ndarray) -> Table:
+    """The decay that merge weights amount to: the inverse of :func:`weights` with the endpoint rule.
+
+    The table holds (x_j, sum of the weights from j on); after the last member the factor stays. Negative weights make a
+    curve that increases, which :func:`weights` refuses, but the table tells.
+    """
+    c, x = np.asarray(members, dtype=np.float64), checked_shares(list(shares))
+    if len(c) != len(x) or not math.isclose(c.sum(), 1.0, abs_tol=1e-6):
+        raise UserError(f"weights must be one for each of {len(x)} positions and have sum 1, got {c.tolist()}")
+    behind = 1 - np.concatenate([[0.0], np.cumsum(c)[:-1]])
+    return Table([*zip(x.tolist(), behind.tolist(), strict=True), (1.0, float(behind[-1]))])
+
+
+def effective_count(members: Sequence[float] | np.ndarray) -> float:
+    """N_eff = 1 / sum c^2: how many members of equal weight would quiet independent noise as much."""
+    return float(1 / np.square(np.asarray(members)).sum())
+
+
+def frequency_response(members: Sequence[float] | np.ndarray, shares: Sequence[float], cycles: Sequence[float]) -> np.ndarray:
+    """|H(f)|: how much of an oscillation of the weights with ``f`` cycles per window the merge lets through.
+
+    The merge is a low-pass filter over time: H(0) = 1, and H(f) = sum_j c_j exp(-2 pi i f x_j).
+    """
+    c, x = np.asarray(members, dtype=np.float64), checked_shares(shares)
+    return np.array([abs(sum(w * cmath.exp(-2j * math.pi * f * at) for w, at in zip(c, x, strict=True))) for f in cycles])

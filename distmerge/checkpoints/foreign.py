@@ -1,0 +1,94 @@
+"""Checkpoints that others' trainers wrote, as safetensors beside them: DCP directories, DeepSpeed ZeRO directories.
+
+Both formats are pickles at heart, which can run code when they are read, so that they must be allowed by hand.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from distmerge.checkpoints.durable import write_file
+from distmerge.errors import UserError
+
+SUFFIX = ".converted"
+
+
+def is_foreign(path: Path) -> bool:
+    return is_dcp(path) or is_zero(path)
+
+
+def is_dcp(path: Path) -> bool:
+    """torch.distributed.checkpoint writes .metadata and *.distcp."""
+    return (path / ".metadata").is_file()
+
+
+def is_zero(path: Path) -> bool:
+    """DeepSpeed writes ``latest`` and a tag's directory, or one is in that with its *_optim_states.pt."""
+    return (path / "latest").is_file() or any(path.glob("*_optim_states.pt"))
+
+
+def as_safetensors(path: Path, allow_pickle: bool) -> Path:
+    """Convert, once, into ``PATH.converted``; that directory.
+
+    Raises:
+        UserError: unless pickles are allowed, or where the checkpoint cannot be read.
+    """
+    converted = path.with_name(path.name + SUFFIX)
+    if converted.is_dir():
+        return converted
+    if not allow_pickle:
+        raise UserError(f"{path} is a DCP or DeepSpeed checkpoint, pickles that can run code; allow it by --allow-pickle")
+    tensors = read_dcp(path) if is_dcp(path) else read_zero(path)
+    temporary = path.with_name(f".{path.name}{SUFFIX}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    write_file(temporary / "model.safetensors", tensors)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (path / name).is_file():
+            shutil.copy(path / name, temporary / name)
+    temporary.rename(converted)
+    return converted
+
+
+def read_dcp(path: Path) -> dict[str, Tensor]:
+    """The model's tensors of a DCP directory: all, or those under ``model.`` beside an optimizer's."""
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, Any] = {}
+    try:
+        _load_state_dict(state, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"cannot read the DCP checkpoint {path}: {error}") from None
+    model = state.get("model", state)
+    tensors = {name: tensor.contiguous() for name, tensor in flattened(model) if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise UserError(f"the DCP checkpoint {path} holds no tensors")
+    return tensors
+
+
+def flattened(state: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for name, value in state.items():
+        leaves += flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return leaves
+
+
+def read_zero(path: Path) -> dict[str, Tensor]:
+    """DeepSpeed's float32 masters, put together by its own code."""
+    try:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("a DeepSpeed checkpoint needs deepspeed to be read; pip install deepspeed") from None
+    tagged = (path / "latest").is_file()
+    root, tag = (str(path), None) if tagged else (str(path.parent), path.name)
+    try:
+        state = get_fp32_state_dict_from_zero_checkpoint(root, tag)
+    except (OSError, ValueError, AssertionError) as error:
+        raise UserError(f"cannot read the DeepSpeed checkpoint {path}: {error}") from None
+    return {name: tensor.contiguous() for name, tensor in state.items()}

@@ -1,0 +1,269 @@
+"""The window: blocks of a constant-rate stretch, each kept as one checkpoint, to be merged in place of a decay.
+
+A block of kind "mean" is the running mean of theta inside it (https://arxiv.org/abs/2405.18392): at the storage of one
+snapshot it has averaged the noise of a whole block away. Means over workers and over time commute, so that a run of several
+workers takes one reduction per block; where a merger keeps an anchor, the block is the mean of the anchors after the
+merges inside it, which all workers have. A block never spans a change of the learning rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from distmerge import config
+from distmerge.checkpoints.block import (
+    Block,
+    accumulate,
+    describe,
+    mergeable,
+    publish_block,
+    published_blocks,
+    read_block,
+)
+from distmerge.checkpoints.curves import token_shares, weights
+from distmerge.checkpoints.durable import clear_leftovers, guarded, remove
+from distmerge.checkpoints.store import step_of
+from distmerge.errors import UserError
+from distmerge.flat import FlatParameters
+from distmerge.mesh import Mesh
+from distmerge.workers.total import Peers
+
+Tell = Callable[[int, str, dict[str, Any]], None]
+"""``tell(step, event, facts)``: a line of events.jsonl, from the rank that writes them."""
+
+
+class Window:
+    """Follows a run step by step, and publishes its blocks.
+
+    Args:
+        root: where blocks are published.
+        flat: theta.
+        mergers: those that keep an anchor decide what a block averages.
+        tokens_per_step: of all workers together.
+
+    Raises:
+        UserError: for a block shorter than the merge interval of a merger that keeps an anchor.
+    """
+
+    def __init__(
+        self,
+        section: config.Window,
+        root: Path,
+        flat: FlatParameters,
+        mergers: list[Any],
+        mesh: Mesh,
+        tokens_per_step: int,
+        tokenizer: PreTrainedTokenizerBase,
+        tell: Tell,
+    ):
+        self.section, self.root, self.flat, self.mesh = section, root, flat, mesh
+        self.tokens_per_step, self.tokenizer, self.tell = tokens_per_step, tokenizer, tell
+        self.every = steps_per_block(section, tokens_per_step)
+        self.anchored = next((merger for merger in mergers if merger.anchor is not None), None)
+        if self.anchored is not None and self.every < self.anchored.settings.every:
+            raise UserError(
+                f"config.window.every must be >= {self.anchored.settings.every}, the merge interval of a merger that keeps an "
+                f"anchor, got {self.every}: a block would hold no merge"
+            )
+        self.peers = Peers(mesh.peers)
+        self.mean = torch.zeros_like(flat.vector)
+        self.losses = torch.zeros(2, dtype=torch.float64, device=flat.vector.device)  # sum and count of those that are numbers
+        self.count = 0  # states of theta in the mean
+        self.lr: float | None = None
+        self.stretch = 0  # steps before the learning rate took its present value
+        self.rounds = 0  # the anchored merger's, when it was last looked at
+        self.tainted = False
+        self.blocks: list[Block] = []
+        self.kept: list[Tensor] = []  # store "memory": the blocks' vectors
+
+    def open(self, step: int) -> None:
+        """Clear away what an interrupted job left, and blocks of a future that the run did not resume from."""
+        if self.section.store == "memory":
+            return
+        with self.mesh.together():
+            if self.mesh.leads:
+                guarded(self.root, lambda: clear_leftovers(self.root))
+                for path in published_blocks(self.root):
+                    if step_of(path) > step:
+                        guarded(path, lambda path=path: remove(path))
+
+    @torch.no_grad()
+    def observe(self, step: int, lr: float, loss: Tensor) -> Block | None:
+        """Take in the state after inner step ``step``, counted from 1; the block that it ended, if it was published."""
+        if lr != self.lr:
+            self.lr, self.stretch = lr, step - 1
+            self._begin()
+        if (step - 1) // self.every * self.every < self.stretch:
+            return None  # this block began at another learning rate
+        self.losses += torch.stack([loss.nan_to_num(0.0, 0.0, 0.0), loss.isfinite()])
+        if self._due(step):
+            self.flat.pull()
+            self._take(self.flat.vector if self.anchored is None else self.anchored.anchor)
+        return self._end(step) if step % self.every == 0 else None
+
+    def taint(self) -> None:
+        """The block in progress has taken in something sick: merges will leave it out."""
+        self.tainted = True
+
+    def _due(self, step: int) -> bool:
+        """Whether this step's state counts: with an anchor, a merge's; of a snapshot block, the last one."""
+        if self.anchored is not None:
+            merged, self.rounds = self.anchored.round != self.rounds, self.anchored.round
+            return merged
+        return step % (self.every if self.section.kind == "snapshot" else self.section.stride) == 0
+
+    def _take(self, theta: Tensor) -> None:
+        """One lerp: mean += (theta - mean) / count."""
+        self.count += 1
+        if self.count == 1 or self.section.kind == "snapshot":
+            self.mean.copy_(theta)
+        else:
+            self.mean.lerp_(theta, 1 / self.count)
+
+    def _begin(self) -> None:
+        self.count, self.tainted = 0, False
+        self.losses.zero_()
+
+    def _end(self, step: int) -> Block | None:
+        """Reduce over the workers, publish, begin the next."""
+        sick = torch.logical_not(torch.isfinite(self.mean).all()) | self.tainted
+        sums = torch.cat([self.losses, sick.to(self.losses).reshape(1)])
+        dist.all_reduce(sums)
+        total, count, tainted = sums.tolist()
+        block = Block(
+            first_step=step - self.every + 1,
+            last_step=step,
+            first_token=(step - self.every) * self.tokens_per_step,
+            last_token=step * self.tokens_per_step,
+            lr=self.lr or 0.0,
+            loss=total / max(count, 1),
+            kind=self.section.kind,
+            stretch=self.stretch,
+            tainted=tainted > 0,
+        )
+        published = None
+        if self.count and not block.tainted:
+            if self.anchored is None and self.peers.size > 1:
+                self.peers.total(self.mean).div_(self.peers.size)
+            published = self._publish(block)
+        else:
+            reason = "a spike touched it" if block.tainted else "no merge fell into it"
+            self.tell(step, "block dropped", describe(block) | {"reason": reason})
+        self._begin()
+        return published
+
+    def _publish(self, block: Block) -> Block | None:
+        problem: list[str | None] = [None]
+        if self.section.store == "memory":
+            self.kept.append(self.mean.to("cpu", copy=True))
+        else:
+            problem = [self._write(block)]
+        if problem[0] is not None:
+            self.tell(block.last_step, "block dropped", describe(block) | {"reason": problem[0]})
+            return None
+        self.blocks.append(block)
+        self.tell(block.last_step, "block", describe(block))
+        self._retain()
+        return block
+
+    def _write(self, block: Block) -> str | None:
+        """Publish a block, and on all ranks what was in the way: training goes on without it."""
+        problem: list[str | None] = [None]
+        with self.flat.borrowed() as vector:
+            vector.copy_(self.mean)
+            self.flat.push()
+            if self.mesh.leads:
+                model: nn.Module = self.flat.model
+                try:
+                    publish_block(self.root, block, model, self.tokenizer, self.section.dtype)
+                except UserError as error:
+                    problem = [str(error)]
+        dist.broadcast_object_list(problem, 0)
+        return problem[0]
+
+    def _retain(self) -> None:
+        """Keep the newest blocks, as many as configured."""
+        keep = self.section.blocks
+        if not keep or len(self.blocks) <= keep:
+            return
+        doomed, self.blocks, self.kept = self.blocks[:-keep], self.blocks[-keep:], self.kept[-keep:]
+        if self.section.store == "disk" and self.mesh.leads:
+            for block in doomed:
+                if (self.root / block.name).is_dir():
+                    remove(self.root / block.name)
+
+    def mergeable(self, last: int | None = None) -> list[Block]:
+        return mergeable(self.blocks, last)
+
+    @torch.no_grad()
+    def merge_into(self, flat: FlatParameters, curve: str, blocks: list[Block]) -> None:
+        """Put the merge of ``blocks`` in place of theta, accumulated in float32. The caller borrows ``flat``."""
+        c = block_weights(curve, blocks)
+        if self.section.store == "memory":
+            flat.vector.zero_()
+            for block, weight in zip(blocks, c, strict=True):
+                kept = self.kept[self.blocks.index(block)]
+                flat.vector.add_(kept.to(flat.vector), alpha=weight)
+        else:
+            views = dict(flat.named_views())
+            for view in views.values():
+                view.zero_()
+            for block, weight in zip(blocks, c, strict=True):
+                accumulate(self.root / block.name, weight, views)
+        flat.push()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "mean": self.mean,
+            "losses": self.losses,
+            "kept": self.kept,
+            "blocks": [vars(block) for block in self.blocks],
+            **{name: getattr(self, name) for name in ("count", "lr", "stretch", "rounds", "tainted")},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean.copy_(state["mean"])
+        self.losses.copy_(state["losses"])
+        self.kept = list(state["kept"])
+        self.blocks = [Block(**block) for block in state["blocks"]]
+        for name in ("count", "lr", "stretch", "rounds", "tainted"):
+            setattr(self, name, state[name])
+
+
+def block_weights(curve: str, blocks: list[Block]) -> list[float]:
+    """Merge weights of a run's blocks: means tile the window, snapshots stand at their blocks' ends."""
+    if blocks[-1].kind == "mean":
+        shares = token_shares([block.first_token for block in blocks], blocks[-1].last_token)
+    else:
+        shares = token_shares([block.last_token for block in blocks])
+    return weights(curve, shares.tolist()).tolist()
+
+
+def steps_per_block(section: config.Window, tokens_per_step: int) -> int:
+    """A block's length in steps; from every_tokens, rounded to whole steps."""
+    if section.every is not None:
+        return section.every
+    assert section.every_tokens is not None
+    return max(1, round(section.every_tokens / tokens_per_step))
+
+
+def blocks_on_disk(root: Path) -> list[Block]:
+    """The records of the blocks in a directory, oldest first.
+
+    Raises:
+        UserError: where a record cannot be read.
+    """
+    blocks: list[Block] = []
+    for path in published_blocks(root):
+        try:
+            blocks.append(read_block(path))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: block.json cannot be read ({error}); move the block away to go on without it") from None
+    return blocks

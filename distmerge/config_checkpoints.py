@@ -1,0 +1,85 @@
+"""The checkpoints axis' sections of the configuration. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from distmerge.errors import UserError
+from distmerge.section import Section, given
+
+
+class Checkpoint(Section):
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    every: int = Field(default=100, ge=1)
+    """Steps between checkpoints; there is one at the end anyway."""
+    keep: int = Field(default=3, ge=1)
+    """Newest checkpoints to keep."""
+    asynchronous: bool = Field(default=False, alias="async")
+    """In TOML: async. Copy the state and write it in the background, while training goes on; one copy more of the state
+    in memory."""
+
+
+class Window(Section):
+    """Blocks of a constant-rate stretch, kept to be merged in place of a decay. Given at all, the run has one."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Steps per block; this or every_tokens."""
+    every_tokens: int | None = Field(default=None, ge=1)
+    """Tokens per block, of all workers, rounded to whole steps."""
+    blocks: int = Field(default=10, ge=0)
+    """Newest blocks to keep; 0 keeps all."""
+    kind: Literal["mean", "snapshot"] = "mean"
+    """mean: of theta over the block; snapshot: theta at its end."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the published files. The means are kept in float32."""
+    stride: int = Field(default=1, ge=1)
+    """Steps between updates of the mean. Where a merger keeps an anchor, its merges are the updates."""
+    store: Literal["disk", "memory"] = "disk"
+    """disk: model directories in RUN_DIR/window; memory: vectors in the run's state, for previews only."""
+
+    @model_validator(mode="after")
+    def one_length(self) -> Window:
+        if (self.every is None) == (self.every_tokens is None):
+            raise UserError("every must be given exactly when every_tokens is not, got " + given(self.every, self.every_tokens))
+        if self.every is not None and self.stride > self.every:
+            raise UserError(f"stride must be <= every = {self.every}, got {self.stride}")
+        return self
+
+
+class Preview(Section):
+    """Evaluations of the merged window while training goes on. Given at all, the run has them."""
+
+    every: int = Field(default=100, ge=1)
+    """Steps between previews."""
+    curve: str = "linear"
+    """The decay that the merge stands for: linear, cosine, 1-sqrt, floor:R, mean, wma, ema:A, ema-normalized:A or
+    table:X=D,X=D,..."""
+    last: int = Field(default=5, ge=2)
+    """Newest blocks to merge; as many as there are, from two on."""
+
+
+class Recovery(Section):
+    enabled: bool = False
+    """Watch for spikes, and go back before one. Reads the loss of each step, for which a GPU must be waited."""
+    threshold: float = Field(default=8.0, gt=0)
+    """Robust standard deviations above the median of the last steps, of loss or log gradient norm."""
+    window: int = Field(default=128, ge=16)
+    """Steps whose median and median absolute deviation a step is held against."""
+    margin: int = Field(default=5, ge=0)
+    """Steps before its detection at which a spike may have begun: no checkpoint is trusted from then on."""
+    keep_optimizer: Literal["keep", "reset", "average", "rollback"] = "rollback"
+    """The inner optimizer's moments afterwards: the live ones, none, the mean of the merged checkpoints' or the
+    checkpoint's own."""
+    skip_batches: int = Field(default=10, ge=0)
+    """Batches to leave out around the spike."""
+    lr_factor: float = Field(default=1.0, gt=0, le=1)
+    """Factor on the learning rate from a roll-back until the spike's step and the cool-down are past."""
+    cool_down: int = Field(default=20, ge=0)
+    """Steps after a roll-back in which only what is no number is a spike."""
+    attempts: int = Field(default=3, ge=1)
+    """Roll-backs, closer to each other than two windows, before the run stops."""
+    merge_last: int = Field(default=3, ge=1)
+    """Stable checkpoints, or blocks of the window, that are merged where the run goes on; 1 is a plain roll-back."""

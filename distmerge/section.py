@@ -1,0 +1,13 @@
+"""What every section of the configuration is."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def given(*values: object) -> str:
+    return "both" if all(value is not None for value in values) else "none"

@@ -1,0 +1,212 @@
+"""The verbs on runs and models that are there: window, anneal, recover, verify."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict_saver import save
+from transformers import AutoModelForCausalLM
+
+from distmerge import cli
+from distmerge.checkpoints.curves import weights
+from distmerge.errors import UserError
+from tests.checkpoints.runs import lines, parameters, run, same, write_text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    return run(tmp_path_factory.mktemp("trained"), "run", text, window={"every": 8, "blocks": 0})
+
+
+def window(*arguments: object) -> int:
+    return cli.run(["window", *map(str, arguments)])
+
+
+def test_linear_over_equal_blocks_is_the_plain_mean(trained: Path, tmp_path: Path) -> None:
+    assert window(trained, "--out", tmp_path / "merged") == 0
+    blocks = [parameters(trained / f"window/block-{end:08}") for end in (8, 16, 24, 32, 40)]
+    for name, tensor in parameters(tmp_path / "merged").items():
+        torch.testing.assert_close(tensor, torch.stack([block[name] for block in blocks]).mean(0))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    record = json.loads((tmp_path / "merged/merge.json").read_text())
+    assert sum(record["weights"].values()) == pytest.approx(1)
+    assert record["implied_schedule"][0] == [0.0, 1.0] and record["curve"] == "linear"
+    assert len(record["inputs"]) == 5 and all(len(entry["sha256"]) == 64 for entry in record["inputs"].values())
+
+
+def test_every_chunk_size_and_thread_count_gives_the_same_bytes(trained: Path, tmp_path: Path) -> None:
+    contents = []
+    for threads, chunk in ((1, 1 << 20), (2, 70000), (3, 1)):
+        out = tmp_path / f"{threads}-{chunk}"
+        window(trained, "--curve", "1-sqrt", "--out", out, "--threads", threads, "--chunk", chunk)
+        contents.append((out / "model.safetensors").read_bytes())
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_last_and_steps_and_curves(trained: Path, tmp_path: Path) -> None:
+    window(trained, "--last", 3, "--curve", "cosine", "--out", tmp_path / "last")
+    window(trained, "--steps", "24:40", "--curve", "cosine", "--out", tmp_path / "steps")
+    assert same(parameters(tmp_path / "last"), parameters(tmp_path / "steps"))
+    c = weights("cosine", [0, 1 / 3, 2 / 3])
+    blocks = [parameters(trained / f"window/block-{end:08}") for end in (24, 32, 40)]
+    for name, tensor in parameters(tmp_path / "last").items():
+        torch.testing.assert_close(tensor, sum(float(w) * block[name] for w, block in zip(c, blocks, strict=True)))
+
+
+def test_foreign_models_take_their_steps_from_their_names(tmp_path: Path) -> None:
+    for step, value in ((100, 1.0), (200, 2.0), (400, 4.0)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        save_file({"w": torch.full((3,), value)}, tmp_path / f"checkpoint-{step}/model.safetensors")
+    members = [tmp_path / f"checkpoint-{step}" for step in (100, 200, 400)]
+    window(*members, "--curve", "linear", "--out", tmp_path / "merged")
+    c = weights("linear", [0, 100 / 450, 300 / 450])  # the window ends one mean spacing after the last
+    torch.testing.assert_close(parameters(tmp_path / "merged")["w"], torch.full((3,), float(c @ [1.0, 2.0, 4.0])))
+    with pytest.raises(UserError, match="increase"):
+        window(*reversed(members), "--out", tmp_path / "reversed")
+    assert not (tmp_path / "reversed").exists()
+
+
+def test_dcp_directories_are_members(tmp_path: Path) -> None:
+    for step in (1, 2):
+        state = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {"m": torch.zeros(3)}}
+        save(state, checkpoint_id=str(tmp_path / f"step-{step}"), no_dist=True)
+    members = [tmp_path / "step-1", tmp_path / "step-2"]
+    with pytest.raises(UserError, match="--allow-pickle"):
+        window(*members, "--out", tmp_path / "merged")
+    window(*members, "--curve", "mean", "--allow-pickle", "--out", tmp_path / "merged")
+    assert torch.equal(parameters(tmp_path / "merged")["w"], torch.full((3,), 1.5))
+
+
+def test_buffers_by_policy(tmp_path: Path) -> None:
+    def models(name: str, buffer: torch.Tensor, other: torch.Tensor) -> list[Path]:
+        for index, value in enumerate((buffer, other)):
+            (tmp_path / f"m-{index}").mkdir(exist_ok=True)
+            save_file({"w": torch.ones(2), name: value}, tmp_path / f"m-{index}/model.safetensors")
+        return [tmp_path / "m-0", tmp_path / "m-1"]
+
+    members = models("bn.num_batches_tracked", torch.tensor(3), torch.tensor(5))
+    window(*members, "--out", tmp_path / "last")
+    assert parameters(tmp_path / "last")["bn.num_batches_tracked"] == 5
+    members = models("position_ids", torch.arange(3), torch.arange(3) + 1)
+    with pytest.raises(UserError, match="position_ids differs"):
+        window(*members, "--out", tmp_path / "equal")
+    members = models("counts", torch.arange(3), torch.arange(3))
+    with pytest.raises(UserError, match="buffer counts"):
+        window(*members, "--out", tmp_path / "unknown")
+    assert sorted(path.name for path in tmp_path.glob("*") if path.name[0] not in "m.") == ["last"]
+
+
+def test_explain_and_plot(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    window(trained, "--explain", "--plot", tmp_path / "merge.svg")
+    said = capsys.readouterr().out
+    assert "drift/noise ratio of 5 members" in said and "merging should" in said
+    assert (tmp_path / "merge.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--out DIR"),
+        (["--out", "OUT", "--curve", "lineer"], "lineer"),
+        (["--out", "OUT", "--last", "1"], "at least two"),
+        (["--out", "OUT", "--last", "0"], "--last must be >= 1"),
+        (["--out", "OUT", "--steps", "4"], "A:B"),
+        (["--out", "OUT", "--steps", "1:9"], "at least two"),
+    ],
+)
+def test_refused_in_one_line(trained: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        window(trained, *[str(tmp_path / "out") if argument == "OUT" else argument for argument in arguments])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_blocks_that_do_not_fit_are_refused(trained: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(trained, copied)
+    block = copied / "window/block-00000040"
+    tensors = load_file(block / "model.safetensors")
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] + 1}, block / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="SHA-256"):
+        window(copied, "--out", tmp_path / "out")
+    tensors[name] = torch.zeros(3)
+    save_file(tensors, block / "model.safetensors")
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        window(copied, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_recover_by_hand(trained: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(trained, copied)
+    shutil.rmtree(copied / "final")
+    sick = load_file(trained / "checkpoints/step-00000030/parameters-00000.safetensors")
+    damaged = copied / "checkpoints/step-00000020/optimizer-00000.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert cli.run(["recover", str(copied), "--before", "40", "--merge-last", "2"]) == 0
+    assert "step-00000020" in capsys.readouterr().out
+    assert (copied / "checkpoints/step-00000040.tainted").is_dir()
+    run(tmp_path, "run", text, window={"every": 8, "blocks": 0})
+    event = next(event for event in lines(copied, "events.jsonl") if event["event"] == "merged and rolled back")
+    assert event["to"] == 30 and event["merged"] == ["step-00000030", "step-00000010"]
+    assert sick and all(torch.isfinite(tensor).all() for tensor in parameters(copied / "final").values())
+
+
+def test_recover_without_anything_stable(trained: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(trained, copied)
+    for path in (copied / "checkpoints").glob("step-*/manifest.json"):
+        path.unlink()
+    with pytest.raises(UserError, match="no stable checkpoint") as caught:
+        cli.run(["recover", str(copied)])
+    assert "\n" not in str(caught.value)
+    assert len(list((copied / "checkpoints").iterdir())) == 4
+
+
+def test_anneal_predicts_first_and_compares_after(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(trained, copied)
+    stored = (copied / "config.toml").read_text()
+    (copied / "config.toml").write_text(stored.replace(str(trained), str(copied)))
+
+    def train(config: Any, ranks: int, command: list[str]) -> int:
+        entry = lines(copied, "ledger.jsonl")[0]
+        assert math.isfinite(entry["predicted"]) and "outcome" not in entry
+        assert config.steps == 40 and config.schedule.curve == "1-sqrt" and config.window is None
+        from tests.checkpoints import runs
+
+        table = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+        runs.run(Path(config.run_dir).parent, Path(config.run_dir).name, Path(config.data.files[0]), **table)
+        return 0
+
+    monkeypatch.setattr(cli, "start", train)
+    arguments = ["anneal", str(copied), "--from", "20", "--decay-steps", "20", "--curve", "1-sqrt"]
+    assert cli.run(arguments) == 0
+    entry = lines(copied, "ledger.jsonl")[0]
+    assert entry["error"] == pytest.approx(entry["predicted"] / entry["outcome"] - 1)
+    assert cli.run(arguments) == 0 and len(lines(copied, "ledger.jsonl")) == 1
+    for wrong, words in ((["--from", "21"], "one of 10, 20"), (["--decay-steps", "0"], ">= 1")):
+        with pytest.raises(UserError, match=words):
+            cli.run([*arguments, *wrong])
+
+
+def test_verify(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(trained, copied)
+    assert cli.run(["verify", str(copied)]) == 0
+    (copied / "window/block-00000016/model.safetensors").unlink()
+    assert cli.run(["verify", str(copied)]) == 1
+    assert "window/block-00000016: model.safetensors is missing" in capsys.readouterr().out

@@ -1,0 +1,38 @@
+"""``distmerge verify`` hashes everything again and names what is damaged."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distmerge.checkpoints.durable import publish, write_file
+from distmerge.checkpoints.verify import verify_run
+from distmerge.errors import UserError
+
+
+def publish_step(root: Path, step: int) -> Path:
+    temporary = root / f".step-{step:08}"
+    temporary.mkdir(parents=True)
+    entries = {"a.safetensors": write_file(temporary / "a.safetensors", {"x": torch.arange(5.0)})}
+    publish(temporary, root / f"step-{step:08}", {"step": step, "files": entries})
+    return root / f"step-{step:08}"
+
+
+def test_says_what_is_damaged(tmp_path: Path) -> None:
+    paths = [publish_step(tmp_path / "checkpoints", step) for step in (1, 2, 3)]
+    (paths[1] / "a.safetensors").unlink()
+    paths[2].rename(paths[2].with_name("step-00000003.rejected"))
+    verdicts = verify_run(tmp_path)
+    assert [verdict.path for verdict in verdicts] == [
+        "checkpoints/step-00000001", "checkpoints/step-00000002", "checkpoints/step-00000003.rejected"
+    ]  # fmt: skip
+    assert verdicts[0].problem is None
+    assert "a.safetensors is missing" in str(verdicts[1].problem)
+    assert "set aside" in str(verdicts[2].problem)
+
+
+def test_nothing_to_verify(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must hold checkpoints"):
+        verify_run(tmp_path)
+    with pytest.raises(UserError, match="must be a run's directory"):
+        verify_run(tmp_path / "nowhere")
