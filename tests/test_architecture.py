@@ -195,7 +195,19 @@ def test_the_readme_names_only_what_exists() -> None:
     for verb in re.findall(
         r"\bdistmerge ([a-z][a-z-]*)\b(?=[ \n`])", "\n".join(re.findall(r"```.*?```|`[^`]+`|^    .*$", text, re.S | re.M))
     ):
-        assert verb in ("train", "eval", "merge", "diagnose", "sweep", "import", "as"), f"distmerge {verb}"
+        assert verb in (
+            "train",
+            "eval",
+            "merge",
+            "diagnose",
+            "sweep",
+            "window",
+            "anneal",
+            "recover",
+            "verify",
+            "import",
+            "as",
+        ), f"distmerge {verb}"
     for option in re.findall(r"--([a-z_-]+(?:\.[0-9a-z_-]+)+)", text):
         key = re.sub(r"\.\d+", "", option.replace("-", "_"))
         assert key in keys or key.startswith("model.config.") or key == "section.key", f"--{option}"

@@ -15,6 +15,8 @@ from distmerge.rundir import Lock, RunDirectory
 from tests import jobs
 from tests.ranks import Outcome, Ranks, command
 
+VERBS = ("train", "eval", "merge", "diagnose", "sweep", "window", "anneal", "recover", "verify")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -59,7 +61,9 @@ def error_of(outcome: Outcome) -> str:
         ("", "the following arguments are required: VERB; distmerge --help says more"),
         (
             "trane",
-            "argument VERB: invalid choice: 'trane' (choose from 'train', 'eval', 'merge', 'diagnose', 'sweep'); distmerge --help says more",
+            "argument VERB: invalid choice: 'trane' (choose from "
+            + ", ".join(f"'{verb}'" for verb in VERBS)
+            + "); distmerge --help says more",
         ),
         ("train", "distmerge train needs a CONFIG.toml, such as configs/quickstart.toml"),
         ("train --steps 3", "cannot read the configuration 3: No such file or directory"),
