@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> int:
         return train_verb(options, overrides, arguments)
     if overrides:
         raise UserError(f"unknown argument {overrides[0]}; distmerge {options.verb} --help lists them")
-    if options.verb in ("merge", "diagnose"):
+    if options.verb in ("merge", "diagnose", "sweep"):
         return experts.run(options)
     if options.verb == "eval":
         return eval_verb(options)

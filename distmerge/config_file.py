@@ -20,7 +20,9 @@ S = TypeVar("S", bound=Section)
 MAY_CHANGE = ("run_dir", "steps", "train.threads", "log", "evaluate", "checkpoint", "preview", "recovery")
 """Keys, or whole sections, that may differ when a run is resumed. run_dir: a run may be moved."""
 
-MERGE_KINDS: dict[str, type[Section]] = {entry.model_fields["kind"].default: entry for entry in get_args(get_args(Merge)[0])}
+MERGE_KINDS: dict[str, type[Section]] = {
+    kind: entry for entry in get_args(get_args(Merge)[0]) for kind in get_args(entry.model_fields["kind"].annotation)
+}
 
 
 def read(path: str, overrides: list[str]) -> TrainConfig:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-TIMING_KEYS = {"tokens_per_second", "merge/seconds"}
+TIMING_KEYS = {"seconds", "tokens_per_second", "merge/seconds", "merge/wait_seconds"}
 
 CONFIG = """
 run_dir = "{folder}/run"

@@ -15,6 +15,8 @@ from distmerge.rundir import Lock, RunDirectory
 from tests import jobs
 from tests.ranks import Outcome, Ranks, command
 
+VERBS = ("train", "eval", "merge", "diagnose", "sweep", "window", "anneal", "recover", "verify")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -57,7 +59,12 @@ def error_of(outcome: Outcome) -> str:
     ("arguments", "message"),
     [
         ("", "the following arguments are required: VERB; distmerge --help says more"),
-        ("trane", "argument VERB: invalid choice: 'trane' (choose from 'train', 'eval'); distmerge --help says more"),
+        (
+            "trane",
+            "argument VERB: invalid choice: 'trane' (choose from "
+            + ", ".join(f"'{verb}'" for verb in VERBS)
+            + "); distmerge --help says more",
+        ),
         ("train", "distmerge train needs a CONFIG.toml, such as configs/quickstart.toml"),
         ("train --steps 3", "cannot read the configuration 3: No such file or directory"),
         ("train nowhere.toml", "cannot read the configuration nowhere.toml: No such file or directory"),
@@ -89,7 +96,10 @@ def error_of(outcome: Outcome) -> str:
             "train {0}/config.toml --data.tokenizer {0}/nowhere",
             "config.data.tokenizer must be a directory or a hub id, got {0}/nowhere, which does not exist",
         ),
-        ("train {0}/config.toml --model.path {0}/nowhere", "config.model must have exactly one of config and path, got both"),
+        (
+            "train {0}/config.toml --model.path {0}/nowhere",
+            "config.model.path must be given exactly when config is not, got both",
+        ),
         (
             "train {0}/config.toml --run-dir /proc/run",
             "config.run_dir must be writable, got /proc/run: No such file or directory",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distmerge.config import TrainConfig
 from distmerge.errors import UserError
+
+if TYPE_CHECKING:
+    from distmerge.config import TrainConfig
 
 VERBS = ("window", "anneal", "recover", "verify")
 

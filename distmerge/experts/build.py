@@ -8,6 +8,7 @@ from distmerge.errors import UserError
 from distmerge.experts.methods import METHODS, divisor, variants
 from distmerge.experts.pairing import Input, Pairing, half_width
 from distmerge.experts.recipe import DTYPES, Recipe
+from distmerge.experts.vocabulary import Alignment
 from distmerge.files.header import FLOATS
 from distmerge.files.sources import Adapted, Cast, Maps, OnDisk, Source
 from distmerge.files.stream import Job
@@ -20,29 +21,35 @@ from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune
 from distmerge.rules.task import Combine, GlobalTrim, Ptm, Sparsifier, TaskVectors, rescaling_dtype
 
 
-def build(recipe: Recipe, pairings: list[Pairing], maps: Maps, thresholds: list[int]) -> list[Job]:
+def build(
+    recipe: Recipe, pairings: list[Pairing], maps: Maps, thresholds: list[int], alignment: Alignment | None = None
+) -> list[Job]:
     """The jobs of a recipe.
 
     Args:
         thresholds: filled in by a survey where the trim is global.
+        alignment: of the rows that are tokens, where the recipe chooses a tokenizer.
     """
     form = variants(recipe.method, recipe.compat, recipe.variants)
-    return [job(recipe, form, pairing, maps, thresholds) for pairing in pairings]
+    return [job(recipe, form, pairing, maps, thresholds, alignment) for pairing in pairings]
 
 
-def job(recipe: Recipe, form: dict[str, str], pairing: Pairing, maps: Maps, thresholds: list[int]) -> Job:
-    def source(item: Input) -> Source:
-        opened = open_source(item, maps)
-        return Cast(opened, getattr(torch, recipe.dtype)) if floating and recipe.dtype else opened
-
+def job(
+    recipe: Recipe, form: dict[str, str], pairing: Pairing, maps: Maps, thresholds: list[int], alignment: Alignment | None
+) -> Job:
     floating = pairing.members[0].stored.dtype in FLOATS
     first = pairing.inputs[0].stored.dtype
-    members = tuple(source(item) for item in pairing.members)
-    base = source(pairing.base) if pairing.base is not None else None
+    opened: list[Source] = [open_source(item, maps) for item in pairing.inputs]
+    if alignment is not None and pairing.vocabulary:
+        opened = alignment.align([item.model for item in pairing.inputs], opened)
+        pairing = pairing._replace(shape=opened[0].shape)
+    if floating and recipe.dtype:
+        opened = [Cast(source, getattr(torch, recipe.dtype)) for source in opened]
+    base, members = (None, tuple(opened)) if pairing.base is None else (opened[0], tuple(opened[1:]))
     if not floating:
         return Job(pairing.name, pairing.shape, first, Same(), members, base)
     out = recipe.out_dtype or recipe.dtype
-    rule = rule_of(recipe, form, pairing, arithmetic(form, [*([base] if base else []), *members]), thresholds)
+    rule = rule_of(recipe, form, pairing, arithmetic(form, opened), thresholds)
     if recipe.method == "slerp" and base is not None:
         members, base = (base, *members), None
     return Job(pairing.name, pairing.shape, DTYPES[out] if out else first, rule, members, base)

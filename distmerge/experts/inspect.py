@@ -11,7 +11,7 @@ from distmerge.errors import UserError
 from distmerge.experts.build import build, open_source
 from distmerge.experts.diagnose import Similarity, summarise, table
 from distmerge.experts.lora import leading_factors
-from distmerge.experts.merge import open_all
+from distmerge.experts.members import open_all
 from distmerge.experts.pairing import Pairing, check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice
 from distmerge.experts.run import settings_of

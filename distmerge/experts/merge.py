@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from distmerge.errors import UserError
+from distmerge.experts.members import open_all
 from distmerge.experts.pairing import check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice
 from distmerge.experts.record import identity, small_files
-from distmerge.files.adapters import is_adapter, read_adapter
-from distmerge.files.models import Model, open_model, with_adapter
+from distmerge.files.models import Model
 from distmerge.files.output import refuse_existing
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)?", re.IGNORECASE)
@@ -65,28 +65,6 @@ def recommended(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     chosen = diagnose(bare, open_all(bare, options.allow_pickle), settings_of(options))["recommendation"]
     print(f"method auto takes {chosen['method']}:", *(f"- {why}" for why in chosen["reasons"]), sep="\n")
     return replace(recipe, method=chosen["method"], parameters=chosen["parameters"] | recipe.parameters)
-
-
-def open_all(recipe: Recipe, allow_pickle: bool) -> dict[str, Model]:
-    """Every model of the recipe. An adapter stands for its base with it on: "BASE+ADAPTER", or ADAPTER on the recipe's base."""
-    models: dict[str, Model] = {}
-    for reference in recipe.references:
-        whole, plus, adapter = reference.rpartition("+")
-        if plus and not Path(reference).exists():
-            models[reference] = adapted(open_model(whole, allow_pickle), reference, Path(adapter))
-        elif is_adapter(Path(reference)):
-            if recipe.base is None or reference == recipe.base:
-                raise UserError(f"{reference} is an adapter, which needs a base: write it as BASE+{reference}")
-            models[reference] = adapted(models[recipe.base], reference, Path(reference))
-        else:
-            models[reference] = open_model(reference, allow_pickle)
-    return models
-
-
-def adapted(base: Model, reference: str, adapter: Path) -> Model:
-    if not is_adapter(adapter):
-        raise UserError(f"{adapter} is no LoRA adapter: it has no adapter_config.json")
-    return with_adapter(base, reference, read_adapter(adapter).factors)
 
 
 def out_layers(recipe: Recipe) -> int | None:

@@ -135,9 +135,8 @@ def read_tokenizer(table: dict[str, Any]) -> Tokenizer | None:
     known(section, "tokenizer", ("source", "pad_to_multiple_of", "tokens"))
     if section.get("tokens"):
         raise UserError("tokenizer.tokens is not supported: embeddings of single tokens cannot be chosen")
-    multiple = section.get("pad_to_multiple_of") or 1
-    if type(multiple) is not int or not 1 <= multiple <= 1 << 20:
-        raise UserError(f"tokenizer.pad_to_multiple_of must be a whole number from 1 to {1 << 20}, got {multiple!r}")
+    if (section.get("pad_to_multiple_of") or 1) != 1:
+        raise UserError("tokenizer.pad_to_multiple_of is not supported: the vocabulary is as large as its tokens")
     source = reference(section.get("source", "union"), "tokenizer.source")
     assert source is not None
-    return Tokenizer(source, multiple)
+    return Tokenizer(source)

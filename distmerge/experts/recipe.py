@@ -37,10 +37,9 @@ class Slice:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Attributes: source: "base", "union" or a model; pad_to: the vocabulary is padded to a multiple of it."""
+    """Attributes: source: "base", "union" or a model of the recipe."""
 
     source: str
-    pad_to: int = 1
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from distmerge.experts.pairing import Pairing
 from distmerge.experts.recipe import Recipe
 from distmerge.experts.record import as_json, card, record
 from distmerge.experts.survey import ThresholdSurvey
+from distmerge.experts.vocabulary import Alignment
 from distmerge.files.models import Model
 from distmerge.files.output import RECORD
 from distmerge.files.rounding import Rounding
@@ -32,7 +34,11 @@ def run(
     settings = settings_of(options)
     maps = Maps()
     survey = survey_of(recipe, pairings)
-    jobs = build(recipe, pairings, maps, survey.thresholds if survey else [])
+    alignment = Alignment(recipe, models) if recipe.tokenizer is not None else None
+    jobs = build(recipe, pairings, maps, survey.thresholds if survey else [], alignment)
+    if alignment is not None:
+        config = json.loads(small["config.json"]) | {"vocab_size": alignment.size}
+        small = alignment.files | small | {"config.json": as_json(config)}
     observer = Similarity() if options.report else None
     with Stream(jobs, settings, survey, observer) as stream:
         stream.rounding = Rounding(options.stochastic)

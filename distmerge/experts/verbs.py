@@ -17,13 +17,10 @@ SWITCHES = [key for key, parameter in PARAMETERS.items() if parameter.holds is N
 def add_parsers(verbs: Any) -> None:
     merge = verbs.add_parser("merge", help="merge models by a recipe or by flags", allow_abbrev=False)
     merge.add_argument("recipe", nargs="?", metavar="RECIPE.yaml|.toml", help="mergekit's YAML, or distmerge's TOML")
-    merge.add_argument("--out", metavar="DIR", help="the merged model; must not exist")
     merge.add_argument("--verify", metavar="DIR", help="hash a merged model again and compare with its merge.json")
+    add_output_flags(merge)
     add_recipe_flags(merge)
     add_run_flags(merge)
-    merge.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest file of the output, such as 500MB or 5GB")
-    merge.add_argument("--stochastic", type=int, metavar="SEED", help="round to bfloat16 stochastically")
-    merge.add_argument("--report", action="store_true", help="diagnose the inputs in the same pass: report.json in DIR")
     diagnose = verbs.add_parser("diagnose", help="how alike models are, and how to merge them", allow_abbrev=False)
     diagnose.add_argument("models", nargs="+", metavar="MODEL")
     diagnose.add_argument("--base", required=True, metavar="MODEL", help="what they were trained from")
@@ -34,6 +31,26 @@ def add_parsers(verbs: Any) -> None:
     diagnose.add_argument("--sequence-length", type=int, default=128)
     diagnose.add_argument("--batches", type=int, default=8, help="batches of 8 sequences")
     add_run_flags(diagnose)
+    sweep = verbs.add_parser("sweep", help="a merge's parameter over a grid, judged by the loss on skills", allow_abbrev=False)
+    sweep.add_argument("--grid", metavar="KEY=X,Y,...", help="the parameter and its values, such as lambda=0.2,0.4,0.8")
+    sweep.add_argument(
+        "--skill", action="append", metavar="NAME=GLOB", help="text of a skill, again for each; the first: general"
+    )
+    sweep.add_argument("--pick", action="store_true", help="write the model of the lowest mean loss to --out")
+    sweep.add_argument("--json", action="store_true", help="print the points as one JSON object")
+    sweep.add_argument("--plot", metavar="DIR", help="write pareto.png: the first skill against the others")
+    sweep.add_argument("--sequence-length", type=int, default=128)
+    sweep.add_argument("--batches", type=int, default=8, help="batches of 8 sequences")
+    add_output_flags(sweep)
+    add_recipe_flags(sweep)
+    add_run_flags(sweep)
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="DIR", help="the merged model; must not exist")
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest file of the output, such as 500MB or 5GB")
+    parser.add_argument("--stochastic", type=int, metavar="SEED", help="round to bfloat16 stochastically")
+    parser.add_argument("--report", action="store_true", help="diagnose the inputs in the same pass: report.json in DIR")
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +91,12 @@ def run(options: argparse.Namespace) -> int:
         from distmerge.experts import inspect
 
         return inspect.run(options)
+    if options.verb == "sweep":
+        if options.method is None or not options.model:
+            raise UserError("distmerge sweep needs --method and --model")
+        from distmerge.experts import sweep
+
+        return sweep.run(options)
     if options.verify is not None:
         from distmerge.experts.record import verify
 

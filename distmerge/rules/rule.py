@@ -45,19 +45,22 @@ class Tally:
 
     def __init__(self) -> None:
         self.added: dict[str, Tensor] = {}
-        self._kept: dict[str, dict[int, Tensor]] = {}
+        self._kept: dict[str, dict[int, Any]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def add(self, index: int, measured: Measured) -> None:
         for name, value in measured.added.items():
             assert not value.is_floating_point(), "sums of floats depend on their order; keep them"
             self.added[name] = self.added[name] + value if name in self.added else value
         for name, value in measured.kept.items():
-            self._kept.setdefault(name, {})[index] = value
+            # As Python's numbers: small tensors that live on pin the allocator's memory, hundreds of megabytes in all.
+            self._kept.setdefault(name, {})[index] = value.tolist()
+            self._dtypes[name] = value.dtype
 
     def blocks(self, name: str) -> Tensor:
         """``[blocks, ...]``: what every block measured, in order."""
         parts = self._kept[name]
-        return torch.stack([parts[index] for index in sorted(parts)])
+        return torch.tensor([parts[index] for index in sorted(parts)], dtype=self._dtypes[name])
 
     def total(self, name: str) -> Tensor:
         """The sum over the blocks, in float64, in their order."""

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from distmerge import cli
 from distmerge.errors import UserError
 from distmerge.experts import mergekit
-from distmerge.experts.merge import open_all
+from distmerge.experts.members import open_all
 from distmerge.experts.pairing import check_structure, pair
 from distmerge.experts.recipe import Place, resolve
 from tests.files.models import SHAPES, tensors, write

@@ -1,0 +1,32 @@
+"""The models that a recipe names, opened: directories, and adapters that stand for a base with them on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distmerge.errors import UserError
+from distmerge.experts.recipe import Recipe
+from distmerge.files.adapters import is_adapter, read_adapter
+from distmerge.files.models import Model, open_model, with_adapter
+
+
+def open_all(recipe: Recipe, allow_pickle: bool) -> dict[str, Model]:
+    """Every model of the recipe. An adapter stands for its base with it on: "BASE+ADAPTER", or ADAPTER on the recipe's base."""
+    models: dict[str, Model] = {}
+    for reference in recipe.references:
+        whole, plus, adapter = reference.rpartition("+")
+        if plus and not Path(reference).exists():
+            models[reference] = adapted(open_model(whole, allow_pickle), reference, Path(adapter))
+        elif is_adapter(Path(reference)):
+            if recipe.base is None or reference == recipe.base:
+                raise UserError(f"{reference} is an adapter, which needs a base: write it as BASE+{reference}")
+            models[reference] = adapted(models[recipe.base], reference, Path(reference))
+        else:
+            models[reference] = open_model(reference, allow_pickle)
+    return models
+
+
+def adapted(base: Model, reference: str, adapter: Path) -> Model:
+    if not is_adapter(adapter):
+        raise UserError(f"{adapter} is no LoRA adapter: it has no adapter_config.json")
+    return with_adapter(base, reference, read_adapter(adapter).factors)

@@ -1,0 +1,197 @@
+"""``distmerge sweep``: a parameter over a grid, or a greedy soup, judged by the loss on each named skill; nothing is written
+but the model that is picked.
+
+Greedy soup: https://arxiv.org/abs/2203.05482. From the best model on, each next one is kept if the mean loss does not rise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distmerge.config import Data
+from distmerge.data import packed_text
+from distmerge.errors import UserError
+from distmerge.evaluate import evaluate
+from distmerge.experts import native
+from distmerge.experts.build import build
+from distmerge.experts.members import open_all
+from distmerge.experts.merge import merge, with_omegas
+from distmerge.experts.methods import PARAMETERS
+from distmerge.experts.pairing import check_structure, pair
+from distmerge.experts.recipe import Entry, Recipe, Slice, is_number
+from distmerge.experts.run import settings_of, survey_of
+from distmerge.experts.verbs import table_of
+from distmerge.files.sources import Maps
+from distmerge.files.stream import Job, Stream, in_memory
+from distmerge.model import load_model, load_tokenizer
+
+SOUP = "greedy_soup"
+
+
+class Judge:
+    """The loss of merged models, which are built in memory inside one model of the same shape."""
+
+    def __init__(self, donor: str, skills: dict[str, list[str]], options: argparse.Namespace):
+        from transformers import ByT5Tokenizer
+
+        kind = "bytes" if isinstance(load_tokenizer(donor), ByT5Tokenizer) else donor
+        length = options.sequence_length
+        self.texts = {
+            name: packed_text(Data(tokenizer=kind, sequence_length=length, source="files", files=files))
+            for name, files in skills.items()
+        }
+        for name, text in self.texts.items():
+            if len(text) == 0:
+                raise UserError(f"--skill {name} must hold at least one sequence of {length} tokens")
+        self.model: nn.Module = load_model(donor)
+        self.batches, self.settings, self.allow_pickle = options.batches, settings_of(options), options.allow_pickle
+        self.places = {name: value.view(-1) for name, value in self.model.state_dict().items()}
+
+    def losses(self) -> dict[str, float]:
+        """The loss on every skill of what is in the model now."""
+        return {name: evaluate(self.model, text, 8, self.batches).loss for name, text in self.texts.items()}
+
+    def put(self, recipe: Recipe) -> None:
+        """Merge the recipe into the model."""
+        check_structure(recipe)
+        models = open_all(recipe, self.allow_pickle)
+        pairings = pair(with_omegas(recipe, models), models)
+        survey = survey_of(recipe, pairings)
+        jobs = build(recipe, pairings, Maps(), survey.thresholds if survey else [])
+
+        def keep(job: Job, offset: int, elements: Tensor) -> None:
+            if job.name not in self.places:
+                raise UserError(f"{job.name} is no tensor of the model that {recipe.donor}'s config.json describes")
+            self.places[job.name][offset : offset + elements.numel()].copy_(elements)
+
+        with Stream(jobs, self.settings, survey) as stream:
+            in_memory(stream, keep)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Sweep; print a table, plot, and write the best model if it is to be picked."""
+    skills = named_skills(options.skill)
+    if options.pick and not options.out:
+        raise UserError("--pick needs --out DIR")
+    soup = options.method == SOUP
+    recipe = native.from_table(table_of(options) | ({"method": "linear"} if soup else {}), "")
+    points = greedy(recipe, skills, options) if soup else over_grid(recipe, skills, options)
+    for point in points:
+        point["mean"] = float(np.mean(list(point["losses"].values())))
+    best = min((point for point in points if point["kept"]), key=lambda point: point["mean"])
+    print(
+        json.dumps({"points": [without_recipe(point) for point in points], "best": best["name"]})
+        if options.json
+        else table(points, best)
+    )
+    if options.plot:
+        pareto(points, best, list(skills), Path(options.plot))
+    if options.pick:
+        merge(best["recipe"], Path(options.out), options)
+    return 0
+
+
+def named_skills(given: list[str] | None) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for item in given or []:
+        name, equals, pattern = item.partition("=")
+        if not name or not equals or not pattern:
+            raise UserError(f"--skill must be NAME=GLOB, got {item}")
+        found.setdefault(name, []).append(pattern)
+    if not found:
+        raise UserError("distmerge sweep needs at least one --skill NAME=GLOB")
+    return found
+
+
+def grid_of(given: str | None) -> tuple[str, list[float]]:
+    key, _, values = (given or "").partition("=")
+    numbers = values.split(",")
+    if key not in PARAMETERS or PARAMETERS[key].holds is None or not all(is_number(value) for value in numbers):
+        raise UserError(f"--grid must be PARAMETER=X,Y,... such as lambda=0.2,0.4, got {given}")
+    return key, [float(value) for value in numbers]
+
+
+def over_grid(recipe: Recipe, skills: dict[str, list[str]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A point for each value. Along lambda the merged task vector is computed once: the model moves on its line."""
+    key, values = grid_of(options.grid)
+    recipes = [replace(recipe, parameters=recipe.parameters | {key: value}) for value in values]
+    judge = Judge(recipe.donor, skills, options)
+    start: dict[str, Tensor] | None = None
+    moved: dict[str, Tensor] = {}
+    if key == "lambda" and recipe.dtype is None and recipe.out_dtype is None:
+        start = {name: value.clone() for name, value in judge.places.items()}
+        judge.put(replace(recipe, parameters=recipe.parameters | {key: 1.0}, dtype="float32"))
+        moved = {name: value - start[name] for name, value in judge.places.items() if value.is_floating_point()}
+    points = []
+    for value, one in zip(values, recipes, strict=True):
+        if start is None:
+            judge.put(one)
+        for name, change in moved.items():
+            assert start is not None
+            torch.add(start[name], change, alpha=value, out=judge.places[name])
+        points.append({"name": f"{key} = {value:g}", "losses": judge.losses(), "recipe": one, "kept": True})
+    return points
+
+
+def greedy(recipe: Recipe, skills: dict[str, list[str]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A point for each model that was tried, in the order of their own losses."""
+    entries = [Entry(entry.model, {"weight": 1.0}) for entry in recipe.slices[0].entries]
+    judge = Judge(entries[0].model, skills, options)
+
+    def mean(chosen: list[Entry]) -> tuple[Recipe, dict[str, float]]:
+        mixed = Recipe(method="linear", slices=(Slice(tuple(chosen)),), out_dtype=recipe.out_dtype)
+        judge.put(mixed)
+        return mixed, judge.losses()
+
+    alone = sorted(entries, key=lambda entry: float(np.mean(list(mean([entry])[1].values()))))
+    kept: list[Entry] = []
+    best = float("inf")
+    points = []
+    for entry in alone:
+        mixed, losses = mean([*kept, entry])
+        height = float(np.mean(list(losses.values())))
+        joins = height <= best
+        if joins:
+            kept, best = [*kept, entry], height
+        points.append({"name": f"with {Path(entry.model).name}", "losses": losses, "recipe": mixed, "kept": joins})
+    return points
+
+
+def without_recipe(point: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in point.items() if key != "recipe"}
+
+
+def table(points: list[dict[str, Any]], best: dict[str, Any]) -> str:
+    names = list(points[0]["losses"])
+    width = max(len(point["name"]) for point in points)
+    lines = [" " * width + "".join(f"  {name:>10}" for name in [*names, "mean"])]
+    for point in points:
+        figures = "".join(f"  {value:10.4f}" for value in [*point["losses"].values(), point["mean"]])
+        mark = "  <- best" if point is best else "" if point["kept"] else "  left out"
+        lines.append(f"{point['name']:<{width}}{figures}{mark}")
+    return "\n".join(lines)
+
+
+def pareto(points: list[dict[str, Any]], best: dict[str, Any], skills: list[str], out: Path) -> None:
+    """pareto.png: the loss on the first skill, the general one, against the mean of the others."""
+    from matplotlib.figure import Figure
+
+    out.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.add_subplot()
+    x = [point["losses"][skills[0]] for point in points]
+    y = [float(np.mean([point["losses"][name] for name in skills[1:] or skills])) for point in points]
+    axes.plot(x, y, marker="o")
+    for point, at in zip(points, zip(x, y, strict=True), strict=True):
+        axes.annotate(point["name"], at, weight="bold" if point is best else "normal")
+    axes.set_xlabel(f"loss on {skills[0]}")
+    axes.set_ylabel(f"loss on {', '.join(skills[1:]) or skills[0]}")
+    figure.savefig(out / "pareto.png", dpi=120)

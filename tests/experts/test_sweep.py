@@ -1,0 +1,71 @@
+"""A sweep's losses are those of the merged models, and the best one is what it writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+from distmerge import cli
+from distmerge.errors import UserError
+from distmerge.evaluate import evaluate_directory
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sweep")
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=384,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for name in ("base", "one", "two"):
+        model.save_pretrained(path / name)
+        ByT5Tokenizer().save_pretrained(path / name)
+        for parameter in model.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    for skill, word in (("plain", "the quick brown fox "), ("digits", "3141592653 ")):
+        (path / f"{skill}.txt").write_text(word * 400)
+    return path
+
+
+def flags(root, *more: str) -> list[str]:
+    skills = [part for name in ("plain", "digits") for part in ("--skill", f"{name}={root / name}.txt")]
+    models = [part for name in ("one", "two") for part in ("--model", str(root / name))]
+    return ["sweep", *skills, *models, "--sequence-length", "32", "--batches", "2", "--json", *more]
+
+
+def test_grid(root, tmp_path, capsys):
+    more = ["--method", "task_arithmetic", "--base", str(root / "base"), "--grid", "lambda=0,0.5,1", "--plot", str(tmp_path)]
+    assert cli.run(flags(root, *more, "--pick", "--out", str(tmp_path / "out"))) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert [point["name"] for point in found["points"]] == ["lambda = 0", "lambda = 0.5", "lambda = 1"]
+    best = min(found["points"], key=lambda point: point["mean"])
+    assert found["best"] == best["name"] and (tmp_path / "pareto.png").exists()
+    for skill in ("plain", "digits"):
+        loss = evaluate_directory(str(tmp_path / "out"), [str(root / f"{skill}.txt")], 32, 2)["loss"]
+        assert loss == pytest.approx(best["losses"][skill], rel=1e-5)
+
+
+def test_densities_and_soup(root, tmp_path, capsys):
+    more = ["--method", "ties", "--base", str(root / "base"), "--grid", "density=0.2,1"]
+    assert cli.run(flags(root, *more)) == 0
+    one, two = json.loads(capsys.readouterr().out)["points"]
+    assert one["losses"] != two["losses"]
+    assert cli.run(flags(root, "--method", "greedy_soup", "--pick", "--out", str(tmp_path / "soup"))) == 0
+    points = json.loads(capsys.readouterr().out.splitlines()[0])["points"]
+    assert points[0]["kept"] and (tmp_path / "soup" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("grid", [None, "lambda", "lambda=a", "nothing=1", "normalize=1"])
+def test_refused(grid, root):
+    more = ["--grid", grid] if grid else []
+    with pytest.raises(UserError, match="--grid must be PARAMETER=X,Y"):
+        cli.run(flags(root, "--method", "task_arithmetic", "--base", str(root / "base"), *more))
