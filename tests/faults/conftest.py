@@ -12,7 +12,7 @@ from distmerge.launch import Place
 from distmerge.mesh import Mesh
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_ADDR", "127.0.0.1")

@@ -148,7 +148,7 @@ def test_before_the_process_group() -> None:
         ({"every": 0}, "every must be >= 1, got 0"),
         ({"every": 2.5}, "every must be an integer, got 2.5"),
         ({"every": 5, "outer_lr": 0}, "outer_lr must be > 0, got 0"),
-        ({"every": 5, "outer_lr": math.nan}, "outer_lr must be > 0, got nan"),
+        ({"every": 5, "outer_lr": math.nan}, "outer_lr must be finite, got nan"),
         ({"every": 5, "outer_momentum": 1.0}, "outer_momentum must be < 1, got 1.0"),
         ({"every": 5, "bucket_bytes": 3}, "bucket_bytes must be >= 4, got 3"),
     ],
