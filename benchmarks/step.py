@@ -63,7 +63,7 @@ def trainer(config: TrainConfig, mesh: Mesh) -> tuple[Callable[[int], None], Run
     directory = RunDirectory(config.run_dir)
     directory.path.mkdir(parents=True)
     run = Run(config, mesh, directory)
-    run.mergers = [DiLoCo(run.engine.parameters, sys.maxsize, group=mesh.peers)]
+    run.mergers.append(DiLoCo(run.engine.parameters, sys.maxsize, group=mesh.peers))
     run.resume()
 
     def steps(count: int) -> None:
