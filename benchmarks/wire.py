@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from quality import MODEL_LR, Arm, Runs, diloco
+from quality import Arm, Runs, diloco
 from ranks import on_ranks
 from report import Report, parser, spread
 
@@ -18,6 +18,7 @@ from distmerge.workers.total import Peers
 from distmerge.workers.wire import WIRES
 
 NUMEL = 3_000_001
+LR = 2e-3
 STEPS = 600
 """Inner steps of the training runs: 30 rounds."""
 
@@ -62,7 +63,7 @@ def main() -> None:
     gap = None
     if not options.small:
         runs = Runs(report, options.files)
-        plain = diloco(MODEL_LR, STEPS, 1.0, 0.0)
+        plain = diloco(LR, STEPS, 1.0, 0.0)
         full, quantised = (runs.outcome(arm, list(range(options.seeds))) for arm in (plain, thin(plain, "int4")))
         gaps = [b / a - 1 for a, b in zip(full.losses, quantised.losses, strict=True)]
         report.data["training"] = {"fp32": full.losses, "int4": quantised.losses, "gaps": spread(gaps)}

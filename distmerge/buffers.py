@@ -28,6 +28,8 @@ POLICIES: dict[str, Policy] = {
 def buffer_policies(model: nn.Module, given: dict[str, Policy] | None = None) -> dict[str, Policy]:
     """The policy of each of the model's buffers, by full name.
 
+    A buffer that is unknown but not part of the model's state_dict is a constant that the model computes: it must be equal.
+
     Args:
         given: policies by full name, or by last part; they come before the known ones.
     """
@@ -38,6 +40,8 @@ def buffer_policies(model: nn.Module, given: dict[str, Policy] | None = None) ->
     policies: dict[str, Policy] = {}
     for name, buffer in model.named_buffers():
         policy = table.get(name) or table.get(name.rpartition(".")[2])
+        if policy is None and name not in model.state_dict():
+            policy = "equal"
         if policy is None:
             raise UserError(f"buffer {name} has no merge policy; pass buffers={{{name!r}: 'mean' | 'last' | 'equal'}}")
         if policy == "mean" and not buffer.is_floating_point():

@@ -10,6 +10,8 @@ import sys
 from typing import NoReturn
 
 from distmerge.errors import UserError
+from distmerge.experts import verbs as experts
+from distmerge.launch import LAUNCHED
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -25,6 +27,8 @@ def main() -> None:
             raise
         fail(f"cannot write {error.filename or 'to the disk'}: {error.strerror}")
     except KeyboardInterrupt:
+        if LAUNCHED in os.environ:
+            sys.exit(130)
         print("\ninterrupted; start the same command again to resume from the newest checkpoint", file=sys.stderr)
         sys.exit(130)
 
@@ -56,11 +60,14 @@ def run(arguments: list[str]) -> int:
     evaluate.add_argument("--files", nargs="+", metavar="GLOB", help="text files (default: the held-out standard library)")
     evaluate.add_argument("--sequence-length", type=int, default=128)
     evaluate.add_argument("--batches", type=int, default=32, help="batches of 8 sequences")
+    experts.add_parsers(verbs)
     options, overrides = parser.parse_known_args(arguments)
     if options.verb == "train":
         return train_verb(options, overrides, arguments)
     if overrides:
         raise UserError(f"unknown argument {overrides[0]}; distmerge {options.verb} --help lists them")
+    if options.verb in ("merge", "diagnose"):
+        return experts.run(options)
     return eval_verb(options)
 
 

@@ -95,7 +95,7 @@ def put(table: dict[str, Any], key: str, values: list[str]) -> None:
     for name in parents:
         place = descend(place, name, key)
     if not isinstance(place, dict):
-        raise UserError(f"--{key} names a whole entry, not a key of it")
+        raise UserError(f"--{key} does not lead to a key of the configuration")
     place[last] = coerce(parents, last, key, values)
 
 
@@ -164,8 +164,9 @@ def explain(error: ErrorDetails) -> str:
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         return f"{key} is not a known key; " + (f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tags = context.get("expected_tags") or ", ".join(f"'{name}'" for name in MERGE_KINDS)
-        return f"{key}.kind must be one of {tags}, got {context.get('tag', 'none')!r}"
+        tags = ", ".join(f"'{name}'" for name in MERGE_KINDS)
+        said = f"got {context['tag']!r}" if "tag" in context else "and is not given"
+        return f"{key}.kind must be one of {tags}, {said}"
     if kind not in ALLOWED:
         return f"{key}: {error['msg']}, got {value!r}"
     shown = value if kind.endswith(("than", "equal")) else repr(value)

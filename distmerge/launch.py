@@ -15,6 +15,9 @@ import threading
 import time
 from dataclasses import dataclass
 
+LAUNCHED = "DISTMERGE_LAUNCHED"
+"""Set in the environment of ranks whose launcher is ours: it speaks for them when they are interrupted."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -76,10 +79,11 @@ def launch(ranks: int, arguments: list[str]) -> int:
     """Run ``python -m distmerge ARGUMENTS`` as ``ranks`` local ranks and return the job's exit status."""
     import logging
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # the agent logs what is said below in a line
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -90,11 +94,15 @@ def launch(ranks: int, arguments: list[str]) -> int:
         max_restarts=0,
         shutdown_timeout=5,
     )
+    os.environ[LAUNCHED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; the trainer sets its threads itself
     try:
         elastic_launch(config, sys.executable)("-m", "distmerge", *arguments)
     except ChildFailedError as error:
         return explain_failure(error)
+    except SignalException as error:
+        print("\ninterrupted; start the same command again to resume from the newest checkpoint", file=sys.stderr)
+        return 128 + int(error.sigval)
     return 0
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from distmerge.config import Data
 from distmerge.data import load_documents, no_text, tokenize, unreadable
 from distmerge.errors import UserError
-from distmerge.mesh import Mesh
 from distmerge.model import load_tokenizer
 
 
@@ -61,7 +60,7 @@ class StreamBatches:
 
 
 def stream_corpus(
-    section: Data, mesh: Mesh, micro_steps: int, batch_size: int, eval_sequences: int
+    section: Data, rank: int, world: int, micro_steps: int, batch_size: int, eval_sequences: int
 ) -> tuple[StreamBatches, datasets.Dataset]:
     """This rank's stream, and the first held-out sequences: documents are held out by a hash of their text."""
     documents = load_documents(section, streaming=True)
@@ -82,7 +81,7 @@ def stream_corpus(
     tokens = tokenize(tokenizer, texts, [True] * len(texts))
     rows = tokens[: len(tokens) // length * length].reshape(-1, length)
     sequences = datasets.Dataset.from_dict({"input_ids": rows}).with_format("numpy")
-    own = split_dataset_by_node(documents, rank=mesh.rank, world_size=mesh.world)
+    own = split_dataset_by_node(documents, rank=rank, world_size=world)
     return StreamBatches(own, section, micro_steps, batch_size), sequences
 
 

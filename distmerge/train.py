@@ -79,7 +79,7 @@ class Run:
             self.batches, self.held_out = mesh.lead_first("data", self._open_data)
         self.engine = TorchEngine(model, config, mesh)
         with mesh.together():
-            self.mergers = build_mergers(config, self.engine.parameters, mesh)
+            self.mergers: list[DiLoCo | SPARTA] = build_mergers(config, self.engine.parameters, mesh)
         check_same_start(self.engine.parameters)
         torch.manual_seed(config.seed * 1_000_003 + mesh.rank)  # dropout draws apart on each rank
         self.store = Store(directory.checkpoints, mesh, config.checkpoint.keep)
@@ -90,11 +90,10 @@ class Run:
 
     def _open_data(self) -> tuple[IndexedBatches | StreamBatches, datasets.Dataset]:
         section, rows = self.config.data, self.config.train
-        if section.streaming:
-            batches = self.config.evaluate.batches * rows.batch_size
-            return stream_corpus(section, self.mesh, rows.gradient_accumulation, rows.batch_size, batches)
-        corpus = open_corpus(section)
         place = (self.mesh.rank, self.mesh.world, rows.gradient_accumulation, rows.batch_size)
+        if section.streaming:
+            return stream_corpus(section, *place, eval_sequences=self.config.evaluate.batches * rows.batch_size)
+        corpus = open_corpus(section)
         return IndexedBatches(corpus.train, self.config.seed, *place), corpus.held_out
 
     @property
@@ -168,7 +167,7 @@ class Run:
         return sum(merger.bytes_sent for merger in self.mergers)
 
     def evaluate(self) -> float:
-        """The loss of what the workers share: the anchor, where a merger keeps one; else each worker's own part."""
+        """The loss of what the workers share: the anchor, once a merger has moved it; else each worker's own part."""
         with self.meter.paused(), self._anchor_in_place():
             section = self.config.evaluate
             place = (self.mesh.rank, self.mesh.world)
@@ -179,7 +178,7 @@ class Run:
 
     @contextlib.contextmanager
     def _anchor_in_place(self) -> Iterator[None]:
-        anchor = next((merger.anchor for merger in self.mergers if merger.anchor is not None), None)
+        anchor = next((merger.anchor for merger in self.mergers if merger.anchor is not None and merger.round), None)
         if anchor is None:
             yield
             return

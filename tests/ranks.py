@@ -70,6 +70,7 @@ class Ranks:
             answers = self._collect(world, seconds)
         failures = [answer for answer in answers.values() if answer.error is not None]
         if failures:
+            self.close()  # a group that failed on some ranks leaves torch's counters different between them
             first = min(failures, key=lambda answer: answer.when).error
             assert first is not None
             raise first
@@ -104,8 +105,6 @@ class Ranks:
                     answers[rank] = Answer(RuntimeError(f"rank {rank} died"), None, when=0.0)
                 if answers[rank].error is not None and not failed:
                     failed, deadline = True, min(deadline, time.monotonic() + STRAGGLER_SECONDS)
-        if any(not process.is_alive() for process, _ in self.processes):
-            self.close()
         return answers
 
     def close(self) -> None:
@@ -122,6 +121,8 @@ def serve(connection: Connection) -> None:
     from distmerge.launch import die_with_parent
 
     die_with_parent()
+    # A rank leaves init_process_group when all have: one that is quick must not take its group down while another connects.
+    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     import torch
 
     torch.set_num_threads(1)
@@ -157,7 +158,6 @@ def take_part(rank: int, world: int, port: int, rendezvous: str | None, function
         if dist.is_initialized():
             dist.destroy_process_group()
         torch.set_num_threads(1)
-        gc.collect()  # locks and stores of a function that failed
 
 
 def portable(error: BaseException) -> BaseException:
@@ -197,3 +197,4 @@ def command(arguments: list[str]) -> Outcome:
         return Outcome(int(leave.code or 0), out.getvalue(), err.getvalue())
     finally:
         sys.argv = argv
+        gc.collect()  # an error holds frames, and they the run directory's lock and the store

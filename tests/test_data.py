@@ -6,7 +6,6 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -208,8 +207,7 @@ def test_corpora_that_are_too_small(tmp_path: Path) -> None:
 
 
 def stream(path: Path, rank: int = 0, world: int = 1, batch_size: int = 1) -> StreamBatches:
-    place: Any = SimpleNamespace(rank=rank, world=world)
-    return stream_corpus(section(path, streaming=True, eval_fraction=0.1), place, 1, batch_size, 4)[0]
+    return stream_corpus(section(path, streaming=True, eval_fraction=0.1), rank, world, 1, batch_size, 4)[0]
 
 
 def tokens(batches: StreamBatches, steps: range) -> list[int]:
@@ -228,8 +226,7 @@ def test_two_ranks_streams_are_disjoint(jsonl: Path) -> None:
 
 
 def test_what_a_stream_holds_out_is_never_trained_on(jsonl: Path) -> None:
-    place: Any = SimpleNamespace(rank=0, world=1)
-    batches, sequences = stream_corpus(section(jsonl, streaming=True, eval_fraction=0.1), place, 1, 1, 4)
+    batches, sequences = stream_corpus(section(jsonl, streaming=True, eval_fraction=0.1), 0, 1, 1, 1, 4)
     held = [document for document in DOCUMENTS if held_out(document, 0.1)]
     assert "\n".join(held).startswith(text_of(rows_of(sequences))[:LENGTH])
     trained = text_of([tokens(batches, range(300))])

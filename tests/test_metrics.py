@@ -71,7 +71,7 @@ def result(loss: float, norm: float = 1.0) -> StepResult:
 
 
 def report(number: int) -> MergeReport:
-    return MergeReport(number, 5, 0.5 * number, 0.25, 2, 100.0, 1.5)
+    return MergeReport(number, 5, 0.5 * number, 0.25, 2, 100.0, 1.5, 0.5)
 
 
 def test_a_line_is_what_was_seen_since_the_line_before() -> None:

@@ -1,0 +1,1 @@
+"""Merging across skills: models trained apart from one base."""

@@ -1,0 +1,79 @@
+"""The verb ``diagnose``, and the report that ``merge`` asks for: the passes over the models behind ``diagnose.py``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from distmerge.errors import UserError
+from distmerge.experts.build import build, open_source
+from distmerge.experts.diagnose import Similarity, summarise, table
+from distmerge.experts.lora import leading_factors
+from distmerge.experts.merge import open_all
+from distmerge.experts.pairing import Pairing, check_structure, pair
+from distmerge.experts.recipe import Entry, Recipe, Slice
+from distmerge.experts.run import settings_of
+from distmerge.files.models import Model
+from distmerge.files.sources import Maps
+from distmerge.files.stream import Settings, Stream, in_memory
+from distmerge.rules.similarity import overlap
+
+RANK = 8
+
+
+def run(options: argparse.Namespace) -> int:
+    """Diagnose the models; print, write and draw what was asked for."""
+    if len(options.models) < 2:
+        raise UserError(f"distmerge diagnose needs at least two models beside --base, got {len(options.models)}")
+    recipe = mean_of(options.base, options.models)
+    models = open_all(recipe, options.allow_pickle)
+    report = diagnose(recipe, models, settings_of(options), subspaces=True)
+    if options.files:
+        from distmerge.experts.barrier import on_data
+
+        report |= on_data([options.base, *options.models], options.files, options.sequence_length, options.batches)
+    print(json.dumps(report) if options.json else table(report))
+    if options.plot:
+        from distmerge.experts.plots import draw
+
+        draw(report, Path(options.plot))
+    if options.tensorboard:
+        from distmerge.experts.plots import to_tensorboard
+
+        to_tensorboard(report, Path(options.tensorboard))
+    return 0
+
+
+def mean_of(base: str, models: list[str]) -> Recipe:
+    """The plain mean of the task vectors: what a diagnosis looks at."""
+    entries = tuple(Entry(model, {"weight": 1 / len(models)}) for model in models)
+    return Recipe(method="task_arithmetic", slices=(Slice(entries),), base=base)
+
+
+def diagnose(recipe: Recipe, models: dict[str, Model], settings: Settings, subspaces: bool = False) -> dict[str, Any]:
+    """The report on a recipe's models, from one pass over them; with ``subspaces``, three more."""
+    check_structure(recipe)
+    pairings = pair(recipe, models)
+    maps = Maps()
+    with Stream(build(recipe, pairings, maps, []), settings, observer=Similarity()) as stream:
+        notes = in_memory(stream, lambda job, offset, elements: None)
+    members = [item.model for item in pairings[0].members]
+    report = summarise(notes, members)
+    if subspaces:
+        report["subspaces"] = [entry for pairing in pairings for entry in overlaps(pairing, maps)]
+    return report
+
+
+def overlaps(pairing: Pairing, maps: Maps) -> list[dict[str, Any]]:
+    """For a matrix in a layer: how much the leading ``RANK`` left singular directions of each pair of task vectors share."""
+    if len(pairing.shape) != 2 or min(pairing.shape) < 2 * RANK or ".layers." not in pairing.name or pairing.base is None:
+        return []
+    base = open_source(pairing.base, maps)
+    leading = [leading_factors(open_source(item, maps), base, pairing.shape, RANK)[0] for item in pairing.members]
+    return [
+        {"tensor": pairing.name, "pair": [i, j], "overlap": overlap(leading[i], leading[j])}
+        for i in range(len(leading))
+        for j in range(i + 1, len(leading))
+    ]

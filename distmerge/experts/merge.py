@@ -1,0 +1,141 @@
+"""``distmerge merge``: a recipe to a model directory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from distmerge.errors import UserError
+from distmerge.experts.pairing import check_structure, pair
+from distmerge.experts.recipe import Entry, Recipe, Slice
+from distmerge.experts.record import identity, small_files
+from distmerge.files.adapters import is_adapter, read_adapter
+from distmerge.files.models import Model, open_model, with_adapter
+from distmerge.files.output import refuse_existing
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)?", re.IGNORECASE)
+AUTO = "auto"
+ADAPTER_METHODS = ("cat", "svd", "extract")
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def merge(recipe: Recipe, out: Path, options: argparse.Namespace) -> None:
+    """Merge, and publish the directory ``out``.
+
+    Raises:
+        UserError: for anything wrong with the recipe, the models or the disk; nothing is left under the final name.
+    """
+    refuse_existing(out)
+    shard_bytes = parse_size(options.shard_size)
+    if recipe.method in ADAPTER_METHODS:
+        from distmerge.experts.lora import merge_adapters
+
+        merge_adapters(recipe, out, options)
+        return
+    if recipe.method == AUTO:
+        recipe = recommended(recipe, options)
+    check_structure(recipe)
+    if options.report and (recipe.base is None or recipe.method in ("linear", "slerp", "passthrough")):
+        raise UserError(
+            f"--report looks at task vectors, which need a base; {recipe.method} has none here: use distmerge diagnose"
+        )
+    models = open_all(recipe, options.allow_pickle)
+    recipe = with_omegas(recipe, models)
+    pairings = pair(recipe, models)
+    small = small_files(recipe, models, out_layers(recipe), recipe.out_dtype or recipe.dtype)
+
+    from distmerge.experts.run import run  # imports torch, and all that can fail without it has been tried
+
+    more = {"shards": shard_bytes, "stochastic": options.stochastic, "report": options.report}
+    run(recipe, models, pairings, out, identity(recipe, models, more), shard_bytes, small, options)
+
+
+def recommended(recipe: Recipe, options: argparse.Namespace) -> Recipe:
+    """The recipe with the method that a diagnosis of its models recommends; says so and why."""
+    if recipe.base is None:
+        raise UserError("method auto needs a base: the model that the others were trained from")
+    from distmerge.experts.inspect import diagnose, mean_of
+    from distmerge.experts.run import settings_of
+
+    (slice,) = recipe.slices
+    bare = mean_of(recipe.base, [entry.model for entry in slice.entries if entry.model != recipe.base])
+    chosen = diagnose(bare, open_all(bare, options.allow_pickle), settings_of(options))["recommendation"]
+    print(f"method auto takes {chosen['method']}:", *(f"- {why}" for why in chosen["reasons"]), sep="\n")
+    return replace(recipe, method=chosen["method"], parameters=chosen["parameters"] | recipe.parameters)
+
+
+def open_all(recipe: Recipe, allow_pickle: bool) -> dict[str, Model]:
+    """Every model of the recipe. An adapter stands for its base with it on: "BASE+ADAPTER", or ADAPTER on the recipe's base."""
+    models: dict[str, Model] = {}
+    for reference in recipe.references:
+        whole, plus, adapter = reference.rpartition("+")
+        if plus and not Path(reference).exists():
+            models[reference] = adapted(open_model(whole, allow_pickle), reference, Path(adapter))
+        elif is_adapter(Path(reference)):
+            if recipe.base is None or reference == recipe.base:
+                raise UserError(f"{reference} is an adapter, which needs a base: write it as BASE+{reference}")
+            models[reference] = adapted(models[recipe.base], reference, Path(reference))
+        else:
+            models[reference] = open_model(reference, allow_pickle)
+    return models
+
+
+def adapted(base: Model, reference: str, adapter: Path) -> Model:
+    if not is_adapter(adapter):
+        raise UserError(f"{adapter} is no LoRA adapter: it has no adapter_config.json")
+    return with_adapter(base, reference, read_adapter(adapter).factors)
+
+
+def out_layers(recipe: Recipe) -> int | None:
+    """How many layers the output has, if the recipe says."""
+    ranges = [slice.entries[0].layers for slice in recipe.slices]
+    return sum(layers[1] - layers[0] for layers in ranges if layers) if all(ranges) else None
+
+
+def with_omegas(recipe: Recipe, models: dict[str, Model]) -> Recipe:
+    """For ptm, an omega for every skill that has none: its training tokens over the general model's, at most 1.
+
+    Source: the heuristic |D| / |G| of https://arxiv.org/abs/2410.12937, for when there is no validation set.
+    """
+    if recipe.method != "ptm" or "omega" in recipe.parameters:
+        return recipe
+    slices = []
+    for slice in recipe.slices:
+        entries: list[Entry] = []
+        for entry in slice.entries:
+            if "omega" in entry.parameters or entry.model in (recipe.general, recipe.base):
+                entries.append(entry)
+                continue
+            omega = omega_of(models[entry.model], models[str(recipe.general)])
+            entries.append(replace(entry, parameters=entry.parameters | {"omega": omega}))
+        slices.append(Slice(tuple(entries), slice.base, slice.parameters))
+    return replace(recipe, slices=tuple(slices))
+
+
+def omega_of(skill: Model, general: Model) -> float:
+    counts = []
+    for model in (skill, general):
+        path = model.directory / "training.json"
+        try:
+            tokens = json.loads(path.read_bytes())["tokens"]
+        except (OSError, ValueError, KeyError, TypeError):
+            tokens = None
+        if type(tokens) is not int or tokens <= 0:
+            raise UserError(f"omega must be given for {skill.reference}: {path} does not say the tokens of its training")
+        counts.append(tokens)
+    omega = counts[0] / counts[1]
+    said = f"omega of {skill.reference}: {counts[0]} / {counts[1]} training tokens = {omega:.4g}"
+    print(said + (", taken as 1" if omega > 1 else ""))
+    return min(1.0, omega)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB" or "1000"."""
+    match = SIZE.fullmatch(text.strip())
+    size = int(float(match[1]) * UNITS[(match[2] or "B").upper()]) if match else 0
+    if size < 1:
+        raise UserError(f"--shard-size must be a size such as 500MB or 5GB, got {text}")
+    return size

@@ -1,0 +1,70 @@
+"""A diagnosis as pictures: a heat map of the cosines and a profile over the layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+
+
+def draw(report: dict[str, Any], out: Path) -> None:
+    """Write cosines.png and layers.png into ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures(report).items():
+        figure.savefig(out / f"{name}.png", dpi=120)
+
+
+def figures(report: dict[str, Any]) -> dict[str, Figure]:
+    return {"cosines": heat_map(report), "layers": profile(report)}
+
+
+def heat_map(report: dict[str, Any]) -> Figure:
+    cosines = np.asarray(report["whole"]["cosines"])
+    labels = [Path(model).name for model in report["models"]]
+    figure = Figure(figsize=(2 + 0.8 * len(labels), 1.5 + 0.8 * len(labels)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r")
+    axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+    axes.set_yticks(range(len(labels)), labels)
+    for (row, column), value in np.ndenumerate(cosines):
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center")
+    axes.set_title("cosine between task vectors")
+    figure.colorbar(image)
+    return figure
+
+
+def profile(report: dict[str, Any]) -> Figure:
+    """Mean cosine, sign conflict and norms, layer by layer."""
+    layers = list(report["layers"].values())
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    count = len(report["models"])
+    pairs = np.triu_indices(count, 1)
+    above.plot([np.asarray(layer["cosines"])[pairs].mean() for layer in layers], label="mean cosine")
+    above.plot([layer["conflict_mass"] for layer in layers], label="sign conflict, by mass")
+    above.plot([layer["conflict_count"] for layer in layers], label="sign conflict, by count")
+    above.legend()
+    for index, model in enumerate(report["models"]):
+        below.plot([layer["norms"][index] for layer in layers], label=Path(model).name)
+    below.set_ylabel("norm of the task vector")
+    below.set_xlabel("layer")
+    below.legend()
+    return figure
+
+
+def to_tensorboard(report: dict[str, Any], out: Path) -> None:
+    """The figures and, layer by layer, the scalars."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(out))
+    for name, figure in figures(report).items():
+        writer.add_figure(f"diagnose/{name}", figure)
+    for step, layer in enumerate(report["layers"].values()):
+        for key in ("conflict_mass", "conflict_count", "lost_to_rounding"):
+            writer.add_scalar(f"diagnose/{key}", layer[key], step)
+    writer.close()

@@ -1,0 +1,177 @@
+"""A recipe: which models are merged, how, and with which parameters. Its two notations are in ``toml.py`` and ``mergekit.py``.
+
+Imports no torch: whatever is wrong with a recipe is said at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from distmerge.errors import UserError
+
+Setting = Any
+"""A parameter as written: a scalar; a list of scalars, a gradient over the layers; or a list of {value, filter}."""
+
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One input: a model, its own parameters, and the layers [first, stop) of it, or None for all."""
+
+    model: str
+    parameters: dict[str, Setting] = field(default_factory=dict)
+    layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Output layers in a row, each merged from the same number of layers of every entry."""
+
+    entries: tuple[Entry, ...]
+    base: str | None = None
+    parameters: dict[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Attributes: source: "base", "union" or a model; pad_to: the vocabulary is padded to a multiple of it."""
+
+    source: str
+    pad_to: int = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is to be merged.
+
+    Attributes:
+        method: one of ``methods.METHODS``.
+        slices: one, without layer ranges, merges whole models.
+        base: the model that task vectors start from.
+        general: the model to which ``ptm`` adds.
+        parameters: for all models and layers.
+        variants: ``trim``, ``elect`` ...; what is unset follows from ``compat``.
+        compat: "mergekit" or "paper": whose form of a method it is.
+        dtype: the inputs are rounded to it first; None leaves them as they are.
+        out_dtype: of the output; None for ``dtype``, or else each tensor's own.
+        text: the recipe as written.
+    """
+
+    method: str
+    slices: tuple[Slice, ...]
+    base: str | None = None
+    general: str | None = None
+    parameters: dict[str, Setting] = field(default_factory=dict)
+    variants: dict[str, str] = field(default_factory=dict)
+    compat: str = "paper"
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
+    seed: int = 0
+    text: str = ""
+
+    @property
+    def references(self) -> list[str]:
+        """Every model, once, the base first."""
+        named = [self.base, *(slice.base for slice in self.slices)]
+        named += [entry.model for slice in self.slices for entry in slice.entries]
+        return list(dict.fromkeys(name for name in [*named, self.general] if name is not None))
+
+    @property
+    def donor(self) -> str:
+        """The model whose config and tokenizer the output gets: the base, or else the first."""
+        return self.base or self.slices[0].entries[0].model
+
+
+class Place(NamedTuple):
+    """Where a parameter is asked for: the tensor's name, and how deep it lies, 0 (first layer) to 1."""
+
+    name: str
+    depth: float
+
+
+def resolve(setting: Setting, place: Place) -> Any:
+    """The scalar that a setting means at a place; None if no filter of it matches."""
+    if isinstance(setting, dict):
+        setting = [setting]
+    if not isinstance(setting, list):
+        return setting
+    if all(not isinstance(item, dict) for item in setting):
+        return gradient(setting, place.depth)
+    for item in setting:
+        wanted = item.get("filter")
+        if wanted is None or wanted == "*" or wanted in place.name:
+            return resolve(item["value"], place)
+    return None
+
+
+def gradient(values: list[Any], depth: float) -> Any:
+    """Values evenly spaced over the depth, straight lines between them; words and booleans jump."""
+    if not all(is_number(value) for value in values):
+        return values[int(depth * (len(values) - 1))]
+    numbers = [float(value) for value in values]
+    at = depth * (len(numbers) - 1)
+    low = int(at)
+    share = at - low
+    return (1 - share) * numbers[low] + share * numbers[min(low + 1, len(numbers) - 1)]
+
+
+def is_number(value: Any) -> bool:
+    """Numbers, and strings that are numbers: YAML reads 1e-3 as a string."""
+    if isinstance(value, str):
+        try:
+            float(value)
+        except ValueError:
+            return False
+        return True
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_setting(key: str, setting: Setting, depth: int = 0) -> None:
+    """Refuse a setting that no place could resolve.
+
+    Raises:
+        UserError: naming ``key``.
+    """
+    if isinstance(setting, dict):
+        unknown = set(setting) - {"value", "filter"}
+        if "value" not in setting or unknown or depth > 3:
+            raise UserError(f"{key} must have a value and perhaps a filter, got {', '.join(map(str, setting)) or 'nothing'}")
+        if not isinstance(setting.get("filter", ""), str | None):
+            raise UserError(f"{key}.filter must be a part of a tensor's name, got {setting['filter']!r}")
+        check_setting(key, setting["value"], depth + 1)
+    elif isinstance(setting, list):
+        kinds = {isinstance(item, dict) for item in setting}
+        if not setting or len(kinds) > 1 or any(isinstance(item, list) for item in setting):
+            raise UserError(f"{key} must be a value, a list of values, or a list of value and filter, got {setting!r}")
+        for item in setting:
+            check_setting(key, item, depth + 1)
+    elif not isinstance(setting, bool | int | float | str):
+        raise UserError(f"{key} must be a number, a word or true or false, got {setting!r}")
+    elif is_number(setting) and not math.isfinite(float(setting)):
+        raise UserError(f"{key} must be finite, got {setting}")
+
+
+def check_parameters(where: str, parameters: Any) -> dict[str, Setting]:
+    """A table of settings, each of them sound."""
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict) or not all(isinstance(key, str) for key in parameters):
+        raise UserError(f"{where} must be a table, got {parameters!r}")
+    for key, setting in parameters.items():
+        check_setting(f"{where}.{key}", setting)
+    return parameters
+
+
+def check_dtype(key: str, value: Any) -> str | None:
+    """A floating point dtype's name, without "torch."."""
+    if value is None:
+        return None
+    name = str(value).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UserError(f"{key} must be one of {', '.join(DTYPES)}, got {value!r}")
+    return name

@@ -1,0 +1,64 @@
+"""A recipe that is known to be sound, run: jobs, threads, the report, the record."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from distmerge.experts.build import build
+from distmerge.experts.diagnose import Similarity, summarise
+from distmerge.experts.methods import METHODS, variants
+from distmerge.experts.pairing import Pairing
+from distmerge.experts.recipe import Recipe
+from distmerge.experts.record import as_json, card, record
+from distmerge.experts.survey import ThresholdSurvey
+from distmerge.files.models import Model
+from distmerge.files.output import RECORD
+from distmerge.files.rounding import Rounding
+from distmerge.files.sources import Maps
+from distmerge.files.stream import Report, Settings, Stream, check_device, write_model
+
+
+def run(
+    recipe: Recipe, models: dict[str, Model], pairings: list[Pairing], out: Path, identity: str, shard_bytes: int,
+    small: dict[str, bytes], options: argparse.Namespace,
+) -> Report:  # fmt: skip
+    """Merge the pairings into ``out``, with the files ``small`` beside them."""
+    started = time.monotonic()
+    settings = settings_of(options)
+    maps = Maps()
+    survey = survey_of(recipe, pairings)
+    jobs = build(recipe, pairings, maps, survey.thresholds if survey else [])
+    observer = Similarity() if options.report else None
+    with Stream(jobs, settings, survey, observer) as stream:
+        stream.rounding = Rounding(options.stochastic)
+
+        def close(report: Report) -> dict[str, bytes]:
+            said = {RECORD: as_json(record(recipe, report.outputs, report.inputs)), "README.md": card(recipe, out.name)}
+            if options.report:
+                said["report.json"] = as_json(summarise(report.notes, [item.model for item in pairings[0].members]))
+            return small | said
+
+        report = write_model(stream, out, identity, shard_bytes, close)
+    size = sum(entry["bytes"] for entry in report.outputs.values())
+    print(f"{out}: {len(jobs)} tensors, {size / 1e6:.1f} MB in {time.monotonic() - started:.1f} s by {recipe.method}")
+    return report
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """Threads and device; torch's own threads are off, since ours share the work."""
+    check_device(options.device)
+    torch.set_num_threads(1)
+    return Settings(options.threads or len(os.sched_getaffinity(0)), options.chunk, options.device)
+
+
+def survey_of(recipe: Recipe, pairings: list[Pairing]) -> ThresholdSurvey | None:
+    """What a global trim must know first."""
+    form = variants(recipe.method, recipe.compat, recipe.variants)
+    if METHODS[recipe.method].sparsify != "magnitude" or form["trim"] != "global":
+        return None
+    return ThresholdSurvey.of(pairings)

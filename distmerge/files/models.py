@@ -1,0 +1,182 @@
+"""What a model directory is: safetensors shards and their index, config.json, a tokenizer. Imports no torch.
+
+Names and shapes are all that is known of an architecture.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distmerge.errors import UserError
+from distmerge.files.header import Stored, read_header, shown
+
+INDEX = "model.safetensors.index.json"
+JSON_LIMIT_BYTES = 64 << 20
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on disk.
+
+    Attributes:
+        reference: what the user wrote; errors name the model by it.
+        path: its directory, or its one file.
+        tensors: all that its files hold, by name, in file order.
+        config: config.json, {} without one.
+        factors: a LoRA adapter's factors on top of the tensors, by the tensor's name.
+    """
+
+    reference: str
+    path: Path
+    tensors: dict[str, Stored]
+    config: dict[str, Any] = field(default_factory=dict)
+    factors: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors, sorted."""
+        own = {entry.file for entry in self.tensors.values()}
+        return sorted(own | {entry.file for pair in self.factors.values() for entry in (pair.a, pair.b)})
+
+    @property
+    def directory(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def carried(self, names: tuple[str, ...]) -> dict[str, bytes]:
+        """The content of those of ``names`` that lie beside the weights."""
+        return {name: (self.directory / name).read_bytes() for name in names if (self.directory / name).is_file()}
+
+
+def open_model(reference: str, allow_pickle: bool = False) -> Model:
+    """The model that a directory, a .safetensors file or a hub id names.
+
+    Raises:
+        UserError: when there is none, or any of its headers or its index is not sound.
+    """
+    path = locate(reference)
+    if path.is_file():
+        return Model(reference, path, read_header(path).tensors)
+    tensors = read_shards(path, allow_pickle)
+    if not tensors:
+        raise UserError(f"{reference} holds no tensors")
+    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    return Model(reference, path, tensors, config)
+
+
+def with_adapter(base: Model, reference: str, factors: dict[str, Any]) -> Model:
+    """The base as an adapter changes it; nothing is computed until it is read.
+
+    Raises:
+        UserError: when the adapter does not fit the base.
+    """
+    for name, pair in factors.items():
+        if name not in base.tensors:
+            raise UserError(f"{reference} changes {name}, which {base.reference} does not have")
+        shape = (pair.b.shape[0], pair.a.shape[1])
+        if base.tensors[name].shape != shape:
+            raise UserError(
+                f"{reference}: {name} has shape {list(shape)}, but {list(base.tensors[name].shape)} in {base.reference}"
+            )
+    return Model(reference, base.path, base.tensors, base.config, factors)
+
+
+def locate(reference: str) -> Path:
+    """The directory or file on this machine; hub ids (``org/name`` or ``org/name@revision``) through the hub's cache."""
+    path = Path(reference).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+        return path
+    if path.is_file():
+        raise UserError(f"a model must be a directory, a .safetensors file or a hub id, got the file {reference}")
+    if not HUB_ID.fullmatch(reference):
+        raise UserError(f"the model {shown(reference)} does not exist")
+    return locate_on_hub(reference)
+
+
+def locate_on_hub(reference: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = reference.partition("@")
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        found = snapshot_download(name, revision=revision or None, allow_patterns=wanted)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{reference} is no directory here, and the hub does not give it: {reason}") from None
+    return Path(found)
+
+
+def read_shards(path: Path, allow_pickle: bool) -> dict[str, Stored]:
+    """All tensors of a directory: one safetensors file, several with an index, or pickles where they are allowed."""
+    if (path / INDEX).exists():
+        return read_index(path)
+    found = sorted(file for file in path.glob("*.safetensors") if file.name != "adapter_model.safetensors")
+    if len(found) == 1:
+        return read_header(found[0]).tensors
+    if found:
+        raise UserError(f"{path} holds {len(found)} safetensors files and no {INDEX} to say which are the model")
+    pickles = sorted([*path.glob("pytorch_model*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+    if pickles and not allow_pickle:
+        raise UserError(f"{path} holds pickles ({pickles[0].name}), which can run code when read; allow them by --allow-pickle")
+    if pickles:
+        from distmerge.files.pickles import as_stored
+
+        return as_stored(pickles)
+    raise UserError(f"{path} holds no safetensors file")
+
+
+def read_index(path: Path) -> dict[str, Stored]:
+    """Every tensor that the index names, from the shard that it names; both must agree exactly."""
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path / INDEX} must have a weight_map of names to files")
+    headers: dict[str, dict[str, Stored]] = {}
+    for shard in dict.fromkeys(weight_map.values() if all(isinstance(v, str) for v in weight_map.values()) else [None]):
+        if shard is None or Path(shard).name != shard or shard in (".", "..") or not shard.endswith(".safetensors"):
+            raise UserError(f"{path / INDEX}: a shard must be a .safetensors file of the same directory, got {shown(shard)}")
+        if not (path / shard).is_file():
+            raise UserError(f"{path / INDEX} names the shard {shown(shard)}, which is missing")
+        headers[shard] = read_header(path / shard).tensors
+    held = {name: shard for shard, tensors in headers.items() for name in tensors}
+    if sum(len(tensors) for tensors in headers.values()) != len(held):
+        raise UserError(f"{path}: two shards hold a tensor of the same name")
+    for name in held.keys() | weight_map.keys():
+        if held.get(name) != weight_map.get(name):
+            where = weight_map.get(name, "nowhere")
+            raise UserError(f"{path / INDEX} says that {shown(name)} is in {where}, it is in {held.get(name, 'none')}")
+    return {name: entry for shard in sorted(headers) for name, entry in headers[shard].items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON table."""
+    try:
+        if path.stat().st_size > JSON_LIMIT_BYTES:
+            raise UserError(f"{path} must have <= {JSON_LIMIT_BYTES} bytes, got {path.stat().st_size}")
+        table = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not valid JSON") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{path} must be a JSON table")
+    return table
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """``("model.layers.", 3)`` of ``model.layers.3.mlp.up_proj.weight``; None for a tensor of no layer."""
+    match = LAYER.search(name)
+    return (name[: match.start() + 1], int(match.group(1))) if match else None
+
+
+def in_layer(name: str, layer: int) -> str:
+    """The name of the same tensor in another layer."""
+    return LAYER.sub(f".{layer}.", name, count=1)

@@ -1,0 +1,203 @@
+"""A directory that appears whole or not at all: made under a hidden name, resumed there, hashed, published by rename."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distmerge.errors import UserError
+from distmerge.files.layout import Shard
+
+JOURNAL = "journal.jsonl"
+LOCK = "lock"
+RECORD = "merge.json"
+SYNC_SECONDS = 5.0
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG)
+
+
+class Output:
+    """The directory ``out`` while it is being made, as ``.NAME.merging`` beside it.
+
+    A journal there says what is finished; it is trusted only if it was written by a merge with the same ``identity``.
+    """
+
+    def __init__(self, out: Path, identity: str, shards: list[Shard]):
+        self.out, self.shards = out, shards
+        self.path = out.parent / f".{out.name}.merging"
+        self.done: dict[str, Any] = {}
+        self._pending: list[str] = []
+        self._synced = time.monotonic()
+        with disk_errors(self.path):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=True)
+            self._lock = open(self.path / LOCK, "a")  # noqa: SIM115
+        self._take_lock()
+        with disk_errors(self.path):
+            if not self._resume(identity):
+                self._begin(identity)
+            self.files = {part.name: os.open(self.path / part.name, os.O_RDWR) for part in shards}
+
+    def write(self, shard: Shard, offset: int, data: memoryview) -> None:
+        """Put ``data`` at its place; threads may write at once."""
+        with disk_errors(self.path):
+            while data:
+                written = os.pwrite(self.files[shard.name], data, offset)
+                data, offset = data[written:], offset + written
+
+    def finish(self, name: str, note: Any = None) -> None:
+        """Tensor ``name`` is written; ``note`` comes back after an interruption. Now and then it is also made durable."""
+        self._pending.append(json.dumps({"tensor": name, "note": note}))
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Data first, then the journal that vouches for it."""
+        with disk_errors(self.path):
+            for descriptor in self.files.values():
+                os.fdatasync(descriptor)
+            with open(self.path / JOURNAL, "a") as file:
+                file.write("".join(line + "\n" for line in self._pending))
+                file.flush()
+                os.fsync(file.fileno())
+        self._pending.clear()
+        self._synced = time.monotonic()
+
+    def publish(self, extra: dict[str, bytes]) -> None:
+        """Write the small files, make everything durable, and give the directory its name."""
+        self.sync()
+        with disk_errors(self.path):
+            for name, content in extra.items():
+                with open(self.path / name, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            for descriptor in self.files.values():
+                os.close(descriptor)
+            (self.path / JOURNAL).unlink()
+            (self.path / LOCK).unlink()
+            fsync_directory(self.path)
+            refuse_existing(self.out)
+            self.path.rename(self.out)
+            fsync_directory(self.out.parent)
+        self._lock.close()
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another merge is writing {self.out}") from None
+
+    def _resume(self, identity: str) -> bool:
+        """Whether the journal is of this very merge; then ``done`` holds what it vouches for."""
+        try:
+            first, *lines = (self.path / JOURNAL).read_text().splitlines()
+            if json.loads(first) != {"identity": identity}:
+                return False
+            if any((self.path / part.name).stat().st_size != part.bytes for part in self.shards):
+                return False
+        except (OSError, ValueError):
+            return False
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the last line, when the machine stopped in the midst of it
+                break
+            self.done[entry["tensor"]] = entry["note"]
+        return True
+
+    def _begin(self, identity: str) -> None:
+        for leftover in self.path.iterdir():
+            if leftover.name != LOCK:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for part in self.shards:
+            with open(self.path / part.name, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, part.bytes)  # a disk too small says so now
+                file.write(part.header)
+        with open(self.path / JOURNAL, "w") as file:
+            file.write(json.dumps({"identity": identity}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"--out must not exist yet, got {out}")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A disk that is full or not writable is the user's error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*DISK_ERRORS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+            raise
+        raise UserError(f"cannot write {path}: {error.strerror}; nothing was published") from None
+
+
+def fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Digests:
+    """SHA-256 of files, computed behind a merge that reads or writes them, while their pages are still in memory."""
+
+    def __init__(self, threads: int):
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="digest")
+        self._followers: dict[Path, Follower] = {}
+        self._waiting: list[Future[None]] = []
+
+    def advance(self, path: Path, to: int | None = None) -> None:
+        """The first ``to`` bytes of the file are final; all of them, if it is None."""
+        if path not in self._followers:
+            self._followers[path] = Follower(path)
+        self._waiting = [future for future in self._waiting if not future.done() or future.result()]
+        self._waiting.append(self._pool.submit(self._followers[path].follow, to))
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def finish(self) -> dict[Path, dict[str, Any]]:
+        """Size and SHA-256 of every file named so far."""
+        for path in self._followers:
+            self.advance(path)
+        for future in self._waiting:
+            future.result()
+        self.close()
+        return {path: follower.result() for path, follower in self._followers.items()}
+
+
+class Follower:
+    """The hash of a file's first ``at`` bytes."""
+
+    def __init__(self, path: Path):
+        self._digest, self._at, self._lock = hashlib.sha256(), 0, threading.Lock()
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def follow(self, to: int | None) -> None:
+        with self._lock, memoryview(self._map) as view:
+            stop = len(view) if to is None else to
+            if stop > self._at:
+                self._digest.update(view[self._at : stop])
+                self._at = stop
+
+    def result(self) -> dict[str, Any]:
+        assert self._at == len(self._map)
+        return {"bytes": self._at, "sha256": self._digest.hexdigest()}

@@ -1,0 +1,100 @@
+"""Where a tensor's elements come from: a memory-mapped file, or rows put together from one."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distmerge.files.header import Stored
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Source(Protocol):
+    """A tensor that can be read piece by piece."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def stored(self) -> tuple[Stored, ...]:
+        """The tensors on disk that it reads."""
+        ...
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """``[stop - start]`` elements of the flattened tensor; never written to."""
+        ...
+
+
+class Maps:
+    """The memory maps of the files that a merge reads, opened once each. Mapped pages are the page cache's, not ours."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, mmap.mmap] = {}
+
+    def of(self, path: Path) -> mmap.mmap:
+        if path not in self._open:
+            with open(path, "rb") as file:
+                # A private map counts as writable, which torch wants, and costs nothing as long as nobody writes.
+                mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self._open[path] = mapped
+        return self._open[path]
+
+
+class OnDisk:
+    """A tensor of a file. Reading gives views of the map, no copies."""
+
+    def __init__(self, entry: Stored, maps: Maps):
+        self.shape, self.dtype, self.stored = entry.shape, DTYPES[entry.dtype], (entry,)
+        self._buffer = maps.of(entry.file)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        size = self.dtype.itemsize
+        at, count = self.stored[0].start + start * size, stop - start
+        if count == 0:
+            return torch.empty(0, dtype=self.dtype)
+        if at % size:  # the format allows it, vector loads do not like it
+            raw = np.frombuffer(self._buffer, dtype=np.uint8, count=count * size, offset=at).copy()
+            return torch.from_numpy(raw).view(self.dtype)
+        return torch.frombuffer(self._buffer, dtype=self.dtype, count=count, offset=at)
+
+
+class Cast:
+    """A source whose elements are first rounded to a dtype."""
+
+    def __init__(self, source: Source, dtype: torch.dtype):
+        self.shape, self.dtype, self.stored, self._source = source.shape, dtype, source.stored, source
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self._source.read(start, stop).to(self.dtype)
+
+
+class Adapted:
+    """A matrix with a LoRA adapter on it, ``W + scale B A``, in float32; only the rows that are read are computed."""
+
+    dtype = torch.float32
+
+    def __init__(self, base: OnDisk, a: OnDisk, b: OnDisk, scale: float):
+        self.shape, self.stored = base.shape, (*base.stored, *a.stored, *b.stored)
+        self._base, self._b, self._scale = base, b, scale
+        self._a = a.read(0, a.stored[0].numel).view(a.shape).float()
+
+    def read(self, start: int, stop: int) -> Tensor:
+        columns, rank = self.shape[1], self._a.shape[0]
+        first, last = start // columns, -(-stop // columns)
+        b = self._b.read(first * rank, last * rank).view(-1, rank).float()
+        change = (b @ self._a).view(-1)[start - first * columns : stop - first * columns]
+        return change.mul_(self._scale).add_(self._base.read(start, stop))

@@ -1,0 +1,297 @@
+"""A rule over model files, chunk by chunk: nothing is ever in memory as a whole.
+
+Jobs are taken in the order of their output. A batch of them passes over its blocks as often as its rules ask to, and is
+written; threads share the blocks. What a job's bytes are depends on nothing but the job.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from distmerge.errors import UserError
+from distmerge.files.layout import Shard, index_of, lay_out
+from distmerge.files.output import Digests, Output, refuse_existing
+from distmerge.files.rounding import Rounding
+from distmerge.files.sources import DTYPES, Source
+from distmerge.rules.rule import BLOCK, Block, Measured, Rule, Tally, spans
+
+BATCH_BLOCKS = 128
+"""Jobs are taken together until they have this many blocks: enough for all threads, few enough to be still in cache."""
+
+CUDA_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor of the output: where its inputs come from, the rule that merges them, and how it is stored.
+
+    Attributes:
+        dtype: safetensors' name of the output's dtype.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    rule: Rule
+    members: tuple[Source, ...]
+    base: Source | None = None
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.members if self.base is None else (*self.members, self.base)
+
+
+class Survey(Protocol):
+    """What must be known of the whole model before any of it is merged (a global threshold)."""
+
+    passes: int
+
+    def measure(self, step: int, job: Job, block: Block) -> Measured: ...
+
+    def settle(self, step: int, tally: Tally) -> None: ...
+
+
+class Observer(Protocol):
+    """Somebody who looks at each block as it is merged, and reports on each tensor."""
+
+    def measure(self, job: Job, block: Block, merged: Tensor, written: Tensor) -> Measured: ...
+
+    def settle(self, job: Job, tally: Tally) -> Any:
+        """What is known of one tensor, as JSON."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a merge runs; none of it changes a byte, but for ``device``.
+
+    Attributes:
+        threads: threads that merge.
+        chunk: elements that a thread takes at a time, rounded up to whole blocks.
+        device: where the arithmetic is done.
+    """
+
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    chunk: int = 1 << 20
+    device: str = "cpu"
+
+    @property
+    def block(self) -> int:
+        return BLOCK if self.device == "cpu" else CUDA_BLOCK
+
+
+class Report(NamedTuple):
+    """Attributes: every tensor's note by the observer; hashes of the outputs, by name, and of the inputs, by path."""
+
+    notes: dict[str, Any]
+    outputs: dict[str, dict[str, Any]]
+    inputs: dict[str, dict[str, Any]]
+
+
+class Stream:
+    """Jobs on threads. Use as a context manager."""
+
+    def __init__(self, jobs: list[Job], settings: Settings, survey: Survey | None = None, observer: Observer | None = None):
+        self.jobs, self.settings, self.survey, self.observer = jobs, settings, survey, observer
+        self.rounding = Rounding()
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Stream:
+        self._pool = ThreadPoolExecutor(self.settings.threads, thread_name_prefix="merge")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def look(self) -> None:
+        """The survey's passes over all jobs."""
+        for step in range(self.survey.passes if self.survey else 0):
+            assert self.survey is not None
+            tallies = [Tally() for _ in range(self.settings.threads)]
+            for batch in self.batches(self.jobs):
+                self._survey_batch(step, batch, tallies[0])
+            self.survey.settle(step, tallies[0])
+
+    def _survey_batch(self, step: int, batch: list[Job], tally: Tally) -> None:
+        lock = threading.Lock()
+
+        def task(job: Job, part: range) -> None:
+            assert self.survey is not None
+            for block in self.blocks(job, part):
+                measured = self.survey.measure(step, job, block)
+                with lock:
+                    tally.add(block.index, measured)
+
+        self._run(task, batch)
+
+    def batches(self, jobs: list[Job]) -> Iterator[list[Job]]:
+        batch: list[Job] = []
+        filled = 0
+        for job in jobs:
+            if batch and filled + job.numel > BATCH_BLOCKS * self.settings.block:
+                yield batch
+                batch, filled = [], 0
+            batch.append(job)
+            filled += job.numel
+        if batch:
+            yield batch
+
+    def merge(self, batch: list[Job], write: Callable[[Job, int, Tensor], None]) -> dict[str, Any]:
+        """Merge the jobs; ``write(job, offset, elements)`` gets each block. Returns the observer's notes."""
+        states: dict[str, Any] = {job.name: None for job in batch}
+        for step in range(max(job.rule.passes for job in batch)):
+            asked = [job for job in batch if step < job.rule.passes]
+            tallies = self._tallied(asked, lambda job, block, step=step: job.rule.measure(step, block, states[job.name]))
+            for job in asked:
+                states[job.name] = job.rule.settle(step, tallies[job.name], states[job.name])
+        tallies = self._tallied(batch, lambda job, block: self._merge_block(job, block, states[job.name], write))
+        if self.observer is None:
+            return {}
+        return {job.name: self.observer.settle(job, tallies[job.name]) for job in batch}
+
+    def _merge_block(self, job: Job, block: Block, state: Any, write: Callable[[Job, int, Tensor], None]) -> Measured:
+        try:
+            merged = job.rule.merge(block, state)
+        except ValueError as error:
+            raise UserError(f"{job.name} {error}") from None
+        if merged.is_floating_point() and not bool(torch.isfinite(merged.sum())):
+            self._blame(job, block)
+        rounded = self.rounding.to(DTYPES[job.dtype], merged, job.name, block.start)
+        write(job, block.start, rounded.cpu())
+        return Measured() if self.observer is None else self.observer.measure(job, block, merged, rounded)
+
+    def _blame(self, job: Job, block: Block) -> None:
+        """Say which input holds a value that is not finite, if one does: a sum may also overflow harmlessly."""
+        for source, values in zip(job.sources, (*block.members, block.base), strict=False):
+            if values is not None and not bool(torch.isfinite(values).all()):
+                files = ", ".join(str(entry.file) for entry in source.stored)
+                raise UserError(f"{job.name} holds NaN or infinity in {files}")
+
+    def _tallied(self, jobs: list[Job], measure: Callable[[Job, Block], Measured]) -> dict[str, Tally]:
+        tallies = {job.name: Tally() for job in jobs}
+        lock = threading.Lock()
+
+        def task(job: Job, part: range) -> None:
+            for block in self.blocks(job, part):
+                measured = measure(job, block)
+                with lock:
+                    tallies[job.name].add(block.index, measured)
+
+        self._run(task, jobs)
+        return tallies
+
+    def _run(self, task: Callable[[Job, range], None], jobs: list[Job]) -> None:
+        """Every chunk of every job, on the threads; the first error ends it."""
+        futures = [self._pool.submit(self._guarded, task, job, part) for job in jobs for part in self.chunks(job)]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+    def _guarded(self, task: Callable[[Job, range], None], job: Job, part: range) -> None:
+        if not self._stop.is_set():
+            with torch.inference_mode():
+                task(job, part)
+
+    def chunks(self, job: Job) -> Iterator[range]:
+        """Runs of the job's blocks."""
+        count = len(self.spans(job))
+        size = -(-self.settings.chunk // self.settings.block)
+        for first in range(0, count, size):
+            yield range(first, min(first + size, count))
+
+    def spans(self, job: Job) -> list[tuple[int, int]]:
+        return list(spans(job.numel, job.rule.unit, self.settings.block))
+
+    def blocks(self, job: Job, part: range) -> Iterator[Block]:
+        device = self.settings.device
+        cuts = self.spans(job)
+        for index in part:
+            start, stop = cuts[index]
+            members = [source.read(start, stop).to(device) for source in job.members]
+            base = job.base.read(start, stop).to(device) if job.base is not None else None
+            yield Block(members, base, start, index)
+
+
+def write_model(
+    stream: Stream, out: Path, identity: str, shard_bytes: int, close: Callable[[Report], dict[str, bytes]]
+) -> Report:
+    """Merge all jobs into the directory ``out``, which appears when it is whole.
+
+    Args:
+        identity: what the bytes depend on; an interrupted merge of the same identity is resumed.
+        close: makes the small files, once all hashes are known.
+    """
+    refuse_existing(out)
+    jobs = {job.name: job for job in stream.jobs}
+    shards = lay_out({job.name: (job.dtype, job.shape) for job in stream.jobs}, shard_bytes)
+    home = {name: shard for shard in shards for name in shard.offsets}
+    output = Output(out, identity, shards)
+    digests = Digests(stream.settings.threads)
+    try:
+        stream.look()
+        notes = dict(output.done)
+
+        def write(job: Job, offset: int, elements: Tensor) -> None:
+            at = home[job.name].offsets[job.name] + offset * elements.element_size()
+            output.write(home[job.name], at, elements.contiguous().view(torch.uint8).numpy().data)
+
+        ordered = [jobs[name] for shard in shards for name in shard.offsets]
+        for batch in stream.batches(ordered):
+            left = [job for job in batch if job.name not in output.done]
+            if left:
+                found = stream.merge(left, write)
+                for job in left:
+                    notes[job.name] = found.get(job.name)
+                    output.finish(job.name, notes[job.name])
+            follow(digests, output, home, batch)
+        hashes = digests.finish()
+    except BaseException:
+        digests.close()
+        raise
+    ours = {part.name: hashes.pop(output.path / part.name) for part in shards}
+    report = Report(notes, ours, {str(path): entry for path, entry in hashes.items()})
+    output.publish(index_of(shards) | close(report))
+    return report
+
+
+def follow(digests: Digests, output: Output, home: dict[str, Shard], batch: list[Job]) -> None:
+    """Let the hashes catch up with what a batch has read and written. Inputs are final; only their pages may be gone."""
+    ends: dict[Path, int] = {}
+    for job in batch:
+        shard = home[job.name]
+        stop = shard.offsets[job.name] + job.numel * DTYPES[job.dtype].itemsize
+        ends[output.path / shard.name] = max(ends.get(output.path / shard.name, 0), stop)
+        for source in job.sources:
+            for entry in source.stored:
+                ends[entry.file] = max(ends.get(entry.file, 0), entry.stop)
+    for path, stop in ends.items():
+        digests.advance(path, stop)
+
+
+def check_device(device: str) -> None:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device must be cpu on this machine: no CUDA device is present, got {device}")
+
+
+def in_memory(stream: Stream, keep: Callable[[Job, int, Tensor], None]) -> dict[str, Any]:
+    """Merge all jobs and hand every block to ``keep`` instead of a file. Returns the observer's notes."""
+    stream.look()
+    return {name: note for batch in stream.batches(stream.jobs) for name, note in stream.merge(batch, keep).items()}

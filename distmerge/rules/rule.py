@@ -1,0 +1,138 @@
+"""What a rule over a tensor's blocks is, and the rule run on tensors in memory.
+
+A tensor is cut into blocks of a fixed size. A rule may first pass over all blocks and measure (a histogram, norms); what it
+measured is tallied; then it merges block by block. Blocks are the same for every thread count, chunk and shard, and tallies
+are summed in the blocks' order, so the result is the same to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 18
+"""Elements of a block on a CPU: a few fp32 copies of it stay in the second-level cache."""
+
+
+class Block(NamedTuple):
+    """One block of every member.
+
+    Attributes:
+        members: M tensors ``[n]``, each in its own dtype.
+        base: ``[n]``, or None for rules without one.
+        start: the offset of the block's first element in the flattened tensor.
+        index: which block of the tensor it is.
+    """
+
+    members: list[Tensor]
+    base: Tensor | None
+    start: int
+    index: int
+
+
+class Measured(NamedTuple):
+    """What one block gives to a tally. ``added`` is exact in any order (integers); ``kept`` is kept for each block."""
+
+    added: dict[str, Tensor] = {}  # noqa: RUF012
+    kept: dict[str, Tensor] = {}  # noqa: RUF012
+
+
+class Tally:
+    """Measurements of all blocks of a tensor, or of many tensors where they are only added."""
+
+    def __init__(self) -> None:
+        self.added: dict[str, Tensor] = {}
+        self._kept: dict[str, dict[int, Tensor]] = {}
+
+    def add(self, index: int, measured: Measured) -> None:
+        for name, value in measured.added.items():
+            assert not value.is_floating_point(), "sums of floats depend on their order; keep them"
+            self.added[name] = self.added[name] + value if name in self.added else value
+        for name, value in measured.kept.items():
+            self._kept.setdefault(name, {})[index] = value
+
+    def blocks(self, name: str) -> Tensor:
+        """``[blocks, ...]``: what every block measured, in order."""
+        parts = self._kept[name]
+        return torch.stack([parts[index] for index in sorted(parts)])
+
+    def total(self, name: str) -> Tensor:
+        """The sum over the blocks, in float64, in their order."""
+        return self.blocks(name).double().sum(0)
+
+
+class Rule:
+    """A way to merge. This one measures nothing; a subclass has at least ``merge``.
+
+    Attributes:
+        passes: how often it passes over all blocks before it merges.
+        unit: elements that no block may divide, such as a row.
+    """
+
+    passes: int = 0
+    unit: int = 1
+
+    def measure(self, step: int, block: Block, state: Any) -> Measured:
+        """What pass ``step`` needs to know of a block; ``state`` is what the last pass settled."""
+        raise NotImplementedError
+
+    def settle(self, step: int, tally: Tally, state: Any) -> Any:
+        """The state after pass ``step``."""
+        raise NotImplementedError
+
+    def merge(self, block: Block, state: Any) -> Tensor:
+        """``[n]``, the merged block."""
+        raise NotImplementedError
+
+
+def spans(numel: int, unit: int, block: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """Start and stop of each block of a tensor."""
+    size = max(1, block // unit) * unit
+    for start in range(0, numel, size):
+        yield start, min(start + size, numel)
+
+
+def run(rule: Rule, members: list[Tensor], base: Tensor | None = None, block: int = BLOCK) -> Tensor:
+    """The rule on tensors in memory: ``members`` and ``base`` of one shape, which is the result's."""
+    flat = [member.reshape(-1) for member in members]
+    origin = base.reshape(-1) if base is not None else None
+    blocks = [
+        Block([member[a:b] for member in flat], origin[a:b] if origin is not None else None, a, index)
+        for index, (a, b) in enumerate(spans(flat[0].numel(), rule.unit, block))
+    ]
+    state = None
+    for step in range(rule.passes):
+        tally = Tally()
+        for part in blocks:
+            tally.add(part.index, rule.measure(step, part, state))
+        state = rule.settle(step, tally, state)
+    merged = [rule.merge(part, state) for part in blocks]
+    return torch.cat(merged).view(members[0].shape) if merged else members[0].clone()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """In which a block's elements are summed; the blocks' sums are then added in float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def total_norm(tally: Tally, name: str) -> Tensor:
+    """The norm over all blocks, float64, from ``name``, each block's norm."""
+    return torch.linalg.vector_norm(tally.blocks(name).double(), dim=0)
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` rounded to the numbers of ``dtype``, in its own dtype: arithmetic in half precision, at the speed of single."""
+    return x if x.dtype == dtype else x.to(dtype).to(x.dtype)
+
+
+def deltas(block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``(base [n], delta [M, n])`` in ``wide(dtype)``, holding numbers of ``dtype``."""
+    assert block.base is not None
+    base = block.base.to(dtype).to(wide(dtype))
+    delta = base.new_empty((len(block.members), base.numel()))
+    for row, member in zip(delta, block.members, strict=True):
+        torch.sub(member.to(dtype).to(base.dtype), base, out=row)
+    return base, rounded(delta, dtype)

@@ -1,0 +1,37 @@
+"""How alike task vectors are: sums over blocks from which cosines, norms and sign conflicts follow.
+
+Correlation is measured on task vectors, never on weights: a shared base makes any two models look alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distmerge.rules.rule import Measured, Tally
+
+
+def measure(delta: Tensor) -> Measured:
+    """The sums of a block of task vectors ``[M, n]``, float32."""
+    exact = delta.double()
+    size = delta.abs()
+    whole = size.sum(0)
+    excess = whole - delta.sum(0).abs_()
+    conflict = (delta.amax(0) > 0) & (delta.amin(0) < 0)
+    live = whole > 0
+    return Measured(
+        added={"conflicts": conflict.sum(), "live": live.sum(), "count": torch.tensor(delta.shape[1])},
+        kept={"gram": exact @ exact.T, "mass": torch.stack([excess.sum(), whole.sum()]), "l1": size.sum(1)},
+    )
+
+
+def settle(tally: Tally) -> dict[str, list]:
+    """The sums of a tensor, as JSON; those of several tensors add."""
+    return {name: value.tolist() for name, value in tally.added.items()} | {
+        name: tally.total(name).tolist() for name in ("gram", "mass", "l1")
+    }
+
+
+def overlap(one: Tensor, two: Tensor) -> float:
+    """How much of one subspace lies in the other, 0 to 1, for orthonormal ``[n, r]``: ``|one^T two|_F^2 / r``."""
+    return float((one.T @ two).square().sum() / one.shape[1])

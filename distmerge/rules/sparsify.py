@@ -1,0 +1,241 @@
+"""Which elements of a task vector survive: the largest, the middle, a random draw, a draw that favours the large.
+
+A sparsifier works on ``delta [M, n]``, one block of every member, each member with its own density. ``masks`` gives ``[M, n]``
+bool; ``odds`` the probability with which each element was kept, for those that rescale by it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import hardshrink
+
+from distmerge.rules.counter import chance, uniform
+from distmerge.rules.rule import Measured, Tally
+from distmerge.rules.threshold import Cut, histogram, levels, locate, patterns, refine, value_of
+
+
+class Keep(NamedTuple):
+    """The interval of magnitudes that one member keeps, and which of the elements that equal an end, by their order.
+
+    Kept: ``low < bits < high``; of those equal to ``low``, the ones from ``first`` up to ``last`` in the tensor's order; of
+    those equal to ``high``, the ones before ``last_high``. Where low is high, ``first`` and ``last`` alone decide.
+    """
+
+    low: int
+    first: int
+    last: int
+    high: int
+    last_high: int
+
+
+ALL = Keep(-1, 0, 0, 1 << 31, 0)
+NONE = Keep((1 << 31) - 1, 0, 0, 1 << 31, 0)
+ENDLESS = 1 << 62
+
+
+class Trim(NamedTuple):
+    """What is known of a tensor's threshold.
+
+    Attributes:
+        cuts: each member's places in the order of magnitudes.
+        keeps: the intervals that follow.
+        equal: how many elements of each block equal an interval's ends, ``[blocks, M, 2]``; None if it does not matter.
+    """
+
+    cuts: list[list[Cut]]
+    keeps: list[Keep]
+    equal: Tensor | None
+
+    @property
+    def sides(self) -> int:
+        return max((len(row) for row in self.cuts), default=0)
+
+    def bins(self, side: int) -> list[int]:
+        return [row[side].bits if side < len(row) else -1 for row in self.cuts]
+
+    def thin(self, delta: Tensor, dtype: torch.dtype, index: int) -> Tensor:
+        """``delta [M, n]`` of block ``index``, with what does not survive set to 0."""
+        rows = []
+        for member, (row, keep) in enumerate(zip(delta, self.keeps, strict=True)):
+            if keep is NONE:
+                rows.append(torch.zeros_like(row))
+                continue
+            low = high = Among(0, 0)
+            if self.equal is not None:
+                counts = self.equal[:, member]
+                before, here = counts[:index].sum(0).tolist(), counts[index].tolist()
+                low, high = Among(before[0], here[0]), Among(before[1], here[1])
+            kept = above(row, dtype, keep.low, keep.first, keep.last, low)
+            if keep.high < 1 << 31:
+                # Of the equal ones at the upper end the first are kept, so those that are not lie above it.
+                kept = kept - above(row, dtype, keep.high, keep.last_high, ENDLESS, high)
+            rows.append(kept)
+        return torch.stack(rows)
+
+
+class Among(NamedTuple):
+    """Where a block stands among the elements that equal a threshold: how many came before, how many it has itself."""
+
+    before: int
+    here: int
+
+
+def above(row: Tensor, dtype: torch.dtype, pattern: int, first: int, last: int, among: Among) -> Tensor:
+    """``row [n]`` where its magnitude is above the pattern's, or equals it with a place in [first, last); else 0."""
+    if pattern < 0:
+        return row
+    if last <= among.before or first >= among.before + max(1, among.here) or (among.here == 0 and last < ENDLESS):
+        return hardshrink(row, value_of(pattern, dtype))
+    if first <= among.before and last >= among.before + among.here:
+        return hardshrink(row, value_of(pattern - 1, dtype))
+    equal = patterns(row, dtype) == pattern
+    order = equal.cumsum(0) - 1 + among.before
+    return hardshrink(row, value_of(pattern, dtype)) + row * (equal & (order >= first) & (order < last))
+
+
+class ByMagnitude:
+    """The ``density`` largest magnitudes of a tensor; with ``gamma``, after that share of the very largest is left out.
+
+    ``k = max(1, floor(density n))`` are kept. ``on_tie`` says what becomes of magnitudes equal to the threshold: "first" keeps
+    those that come first in the tensor, so that exactly k survive; "keep" keeps all of them. With gamma the interval of
+    ascending ranks [n - k - floor(gamma n), n - floor(gamma n)) is kept (cut off at 0), equal magnitudes ranked by their place.
+
+    Sources: TIES, https://arxiv.org/abs/2306.01708 (gamma None); Model Breadcrumbs, https://arxiv.org/abs/2312.06795
+    """
+
+    def __init__(self, density: list[float], gamma: list[float] | None, on_tie: str, dtype: torch.dtype):
+        self.density, self.gamma, self.on_tie = density, gamma, on_tie
+        self.dtype, self.levels = dtype, levels(dtype)
+        self.passes = self.levels + (on_tie == "first")
+
+    def ranks(self, numel: int) -> list[list[int]]:
+        """The descending ranks (from 1) whose magnitudes must be known, for each member; [] where all or none is kept."""
+        wanted = []
+        for index, density in enumerate(self.density):
+            if density >= 1 or numel == 0:
+                wanted.append([])
+            elif self.gamma is None:
+                wanted.append([max(1, int(density * numel))])
+            else:
+                keep, top = int(density * numel), int(self.gamma[index] * numel)
+                bottom = max(0, numel - keep - top)
+                wanted.append([numel - bottom, numel - bottom - keep + 1] if keep else [])
+        return wanted
+
+    def measure(self, step: int, delta: Tensor, trim: Trim | None) -> Measured:
+        bits = patterns(delta, self.dtype)
+        if step == 0:
+            return Measured(added={"0": histogram(bits, 0, self.levels, [])})
+        assert trim is not None
+        if step < self.levels:
+            return Measured(added={str(side): histogram(bits, 1, 2, trim.bins(side)) for side in range(trim.sides)})
+        # How many equal the threshold, block by block: which of them are first is known before any block is merged.
+        return Measured(
+            kept={"equal": torch.tensor([equal_to_ends(row, keep) for row, keep in zip(bits, trim.keeps, strict=True)])}
+        )
+
+    def settle(self, step: int, tally: Tally, trim: Trim | None, numel: int) -> Trim:
+        wanted = self.ranks(numel)
+        if step == 0:
+            cuts = [[locate(tally.added["0"][m], k) for k in ks] for m, ks in enumerate(wanted)]
+        elif step < self.levels:
+            assert trim is not None
+            cuts = [
+                [refine(trim.cuts[m][side], tally.added[str(side)][m], k) for side, k in enumerate(ks)]
+                for m, ks in enumerate(wanted)
+            ]
+        else:
+            assert trim is not None
+            return trim._replace(equal=tally.blocks("equal"))
+        return Trim(cuts, self.keeps(cuts, numel) if step == self.levels - 1 else [], None)
+
+    def keeps(self, cuts: list[list[Cut]], numel: int) -> list[Keep]:
+        """The interval of each member."""
+        found = []
+        for m, ks in enumerate(self.ranks(numel)):
+            if not ks:
+                found.append(ALL if self.density[m] >= 1 else NONE)
+            elif self.gamma is None:
+                cut = cuts[m][0]
+                found.append(Keep(cut.bits, 0, ENDLESS if self.on_tie == "keep" else ks[0] - cut.above, 1 << 31, 0))
+            else:
+                found.append(self._between(ks, cuts[m]))
+        return found
+
+    def _between(self, ks: list[int], cuts: list[Cut]) -> Keep:
+        low, high = cuts
+        if self.on_tie == "keep":
+            return Keep(low.bits, 0, ENDLESS, high.bits, ENDLESS)
+        # Among equals the last in the tensor has the highest rank: descending rank r is number above + equal - r of them.
+        first, last_high = low.above + low.equal - ks[0], high.above + high.equal - ks[1] + 1
+        if low.bits == high.bits:
+            return Keep(low.bits, first, last_high, low.bits, ENDLESS)
+        return Keep(low.bits, first, ENDLESS, high.bits, last_high)
+
+
+def equal_to_ends(bits: Tensor, keep: Keep) -> list[int]:
+    """How many of ``bits [n]`` equal each end of the interval, where it matters."""
+    low = int((bits == keep.low).sum()) if keep.first > 0 or keep.last < ENDLESS else 0
+    return [low, int((bits == keep.high).sum()) if keep.last_high < ENDLESS and keep.high < 1 << 31 else 0]
+
+
+class AtRandom:
+    """Each element with probability ``density``, drawn by position: DARE.
+
+    Source: https://arxiv.org/abs/2311.03099
+    """
+
+    def __init__(self, density: list[float], keys: list[int]):
+        self.density, self.keys = density, keys
+
+    def thin(self, delta: Tensor, start: int) -> Tensor:
+        """``delta [M, n]`` from offset ``start`` on, in place, with what is not drawn set to 0."""
+        for row, key, density in zip(delta, self.keys, self.density, strict=True):
+            keep_bits(row, chance(key, density, start, row.numel(), row.device))
+        return delta
+
+    def odds(self, delta: Tensor) -> Tensor:
+        return torch.tensor(self.density, dtype=delta.dtype, device=delta.device).unsqueeze(1)
+
+
+def keep_bits(row: Tensor, mask: Tensor) -> None:
+    """Set a float32 or float64 row to 0 where the int32 mask is 0, in place."""
+    bits = torch.int32 if row.dtype == torch.float32 else torch.int64
+    row.view(bits).bitwise_and_(mask.to(bits))
+
+
+class Magprune:
+    """Each element with a probability that grows with the rank of its magnitude in its row, around ``density``: DELLA.
+
+    The probability goes linearly from ``density - half`` (the smallest) to ``density + half``; mergekit's epsilon is the half
+    width, the paper's the whole. Blocks hold whole rows of ``columns``.
+
+    Source: https://arxiv.org/abs/2406.11617
+    """
+
+    def __init__(self, density: list[float], half: list[float], keys: list[int], columns: int, dtype: torch.dtype):
+        self.density, self.half, self.keys, self.columns, self.dtype = density, half, keys, columns, dtype
+        self.working = torch.float32 if dtype == torch.float16 else dtype
+
+    def odds(self, delta: Tensor) -> Tensor:
+        """``[M, n]``; 1 for members of density 1."""
+        rows = []
+        for row, density, half in zip(delta, self.density, self.half, strict=True):
+            if density >= 1:
+                rows.append(torch.ones_like(row))
+                continue
+            size = patterns(row, self.dtype).view(-1, self.columns)
+            rank = size.argsort(dim=1, stable=True).argsort(dim=1).to(self.working) + 1
+            low, high = rank.amin(1, keepdim=True), rank.amax(1, keepdim=True)
+            # A row of one element has no order: 0/0 counts as the lowest.
+            share = ((rank - low) / (high - low)).nan_to_num_(0.0).clamp_(0, 1)
+            rows.append(((density - half) + share * 2 * half).view(-1).to(delta.dtype))
+        return torch.stack(rows)
+
+    def thin(self, delta: Tensor, start: int) -> Tensor:
+        """``delta [M, n]`` from offset ``start`` on, with what is not drawn set to 0."""
+        drawn = torch.stack([uniform(key, start, delta.shape[1], delta.device) for key in self.keys])
+        return delta * (drawn < self.odds(delta).double())

@@ -1,0 +1,187 @@
+"""Task arithmetic and its descendants: ``base + scale * combine(sparsify(theta_m - base))``.
+
+Task arithmetic https://arxiv.org/abs/2212.04089, TIES https://arxiv.org/abs/2306.01708, DARE https://arxiv.org/abs/2311.03099,
+DELLA https://arxiv.org/abs/2406.11617, Model Breadcrumbs https://arxiv.org/abs/2312.06795. The papers and the tools that carry
+their names differ in details that change the result; each such detail is an option here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import hardshrink
+
+from distmerge.rules.rule import Block, Measured, Rule, Tally, deltas, rounded, wide
+from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, Trim
+from distmerge.rules.threshold import value_of
+
+Sparsifier = ByMagnitude | AtRandom | Magprune
+TINY = 1e-7
+
+
+@dataclass(frozen=True)
+class Combine:
+    """How the sparsified task vectors become one.
+
+    Attributes:
+        elect: elect a sign for each element and merge only those that agree: by the sum "before" the weights are applied (the
+            paper, PEFT), or "after" (mergekit); "none" merges all.
+        on_cancel: the sign that a sum of exactly 0 elects: "positive" (mergekit, PEFT), or "zero", which nobody has (the
+            paper's formula): the merged element is 0.
+        divide: the merged sum by the "weights" of those that agree (mergekit), by their "count" (PEFT, the paper), or "none".
+        scale: lambda, which multiplies the merged task vector.
+    """
+
+    elect: str = "none"
+    on_cancel: str = "positive"
+    divide: str = "none"
+    scale: float = 1.0
+
+    def __call__(self, delta: Tensor, weights: list[float], dtype: torch.dtype) -> Tensor:
+        """``delta [M, n]`` and M weights to ``[n]``, every step rounded to ``dtype``."""
+        weight = rounded(torch.tensor(weights, dtype=delta.dtype, device=delta.device), dtype).unsqueeze(1)
+        if self.elect == "none":
+            merged, agree = rounded(delta * weight, dtype).sum(0), None
+        elif self.elect == "before":
+            kept, sign = self.elected(delta)
+            merged, agree = rounded(kept * weight, dtype).sum(0).mul_(sign), kept.sign_()
+        else:
+            kept, sign = self.elected(rounded(delta * weight, dtype))
+            merged, agree = kept.sum(0).mul_(sign), kept.sign_()
+        merged = rounded(merged, dtype)
+        if self.divide != "none":
+            merged = rounded(merged.div_(self.divisor(weight, agree, dtype, len(delta))), dtype)
+        return merged if self.scale == 1 else rounded(merged.mul_(self.scale), dtype)
+
+    def elected(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """``[M, n]``: magnitudes of the elements that have the sign of their sum, 0 for the others; ``[n]``: that sign."""
+        total = delta.sum(0)
+        # Adding 0 turns -0 into +0, which elects +.
+        sign = total.sign_() if self.on_cancel == "zero" else torch.copysign(torch.ones((), dtype=total.dtype), total.add_(0.0))
+        return (delta * sign).clamp_min_(0), sign
+
+    def divisor(self, weight: Tensor, agree: Tensor | None, dtype: torch.dtype, members: int) -> Tensor | float:
+        """What the sum is divided by; ``agree [M, n]`` is 1 for those that agree."""
+        if agree is None:
+            if self.divide == "count":
+                return float(members)
+            total = rounded(weight.sum(), dtype)
+            return 1.0 if abs(total) < 1e-8 else total
+        counted = agree.sum(0) if self.divide == "count" else rounded((agree * weight).sum(0), dtype)
+        # Where nobody counts the sum is 0, or a weight of 0 was divided by itself: 1 instead of 0.
+        return counted.add_((counted == 0).to(counted.dtype))
+
+
+class Settled(NamedTuple):
+    """What the passes over a tensor found: its thresholds, and the factors of the rescaling, ``[M, 1]``."""
+
+    trim: Trim | None = None
+    factor: Tensor | None = None
+
+
+class TaskVectors(Rule):
+    """The rule of the whole family.
+
+    Args:
+        weights: one for each member.
+        combine: how they become one.
+        sparsifier: None keeps all elements.
+        rescale: the sparsified vector by "inverse", one over the probability to be kept (the DARE paper, PEFT), to the same
+            "l1" norm as before (mergekit), or "none".
+        dtype: of the arithmetic.
+        numel, unit: the tensor's elements, and those that a block must not divide.
+    """
+
+    def __init__(
+        self, weights: list[float], combine: Combine, sparsifier: Sparsifier | None, rescale: str, dtype: torch.dtype,
+        numel: int, unit: int = 1,
+    ):  # fmt: skip
+        self.weights, self.combine, self.sparsifier, self.rescale = weights, combine, sparsifier, rescale
+        self.dtype, self.numel, self.unit = dtype, numel, unit
+        self.trims = sparsifier.passes if isinstance(sparsifier, ByMagnitude) else 0
+        self.passes = self.trims + (rescale == "l1" and sparsifier is not None)
+
+    def measure(self, step: int, block: Block, state: Settled | None) -> Measured:
+        _, delta = deltas(block, self.dtype)
+        if step < self.trims:
+            assert isinstance(self.sparsifier, ByMagnitude)
+            return self.sparsifier.measure(step, delta, state.trim if state else None)
+        before = delta.abs().sum(1, dtype=wide(self.dtype))
+        after = self.thinned(delta, block, state).abs_().sum(1, dtype=wide(self.dtype))
+        return Measured(kept={"norms": torch.stack([before, after])})
+
+    def settle(self, step: int, tally: Tally, state: Settled | None) -> Settled:
+        if step < self.trims:
+            assert isinstance(self.sparsifier, ByMagnitude)
+            return Settled(self.sparsifier.settle(step, tally, state.trim if state else None, self.numel))
+        before, after = tally.total("norms").to(rescaling_dtype(self.dtype))
+        factor = torch.where((before < TINY) | (after < TINY), torch.ones_like(before), before / after)
+        return Settled(state.trim if state else None, factor.to(wide(self.dtype)).unsqueeze(1))
+
+    def merge(self, block: Block, state: Settled | None) -> Tensor:
+        base, delta = deltas(block, self.dtype)
+        if self.sparsifier is not None:
+            odds = self.odds(delta)
+            delta = self.thinned(delta, block, state)
+            if state is not None and state.factor is not None:
+                delta = rounded(delta.mul_(state.factor.to(delta.device)), self.dtype)
+            elif odds is not None:
+                delta = delta.div_(odds)
+        return base + self.combine(delta, self.weights, self.dtype)
+
+    def odds(self, delta: Tensor) -> Tensor | None:
+        """What the survivors are divided by, if they are."""
+        if self.rescale != "inverse" or isinstance(self.sparsifier, ByMagnitude | None):
+            return None
+        return self.sparsifier.odds(delta)
+
+    def thinned(self, delta: Tensor, block: Block, state: Settled | None) -> Tensor:
+        """The task vectors with what is dropped set to 0; ``delta`` is used up."""
+        if isinstance(self.sparsifier, ByMagnitude):
+            assert state is not None and state.trim is not None
+            return state.trim.thin(delta, self.dtype, block.index)
+        assert self.sparsifier is not None
+        return self.sparsifier.thin(delta, block.start)
+
+
+def rescaling_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float16 is drawn and rescaled in float32: its sums would overflow."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class GlobalTrim(Rule):
+    """Task vectors trimmed by thresholds for the whole model, which a survey has found.
+
+    Args:
+        thresholds: one bit pattern for each member, filled in before the merge; what is equal to it is kept.
+    """
+
+    def __init__(self, weights: list[float], combine: Combine, thresholds: list[int]):
+        self.weights, self.combine, self.thresholds = weights, combine, thresholds
+
+    def merge(self, block: Block, state: Any) -> Tensor:
+        base, delta = deltas(block, torch.float32)
+        bars = [value_of(bits - 1, torch.float32) for bits in self.thresholds]
+        delta = torch.stack([hardshrink(row, bar) if bar >= 0 else row for row, bar in zip(delta, bars, strict=True)])
+        return base + self.combine(delta, self.weights, torch.float32)
+
+
+class Ptm(Rule):
+    """``theta_G + sum_m omega_m (theta_m - base)``: the skills, trained from the base, are added to a general model.
+
+    The general model is the first member. Source: https://arxiv.org/abs/2410.12937
+    """
+
+    def __init__(self, omegas: list[float], dtype: torch.dtype = torch.float32):
+        self.omegas, self.dtype = omegas, dtype
+
+    def merge(self, block: Block, state: Any) -> Tensor:
+        assert block.base is not None
+        base = block.base.to(self.dtype)
+        merged = block.members[0].to(self.dtype, copy=True)
+        for member, omega in zip(block.members[1:], self.omegas, strict=True):
+            merged.add_(member.to(self.dtype) - base, alpha=omega)
+        return merged

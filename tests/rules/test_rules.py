@@ -1,0 +1,119 @@
+"""Rules on tensors in memory: what holds for all of them, and the exact thresholds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distmerge.rules.consensus import ModelStock, Sce
+from distmerge.rules.counter import chance, key_of, uniform, words
+from distmerge.rules.linear import Linear, Scaled
+from distmerge.rules.rule import run
+from distmerge.rules.slerp import Nuslerp, Slerp
+from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune
+from distmerge.rules.task import Combine, Ptm, TaskVectors
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPE = (37, 53)
+NUMEL = 37 * 53
+
+
+def rules(dtype: torch.dtype) -> dict[str, tuple]:
+    """name -> rule, members, whether there is a base."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    elect = Combine("after", "positive", "weights")
+    thin = {
+        "ties": ByMagnitude([0.3, 0.6], None, "first", dtype),
+        "ties_keep": ByMagnitude([0.3, 1.0], None, "keep", dtype),
+        "breadcrumbs": ByMagnitude([0.5, 0.2], [0.1, 0.0], "first", dtype),
+        "dare": AtRandom([0.5, 0.2], [1, 2]),
+        "della": Magprune([0.5, 1.0], [0.1, 0.1], [3, 4], 53, dtype),
+    }
+    found: dict[str, tuple] = {
+        name: (TaskVectors([0.7, 0.5], elect, one, "l1", dtype, NUMEL, 53 if name == "della" else 1), 2, True)
+        for name, one in thin.items()
+    }
+    return found | {
+        "linear": (Linear([1.0, 2.0], True, wide), 2, False),
+        "scaled": (Scaled(0.5, dtype), 1, False),
+        "slerp": (Slerp(0.3, wide), 2, False),
+        "nuslerp": (Nuslerp(0.3, None, False, dtype), 2, True),
+        "nuslerp_columns": (Nuslerp(0.3, 53, False, dtype), 2, True),
+        "model_stock": (ModelStock(2, None, dtype, 1e-6), 2, True),
+        "sce": (Sce(0.4, NUMEL, dtype), 2, True),
+        "ptm": (Ptm([0.5], wide), 2, True),
+        "task": (TaskVectors([0.7, 0.5], Combine(), None, "none", dtype, NUMEL), 2, True),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", rules(torch.float32))
+def test_inputs_stay_as_they_are_and_the_result_is_finite(name, dtype):
+    rule, count, based = rules(dtype)[name]
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(SHAPE, generator=generator).to(dtype) for _ in range(count + 1)]
+    before = [tensor.clone() for tensor in tensors]
+    merged = run(rule, tensors[:count], tensors[count] if based else None, block=500)
+    assert all(torch.equal(one, two) for one, two in zip(tensors, before, strict=True))
+    assert merged.shape == SHAPE and bool(torch.isfinite(merged).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("density", [0.001, 0.25, 0.5, 0.999])
+def test_a_trim_keeps_exactly_k(dtype, density):
+    """With many equal magnitudes: the k largest, the first of the equal ones."""
+    generator = torch.Generator().manual_seed(1)
+    values = (torch.randint(-20, 21, (5000,), generator=generator).double() / 8).to(dtype)
+    combine = Combine()
+    rule = TaskVectors([1.0], combine, ByMagnitude([density], None, "first", dtype), "none", dtype, 5000)
+    merged = run(rule, [values], torch.zeros_like(values), block=700)
+    k = max(1, int(density * 5000))
+    chosen = values.double().abs().argsort(descending=True, stable=True)[:k]
+    expected = torch.zeros_like(values)
+    expected[chosen] = values[chosen]
+    assert torch.equal(merged.to(dtype), expected)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.45])
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
+def test_breadcrumbs_keep_the_middle(density, gamma):
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randint(-9, 10, (3001,), generator=generator).float() / 4
+    rule = TaskVectors([1.0], Combine(), ByMagnitude([density], [gamma], "first", torch.float32), "none", torch.float32, 3001)
+    merged = run(rule, [values], torch.zeros_like(values), block=450)
+    keep, top = int(density * 3001), int(gamma * 3001)
+    bottom = max(0, 3001 - keep - top)
+    chosen = values.abs().argsort(stable=True)[bottom : bottom + keep]
+    expected = torch.zeros_like(values)
+    expected[chosen] = values[chosen]
+    assert torch.equal(merged, expected)
+
+
+def test_random_numbers_depend_on_key_and_place_alone():
+    key = key_of(0, "tensor", 1)
+    whole = words(key, 0, 1 << 16)
+    assert torch.equal(whole[1000:3000], words(key, 1000, 2000))
+    assert not torch.equal(whole, words(key_of(0, "tensor", 2), 0, 1 << 16))
+    far = words(key, (1 << 32) - 4, 4), words(key, 1 << 32, 4), words(key, 0, 4)
+    assert len({tuple(part.tolist()) for part in far}) == 3
+    draws = uniform(key, 0, 1 << 20)
+    other = uniform(key_of(0, "tensor", 2), 0, 1 << 20)
+    for centred in (draws - 0.5, (draws - 0.5)[:-1] * (draws - 0.5)[1:], (draws - 0.5) * (other - 0.5)):
+        assert abs(float(centred.mean() / centred.std())) * len(centred) ** 0.5 < 4
+    assert torch.equal(chance(key, 0.25, 0, 1 << 20) != 0, draws < 0.25)
+    counts = torch.histc(draws, 64, 0, 1)
+    assert float(((counts - (1 << 14)) ** 2 / (1 << 14)).sum()) < 120  # chi-squared, 63 degrees of freedom
+
+
+def test_slerp_keeps_the_norm_and_falls_back_to_a_line():
+    a, b = torch.eye(2)[0].repeat(50), torch.eye(2)[1].repeat(50)
+    assert run(Slerp(0.5), [a, b]).norm() == pytest.approx(float(a.norm()), rel=1e-6)
+    assert torch.allclose(run(Slerp(0.25), [a, 2 * a]), 1.25 * a)
+
+
+def test_two_opposed_members_elect_by_the_rule_for_cancellation():
+    base, one = torch.zeros(4), torch.tensor([1.0, -1.0, 2.0, 0.0])
+    for on_cancel, expected in (("positive", [1.0, 1.0, 2.0, 0.0]), ("zero", [0.0] * 4)):
+        combine = Combine("before", on_cancel, "count")
+        merged = run(TaskVectors([1.0, 1.0], combine, None, "none", torch.float32, 4), [one, -one], base)
+        assert merged.tolist() == expected
