@@ -37,6 +37,9 @@ class Outer(NamedTuple):
     def __str__(self) -> str:
         return f"inner {self.inner_lr:g}, outer {self.lr:g}/{self.momentum:g}"
 
+    def arm(self, steps: int) -> Arm:
+        return diloco(self.inner_lr, steps, self.lr, self.momentum)
+
 
 class Size(NamedTuple):
     """Steps of the arms that are judged and of the sweep's, and what is swept, for each side its own."""
@@ -108,7 +111,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm on several seeds, in order: final held-out losses in nats per token, losses by step on the way, training seconds."""
+    """One arm on several seeds, in order: final held-out losses (nats per token), losses by step, training seconds."""
 
     losses: list[float]
     curves: list[dict[int, float]]
@@ -161,10 +164,10 @@ class Runs:
         return run_dir
 
 
-def diloco(tuned: Outer, steps: int, every: int = EVERY, workers: int = 2) -> Arm:
-    entry = {"kind": "diloco", "every": every, "outer_lr": tuned.lr, "outer_momentum": tuned.momentum}
-    name = f"diloco{workers}-lr{tuned.inner_lr:g}-every{every}-outer{tuned.lr:g},{tuned.momentum:g}"
-    return Arm(name, tuned.inner_lr, steps, workers, workers, (entry,))
+def diloco(lr: float, steps: int, outer_lr: float, outer_momentum: float, every: int = EVERY, workers: int = 2) -> Arm:
+    entry = {"kind": "diloco", "every": every, "outer_lr": outer_lr, "outer_momentum": outer_momentum}
+    name = f"diloco{workers}-lr{lr:g}-every{every}-outer{outer_lr:g},{outer_momentum:g}"
+    return Arm(name, lr, steps, workers, workers, (entry,))
 
 
 def data_parallel(lr: float, steps: int) -> Arm:
@@ -175,7 +178,7 @@ def sweep(runs: Runs, size: Size) -> tuple[float, Outer]:
     """The best learning rate of data parallelism; the best rates and momentum of DiLoCo."""
     seeds, steps = [SWEEP_SEED], size.sweep_steps
     by_rate = {rate: runs.outcome(data_parallel(rate, steps), seeds).loss for rate in size.data_parallel}
-    by_outer = {tuned: runs.outcome(diloco(tuned, steps), seeds).loss for tuned in size.diloco}
+    by_outer = {tuned: runs.outcome(tuned.arm(steps), seeds).loss for tuned in size.diloco}
     rate, tuned = min(by_rate, key=by_rate.__getitem__), min(by_outer, key=by_outer.__getitem__)
     runs.report.data["sweep"] = {
         "seed": SWEEP_SEED,
@@ -230,7 +233,7 @@ def main() -> None:
     runs, seeds = Runs(report, options.files), list(range(options.seeds))
     lr, tuned = sweep(runs, size)
     baseline = runs.outcome(data_parallel(lr, size.steps), seeds)
-    arms = {f"DiLoCo, 2 workers, {tuned}": runs.outcome(diloco(tuned, size.steps), seeds)}
+    arms = {f"DiLoCo, 2 workers, {tuned}": runs.outcome(tuned.arm(size.steps), seeds)}
     two_workers = next(iter(arms.values()))
     report.data |= {
         "model": MODEL,
