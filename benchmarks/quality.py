@@ -1,8 +1,8 @@
 """The loss that merging costs: DiLoCo workers against data parallelism, at the same tokens and global batch.
 
-Each arm is a real ``distmerge train`` run of a byte-level Llama of 0.38M parameters, and a row of a table: more arms are
-more rows. First a sweep on a seed of its own: the inner learning rate on data parallelism, then the outer rate and momentum.
-The best of them are then judged on other seeds.
+Each arm is a real ``distmerge train`` run of a byte-level Llama of 0.26M parameters, and a row of a table: more arms are
+more rows. First a sweep on a seed of its own tunes each side: data parallelism its learning rate, DiLoCo its inner and outer
+rates and its momentum. The best of each are then judged on other seeds.
 
     python benchmarks/quality.py [--small] [--seeds N] [--out DIR] [--record] [--files GLOB ...]
 """
@@ -21,34 +21,55 @@ import tomli_w
 from report import RECORDS, Report, parser
 
 SEQUENCE_LENGTH = 128
-GLOBAL_BATCH = 16  # sequences per step, over all ranks
+GLOBAL_BATCH = 8  # sequences per step, over all ranks
 EVAL_SEQUENCES = 1024
 SWEEP_SEED = 100  # the bars are judged on seeds 0, 1, ...
 EVERY = 20  # inner steps between merges
 
 
+class Outer(NamedTuple):
+    """What is tuned in DiLoCo."""
+
+    inner_lr: float
+    lr: float
+    momentum: float
+
+    def __str__(self) -> str:
+        return f"inner {self.inner_lr:g}, outer {self.lr:g}/{self.momentum:g}"
+
+    def arm(self, steps: int) -> Arm:
+        return diloco(self.inner_lr, steps, self.lr, self.momentum)
+
+
 class Size(NamedTuple):
-    """Steps of the arms that are judged and of the sweep's, and what is swept: inner rates, and (outer rate, momentum)."""
+    """Steps of the arms that are judged and of the sweep's, and what is swept, for each side its own."""
 
     steps: int
     sweep_steps: int
-    rates: tuple[float, ...]
-    outer: tuple[tuple[float, float], ...]
+    data_parallel: tuple[float, ...]
+    diloco: tuple[Outer, ...]
 
 
 FULL = Size(
-    steps=2000,
-    sweep_steps=1000,
-    rates=(1e-3, 2e-3, 4e-3),
-    outer=((1.0, 0.0), (0.7, 0.0), (0.5, 0.5), (0.7, 0.5), (0.9, 0.3), (1.0, 0.5), (0.3, 0.8), (0.7, 0.9)),
+    steps=3000,
+    sweep_steps=2000,
+    data_parallel=(1e-3, 2e-3, 4e-3),
+    diloco=(
+        Outer(1e-3, 1.0, 0.0),
+        Outer(1e-3, 0.7, 0.5),
+        Outer(1e-3, 0.5, 0.8),
+        Outer(1e-3, 0.7, 0.9),
+        Outer(2e-3, 1.0, 0.0),
+        Outer(2e-3, 0.7, 0.5),
+    ),
 )
-SMALL = Size(steps=200, sweep_steps=100, rates=(2e-3,), outer=((1.0, 0.0), (0.7, 0.5)))
+SMALL = Size(steps=200, sweep_steps=100, data_parallel=(2e-3,), diloco=(Outer(1e-3, 0.7, 0.5), Outer(2e-3, 1.0, 0.0)))
 
 MODEL = {
     "model_type": "llama",
     "hidden_size": 96,
     "intermediate_size": 264,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "num_key_value_heads": 3,
     "max_position_embeddings": SEQUENCE_LENGTH,
@@ -90,10 +111,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One arm on several seeds, in order: final held-out losses in nats per token, and losses by step on the way."""
+    """One arm on several seeds, in order: final held-out losses (nats per token), losses by step, training seconds."""
 
     losses: list[float]
     curves: list[dict[int, float]]
+    seconds: list[float]
 
     @property
     def loss(self) -> float:
@@ -117,11 +139,13 @@ class Runs:
 
     def outcome(self, arm: Arm, seeds: list[int]) -> Outcome:
         """Train the arm on the seeds."""
-        outcome = Outcome([], [])
+        outcome = Outcome([], [], [])
         for seed in seeds:
             name = f"{arm.name}-steps{arm.steps}-seed{seed}"
             run_dir = self.train(arm, seed, name)
-            outcome.losses.append(json.loads((run_dir / "summary.json").read_text())["eval_loss_last"])
+            summary = json.loads((run_dir / "summary.json").read_text())
+            outcome.losses.append(summary["eval_loss_last"])
+            outcome.seconds.append(summary["tokens"] / summary["tokens_per_second"])
             lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
             outcome.curves.append({line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line})
             self.report.say(f"{name}: eval loss {outcome.losses[-1]:.4f}")
@@ -150,21 +174,21 @@ def data_parallel(lr: float, steps: int) -> Arm:
     return Arm(f"data-parallel-lr{lr:g}", lr, steps, workers=1)
 
 
-def sweep(runs: Runs, size: Size) -> tuple[float, tuple[float, float]]:
-    """The best inner rate for data parallelism, then the best outer rate and momentum with it."""
+def sweep(runs: Runs, size: Size) -> tuple[float, Outer]:
+    """The best learning rate of data parallelism; the best rates and momentum of DiLoCo."""
     seeds, steps = [SWEEP_SEED], size.sweep_steps
-    by_rate = {rate: runs.outcome(data_parallel(rate, steps), seeds).loss for rate in size.rates}
-    lr = min(by_rate, key=by_rate.__getitem__)
-    by_outer = {outer: runs.outcome(diloco(lr, steps, *outer), seeds).loss for outer in size.outer}
-    outer = min(by_outer, key=by_outer.__getitem__)
+    by_rate = {rate: runs.outcome(data_parallel(rate, steps), seeds).loss for rate in size.data_parallel}
+    by_outer = {tuned: runs.outcome(tuned.arm(steps), seeds).loss for tuned in size.diloco}
+    rate, tuned = min(by_rate, key=by_rate.__getitem__), min(by_outer, key=by_outer.__getitem__)
     runs.report.data["sweep"] = {
+        "seed": SWEEP_SEED,
         "steps": steps,
         "rounds": steps // EVERY,
-        "inner_lr": {f"{rate:g}": loss for rate, loss in by_rate.items()},
-        "outer_lr,momentum": {f"{rate:g},{momentum:g}": loss / by_rate[lr] - 1 for (rate, momentum), loss in by_outer.items()},
-        "best": {"inner_lr": lr, "outer_lr": outer[0], "outer_momentum": outer[1]},
+        "data parallelism": {f"{lr:g}": loss for lr, loss in by_rate.items()},
+        "diloco": {str(settings): {"loss": loss, "gap": loss / by_rate[rate] - 1} for settings, loss in by_outer.items()},
+        "best": {"data parallelism": rate, "diloco": str(tuned)},
     }
-    return lr, outer
+    return rate, tuned
 
 
 def gap(arm: Outcome, baseline: Outcome) -> float:
@@ -207,15 +231,16 @@ def main() -> None:
     options = arguments.parse_args()
     report, size = Report("quality", options), SMALL if options.small else FULL
     runs, seeds = Runs(report, options.files), list(range(options.seeds))
-    lr, outer = sweep(runs, size)
+    lr, tuned = sweep(runs, size)
     baseline = runs.outcome(data_parallel(lr, size.steps), seeds)
-    arms = {f"DiLoCo, 2 workers, {outer[0]:g}/{outer[1]:g}": runs.outcome(diloco(lr, size.steps, *outer), seeds)}
+    arms = {f"DiLoCo, 2 workers, {tuned}": runs.outcome(tuned.arm(size.steps), seeds)}
     two_workers = next(iter(arms.values()))
     report.data |= {
         "model": MODEL,
         "tokens": size.steps * GLOBAL_BATCH * SEQUENCE_LENGTH,
         "rounds": size.steps // EVERY,
         "losses": {name: outcome.losses for name, outcome in runs.outcomes.items()},
+        "training_seconds": round(sum(sum(outcome.seconds) for outcome in runs.outcomes.values())),
         "gap": {name: gap(outcome, baseline) for name, outcome in arms.items()},
         "gap_on_the_way": {name: gap_on_the_way(outcome, baseline) for name, outcome in arms.items()},
     }

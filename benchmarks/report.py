@@ -60,6 +60,7 @@ class Report:
         self.out.mkdir(parents=True, exist_ok=True)
         self.data: dict[str, Any] = {}
         self.bars: list[dict[str, Any]] = []
+        self.provenance = provenance()
         self.began = time.perf_counter()
         if not torch.cuda.is_available():
             self.say("no CUDA GPU here: CPU figures only")
@@ -91,7 +92,7 @@ class Report:
             "bars": self.bars,
             "data": self.data,
         }
-        text = json.dumps(result | provenance(), indent=1) + "\n"
+        text = json.dumps(result | self.provenance, indent=1) + "\n"
         (self.out / f"{self.name}.json").write_text(text)
         if self.recording:
             RECORDS.mkdir(exist_ok=True)

@@ -63,7 +63,7 @@ def trainer(config: TrainConfig, mesh: Mesh) -> tuple[Callable[[int], None], Run
     directory = RunDirectory(config.run_dir)
     directory.path.mkdir(parents=True)
     run = Run(config, mesh, directory)
-    run.mergers = [DiLoCo(run.engine.parameters, sys.maxsize, group=mesh.peers)]
+    run.mergers.append(DiLoCo(run.engine.parameters, sys.maxsize, group=mesh.peers))
     run.resume()
 
     def steps(count: int) -> None:
@@ -135,9 +135,9 @@ def main() -> None:
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
     mesh = Mesh(configuration(MODELS["1.05M parameters"], report.out).mesh, Place(0, 1, 0, 1), threads=None)
     report.data |= {"device": str(mesh.device), "threads": torch.get_num_threads()}
-    compare(report, mesh, "1.05M parameters", *((11, 10) if options.small else (31, 20)))
+    compare(report, mesh, "1.05M parameters", *((11, 10) if options.small else (31, 10)))
     if not options.small:
-        compare(report, mesh, "10.1M parameters", 15, 5)
+        compare(report, mesh, "10.1M parameters", 11, 4)
     mesh.close()
     report.finish()
 
