@@ -59,7 +59,7 @@ def main() -> None:
         report.data[f"{ranks} ranks"] = results
         for name, limit in (("bf16", 0.5), ("int8", 0.27), ("int4", 0.15)):
             ratio = results[name]["bytes_sent"] / results["fp32"]["bytes_sent"]
-            report.bar(f"bytes sent on {name} against fp32, {ranks} ranks", round(ratio, 4), "<=", limit + 1e-4)
+            report.bar(f"bytes sent on {name} against fp32, {ranks} ranks", round(ratio, 4), "<=", limit)
     gap = None
     if not options.small:
         runs = Runs(report, options.files)
