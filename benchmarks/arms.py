@@ -106,9 +106,12 @@ class Runs:
         return outcome
 
     def train(self, arm: Arm, seed: int, name: str) -> Path:
-        """The directory of the finished run. The trainer itself resumes one, or finds it finished."""
+        """The directory of the finished run; the trainer itself resumes one that is not."""
         run_dir, path, log_path = (self.report.out / (name + suffix) for suffix in ("", ".toml", ".log"))
-        path.write_text(tomli_w.dumps(arm.config(seed, run_dir, self.files)))
+        text = tomli_w.dumps(arm.config(seed, run_dir, self.files))
+        if (run_dir / "summary.json").exists() and path.read_text() == text:
+            return run_dir
+        path.write_text(text)
         with open(log_path, "w") as log:
             command = [sys.executable, "-m", "distmerge", "train", str(path), "--ranks", str(arm.ranks)]
             status = subprocess.run(command, stdout=log, stderr=log).returncode
