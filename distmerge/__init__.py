@@ -14,8 +14,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distmerge.engine.flatten import flatten
     from distmerge.errors import UserError
-    from distmerge.flat import FlatParameters, flatten
+    from distmerge.flat import FlatParameters
     from distmerge.presets import PRESETS
     from distmerge.workers.diloco import DiLoCo
     from distmerge.workers.report import MergeReport
@@ -29,7 +30,7 @@ ROOMS = {
     "PRESETS": "distmerge.presets",
     "MergeReport": "distmerge.workers.report",
     "FlatParameters": "distmerge.flat",
-    "flatten": "distmerge.flat",
+    "flatten": "distmerge.engine.flatten",
     "UserError": "distmerge.errors",
 }
 

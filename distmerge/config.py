@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from distmerge.config_checkpoints import Checkpoint, Preview, Recovery, Window
+from distmerge.config_engine import Engine, check_engine
 from distmerge.errors import UserError
 from distmerge.presets import PRESETS
 from distmerge.section import Section, given
@@ -223,11 +224,6 @@ class NoMerge(Section):
 Merge = Annotated[DiLoCo | StreamingDiLoCo | Average | SPARTA | NoMerge, Field(discriminator="kind")]
 
 
-class Engine(Section):
-    kind: Literal["torch"] = "torch"
-    """How one worker computes and stores its parameters: plain torch, with DDP where it has several ranks."""
-
-
 class Evaluate(Section):
     every: int = Field(default=100, ge=1)
     """Steps between evaluations; there is one at the start and one at the end anyway."""
@@ -289,6 +285,7 @@ class TrainConfig(Section):
             raise UserError(
                 f"recovery.merge_last must be <= checkpoint.keep = {self.checkpoint.keep}, got {self.recovery.merge_last}"
             )
+        check_engine(self)
         if self.schedule.name == "wsd" and self.schedule.decay == 0:
             raise UserError('schedule.decay must be >= 1 for schedule.name "wsd", got 0')
         return self

@@ -116,7 +116,7 @@ def descend(place: Any, name: str, key: str) -> Any:
 
 def coerce(parents: list[str], last: str, key: str, values: list[str]) -> Any:
     """Strings are left to the schema; only lists and the model's free table need a hand."""
-    if parents[:2] == ["model", "config"]:
+    if parents[:2] in (["model", "config"], ["engine", "config"]):
         value = " ".join(values)
         try:
             return tomllib.loads(f"value = {value}")["value"]

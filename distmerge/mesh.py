@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -42,8 +43,9 @@ class Mesh:
         self.workers, self.shards = section.workers, place.world // section.workers
         self.worker, self.shard = divmod(place.rank, self.shards)
         self.device = choose_device(section.device, place)
+        os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # transformers may import deepspeed, which looks once
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world))
-        timeout = timedelta(seconds=section.timeout_seconds)
+        self.timeout = timeout = timedelta(seconds=section.timeout_seconds)
         self.store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
         self.crowding = crowding(self.device, place)
         # NCCL wants a GPU for each rank; ranks that share one talk over gloo.
@@ -60,6 +62,14 @@ class Mesh:
         group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timeout)
         assert isinstance(group, dist.ProcessGroup)
         return group
+
+    def alone(self) -> dist.ProcessGroup:
+        """A process group of this rank alone; made by all ranks together."""
+        return self._group([[rank] for rank in range(self.world)], self.timeout)
+
+    def shard_axis(self) -> DeviceMesh:
+        """This worker's ranks as an axis to shard over."""
+        return DeviceMesh.from_group(self.inside, self.device.type, mesh_dim_names=("shard",))
 
     @property
     def leads(self) -> bool:

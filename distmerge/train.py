@@ -21,7 +21,7 @@ from distmerge.checkpoints.store import Store
 from distmerge.checkpoints.window import Window
 from distmerge.config import TrainConfig
 from distmerge.data import IndexedBatches, open_corpus
-from distmerge.engine.torch import TorchEngine
+from distmerge.engine.build import build_engine
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate
 from distmerge.flat import FlatParameters, fingerprint
@@ -87,10 +87,10 @@ class Run:
             check_fits(model, self.tokenizer, config.data.sequence_length)
         with mesh.together():
             self.batches, self.held_out = mesh.lead_first("data", self._open_data)
-        self.engine = TorchEngine(model, config, mesh)
+        mesh.check_same("the parameters that they start from", torch.stack([fingerprint(p) for p in model.parameters()]).sum())
+        self.engine = build_engine(model, config, mesh)
         with mesh.together():
             self.mergers: list[DiLoCo | SPARTA] = build_mergers(config, self.engine.parameters, mesh)
-        mesh.check_same("the parameters that they start from", fingerprint(self.engine.parameters.whole))
         torch.manual_seed(config.seed * 1_000_003 + mesh.rank)  # dropout draws apart on each rank
         self.store = Store(directory.checkpoints, mesh, config.checkpoint.keep, config.checkpoint.asynchronous)
         self.meter = Meter(mesh.device, self.tokens_per_step)
@@ -248,18 +248,19 @@ class Run:
             merger.finish()
         loss = self.evaluate()
         self.write_line(loss)
+        whole = self.engine.whole_state()
         with self.mesh.together():
             if self.log is not None:
                 self.log.close()
                 temporary = self.directory.path / ".final"
                 shutil.rmtree(temporary, ignore_errors=True)
-                guarded(temporary, lambda: save_model(self.engine.model, self.tokenizer, temporary))
+                guarded(temporary, lambda: save_model(self.engine.model, self.tokenizer, temporary, state=whole))
                 self.directory.publish_final(temporary)
                 write_atomically(self.directory.summary, json.dumps(self.summary(loss), indent=2) + "\n")
                 print(table(self.directory, self.summary(loss)), flush=True)
 
     def summary(self, loss: float) -> dict[str, Any]:
-        numel, ranks, tokens = self.engine.parameters.whole.numel(), self.mesh.world, self.step * self.tokens_per_step
+        numel, ranks, tokens = self.engine.parameters.numel, self.mesh.world, self.step * self.tokens_per_step
         return {
             "steps": self.step,
             "workers": self.mesh.workers,
