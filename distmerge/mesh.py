@@ -44,7 +44,8 @@ class Mesh:
         self.device = choose_device(section.device, place)
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world))
         timeout = timedelta(seconds=section.timeout_seconds)
-        self.store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
+        store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
+        self.store = PrefixStore(place.name, store) if place.name else store
         self.crowding = crowding(self.device, place)
         # NCCL wants a GPU for each rank; ranks that share one talk over gloo.
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" and self.crowding is None else "gloo"

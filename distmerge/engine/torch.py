@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from distmerge.config import Optimizer, TrainConfig
 from distmerge.flat import FlatParameters
+from distmerge.labels import ids_and_labels, micro_weights
 from distmerge.mesh import Mesh
 
 
@@ -27,7 +28,7 @@ class TorchEngine:
     """Computes inner steps. The optimizer works on views of the flat vector."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, mesh: Mesh):
-        self.mesh, self.train_section = mesh, config.train
+        self.mesh, self.train_section, self.uneven = mesh, config.train, config.data.format != "text"
         self.model = model.to(mesh.device)
         self.parameters = ReplicatedParameters(self.model, mesh) if mesh.shards > 1 else FlatParameters(self.model)
         self.optimizers = build_optimizers(self.model, config.optimizer)
@@ -43,9 +44,11 @@ class TorchEngine:
         self.model.train()
         batch = batch.to(self.mesh.device, non_blocking=True)
         loss = torch.zeros((), device=self.mesh.device)
+        weights = self._weights(batch)
         for index, micro_batch in enumerate(batch):
             with self._reducing(index == len(batch) - 1):
                 micro_loss = self._loss(micro_batch) / len(batch)
+                micro_loss = micro_loss if weights is None else micro_loss * weights[index]
                 micro_loss.backward()
             loss += micro_loss.detach()
         grad_norm = nn.utils.get_total_norm(p.grad for p in self._trainable if p.grad is not None)
@@ -58,9 +61,16 @@ class TorchEngine:
             optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, grad_norm)
 
+    def _weights(self, batch: Tensor) -> Tensor | None:
+        """What makes a mean over micro steps and ranks one over tokens, where examples have different numbers of them."""
+        if not self.uneven:
+            return None
+        return micro_weights(batch, self.mesh.inside if self.mesh.shards > 1 else None)
+
     def _loss_of(self, batch: Tensor) -> Tensor:
+        ids, labels = ids_and_labels(batch)
         with torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=self.train_section.precision == "bfloat16"):
-            return self.forward(input_ids=batch, labels=batch, use_cache=False).loss
+            return self.forward(input_ids=ids, labels=labels, use_cache=False).loss
 
     def _reducing(self, last: bool) -> contextlib.AbstractContextManager:
         """Reduce gradients inside the worker at the last micro step only."""
