@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from distmerge.checkpoints import verbs as checkpoints
 from distmerge.errors import UserError
+from distmerge.experts import skill_verbs as skills
 from distmerge.experts import verbs as experts
 from distmerge.launch import LAUNCHED
 
@@ -63,6 +64,7 @@ def run(arguments: list[str]) -> int:
     evaluate.add_argument("--batches", type=int, default=32, help="batches of 8 sequences")
     experts.add_parsers(verbs)
     checkpoints.add_parsers(verbs)
+    skills.add_parsers(verbs)
     options, overrides = parser.parse_known_args(arguments)
     if options.verb == "train":
         return train_verb(options, overrides, arguments)
@@ -72,7 +74,16 @@ def run(arguments: list[str]) -> int:
         return experts.run(options)
     if options.verb == "eval":
         return eval_verb(options)
+    if options.verb in skills.VERBS:
+        return skills.run(options, train_one)
     return checkpoints.run(options, lambda config, command: start(config, config.mesh.workers, command))
+
+
+def train_one(config, ranks: int) -> None:
+    """One run of an experiment, to its end."""
+    from distmerge.train import train_here
+
+    train_here(config, ranks)
 
 
 def train_verb(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:

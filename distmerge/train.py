@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distmerge import config as sections
+from distmerge import config_file
 from distmerge.checkpoints.durable import guarded, reader
 from distmerge.checkpoints.preview import Preview
 from distmerge.checkpoints.recovery import Recovery
@@ -28,7 +30,7 @@ from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import with_lora
 from distmerge.experts.training import ExpertTraining
 from distmerge.flat import FlatParameters, fingerprint
-from distmerge.launch import Place
+from distmerge.launch import Place, launch
 from distmerge.mesh import Mesh
 from distmerge.metrics import Meter, MetricsLog, table
 from distmerge.model import build_model, check_fits, load_tokenizer
@@ -53,6 +55,22 @@ def train(config: TrainConfig, place: Place, command: list[str]) -> None:
     except RuntimeError as error:
         raise mesh.name_dead_peers(error) from error
     mesh.close()
+
+
+def train_here(config: TrainConfig, ranks: int) -> None:
+    """Train one run of many, such as an experiment's: in this process, or with several ranks as a job of its own.
+
+    Raises:
+        UserError: when the job failed; it has said why.
+    """
+    if ranks == 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+        train(config, Place(0, 1, 0, 1), sys.argv)
+        return
+    path = Path(config.run_dir).with_suffix(".toml")
+    write_atomically(path, config_file.dump(config))
+    if launch(ranks, ["train", str(path)]):
+        raise UserError(f"the run {config.run_dir} failed")
 
 
 def loop(run: Run) -> None:
