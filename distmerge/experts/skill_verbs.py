@@ -1,4 +1,4 @@
-"""The flags of ``ptm``. Heavy imports wait until the flags are known to be sound."""
+"""The flags of ``experts`` and ``ptm``. Heavy imports wait until the flags are known to be sound."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from distmerge.errors import UserError
 if TYPE_CHECKING:
     from distmerge.config import TrainConfig
 
-VERBS = ("ptm",)
+VERBS = ("experts", "ptm")
 
 
 def add_parsers(verbs: Any) -> None:
+    experts = verbs.add_parser("experts", help="train several experts of one base, or resume them", allow_abbrev=False)
+    experts.add_argument("config", metavar="CONFIG.toml")
+    experts.add_argument("--dry-run", action="store_true", help="print the plan: memory, tokens, merges; train nothing")
+    experts.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # a launcher may add it
     ptm = verbs.add_parser("ptm", help="parallel-train-then-merge as an experiment, with a report", allow_abbrev=False)
     ptm.add_argument("config", metavar="CONFIG.toml")
     ptm.add_argument("--out", metavar="DIR", help="in place of the file's")
