@@ -1,6 +1,6 @@
 """Parallel-train-then-merge at toy size: what it keeps, what it costs, where the published curves appear and where not.
 
-`distmerge ptm` over several seeds, byte-level Llamas of 0.37M parameters on real text. Resumable: runs that are finished are
+`distmerge ptm` over several seeds, byte-level Llamas of 0.26M parameters on real text. Resumable: runs that are finished are
 not run again.
 
     python benchmarks/ptm.py [--small] [--seeds N] [--out DIR] [--record] [--general GLOB ...] [--skill NAME[=GLOB] ...]
@@ -24,8 +24,8 @@ from distmerge.experts.skill_verbs import skills_of
 
 MODEL = {
     "model_type": "llama",
-    "hidden_size": 96,
-    "intermediate_size": 256,
+    "hidden_size": 80,
+    "intermediate_size": 216,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -48,7 +48,7 @@ def configuration(options: Any, report: Report) -> PtmConfig:
         "steps": steps,
         "replay": [0.25] if options.small else [0.25, 0.5],
         "model": {"config": MODEL},
-        "train": {"batch_size": 16, "threads": 1},
+        "train": {"batch_size": 8, "threads": 1},
         "optimizer": {"lr": 3e-3},
         "finetune_lr": 1e-3,
         "schedule": {"name": "wsd", "warmup": 10, "decay": steps["skill"] // 2, "curve": "linear"},
