@@ -7,10 +7,12 @@ import errno
 import json
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from distmerge.checkpoints import verbs as checkpoints
 from distmerge.errors import UserError
+from distmerge.experts import skill_verbs as skills
 from distmerge.experts import verbs as experts
 from distmerge.launch import LAUNCHED
 
@@ -63,16 +65,28 @@ def run(arguments: list[str]) -> int:
     evaluate.add_argument("--batches", type=int, default=32, help="batches of 8 sequences")
     experts.add_parsers(verbs)
     checkpoints.add_parsers(verbs)
+    skills.add_parsers(verbs)
     options, overrides = parser.parse_known_args(arguments)
     if options.verb == "train":
         return train_verb(options, overrides, arguments)
+    if options.verb == "experts":
+        return experts_verb(options, overrides, arguments)
     if overrides:
         raise UserError(f"unknown argument {overrides[0]}; distmerge {options.verb} --help lists them")
     if options.verb in ("merge", "diagnose", "sweep"):
         return experts.run(options)
     if options.verb == "eval":
         return eval_verb(options)
+    if options.verb in skills.VERBS:
+        return skills.run(options, train_one)
     return checkpoints.run(options, lambda config, command: start(config, config.mesh.workers, command))
+
+
+def train_one(config, ranks: int) -> None:
+    """One run of an experiment, to its end."""
+    from distmerge.train import train_here
+
+    train_here(config, ranks)
 
 
 def train_verb(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
@@ -116,6 +130,41 @@ def start(config, ranks: int, arguments: list[str]) -> int:
         return 0
     check_sources(config)
     return launch(ranks, arguments)
+
+
+def experts_verb(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
+    """Several experts: this process is a rank of their job, or launches one, or one after another."""
+    from distmerge import config_file, launch
+    from distmerge.experts import several
+    from distmerge.rundir import RunDirectory, write_atomically
+    from distmerge.sources import check_sources
+
+    here = launch.place()
+    plan = several.read(options.config, overrides)
+    if options.dry_run:
+        from distmerge.experts.dry_run import describe
+
+        print(describe(plan))
+        return 0
+    if here is not None and plan.mode == "side-by-side":
+        from distmerge.train import train
+
+        launch.die_with_parent()
+        train(*plan.place_of(here), ["distmerge", *arguments])
+        return 0
+    if here is not None:
+        raise UserError('mode must be "side-by-side" under a launcher; in turn, each expert is a job that distmerge launches')
+    for run in plan.runs:
+        check_sources(run)
+        RunDirectory(run.run_dir).check(run)
+    if plan.mode == "side-by-side":
+        return launch.launch(sum(plan.ranks), arguments)
+    for run, ranks in zip(plan.runs, plan.ranks, strict=True):
+        path = f"{run.run_dir}.toml"
+        write_atomically(Path(path), config_file.dump(run))
+        if status := start(run, ranks, ["train", path]):
+            return status
+    return 0
 
 
 def train_help() -> int:

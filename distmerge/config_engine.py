@@ -76,6 +76,16 @@ def check_engine(config: Any) -> None:
             raise UserError(
                 f'engine.kind must be "torch" with a [{key}], which reads whole parameters on each rank, got "{kind}"'
             )
+    whole = {
+        "stopping.rule": ("merged", config.stopping.rule == "merged"),
+        "examples.track": ("true", config.examples.track),
+        "expert.lora": ("given", config.expert is not None and config.expert.lora is not None),
+    }
+    for key, (value, given) in whole.items():
+        if given:
+            raise UserError(f'engine.kind must be "torch" where {key} is {value}, which needs whole tensors, got "{kind}"')
+    if kind == "deepspeed" and config.data.format != "text":
+        raise UserError(f'data.format must be "text" where engine.kind is "deepspeed", got "{config.data.format}"')
     if config.recovery.enabled:
         raise UserError(f'engine.kind must be "torch" with recovery.enabled, which reads whole parameters, got "{kind}"')
     if config.train.compile:

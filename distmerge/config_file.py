@@ -27,20 +27,29 @@ MERGE_KINDS: dict[str, type[Section]] = {
 
 def read(path: str, overrides: list[str]) -> TrainConfig:
     """The configuration in the TOML file ``path`` with command line overrides such as ``["--mesh.workers", "4"]``."""
-    try:
-        table = tomllib.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+    table = read_table(path)
     for key, values in parse_overrides(overrides):
         put(table, key, values)
     return validate(table)
 
 
-def validate(table: dict[str, Any]) -> TrainConfig:
+def read_table(path: str) -> dict[str, Any]:
     try:
-        return TrainConfig.model_validate(table)
+        return tomllib.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def validate(table: dict[str, Any]) -> TrainConfig:
+    return validate_as(TrainConfig, table)
+
+
+def validate_as(section: type[S], table: dict[str, Any]) -> S:
+    """The table as a configuration of another kind than a run's, such as an experiment's."""
+    try:
+        return section.model_validate(table)
     except ValidationError as error:
         raise UserError(explain(error.errors()[0])) from None
 

@@ -25,6 +25,8 @@ class Place:
     world: int
     local_rank: int
     local_world: int
+    name: str = ""
+    """Where a job trains several experts side by side: this one's. Rank and world are then those in it."""
 
 
 def place() -> Place | None:

@@ -46,7 +46,8 @@ class Mesh:
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # transformers may import deepspeed, which looks once
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world))
         self.timeout = timeout = timedelta(seconds=section.timeout_seconds)
-        self.store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
+        store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
+        self.store = PrefixStore(place.name, store) if place.name else store
         self.crowding = crowding(self.device, place)
         # NCCL wants a GPU for each rank; ranks that share one talk over gloo.
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" and self.crowding is None else "gloo"

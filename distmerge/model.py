@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
@@ -33,6 +34,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise UserError(
             f'config.data.tokenizer must be "bytes", a directory or a hub id, got {name}: {first_line(error)}'
         ) from None
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
+    """The int32 ids of each text, without special tokens."""
+    if isinstance(tokenizer, ByT5Tokenizer):  # ids are bytes + 3; its own loop over characters takes minutes
+        return [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int32) + 3 for text in texts]
+    return [np.asarray(row, dtype=np.int32) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]  # pyright: ignore
 
 
 def build_model(section: Model, tokenizer: PreTrainedTokenizerBase, seed: int) -> nn.Module:

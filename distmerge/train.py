@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distmerge import config as sections
+from distmerge import config_file
 from distmerge.checkpoints.durable import guarded, reader
 from distmerge.checkpoints.preview import Preview
 from distmerge.checkpoints.recovery import Recovery
@@ -24,11 +27,13 @@ from distmerge.data import IndexedBatches, open_corpus
 from distmerge.engine.build import build_engine
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate
+from distmerge.experts.adapt import with_lora
+from distmerge.experts.training import ExpertTraining
 from distmerge.flat import FlatParameters, fingerprint
-from distmerge.launch import Place
+from distmerge.launch import Place, launch
 from distmerge.mesh import Mesh
 from distmerge.metrics import Meter, MetricsLog, table
-from distmerge.model import build_model, check_fits, load_tokenizer, save_model
+from distmerge.model import build_model, check_fits, load_tokenizer
 from distmerge.rundir import RunDirectory, take_lock, write_atomically
 from distmerge.schedule import lr_factor
 from distmerge.stream import StreamBatches, stream_corpus
@@ -42,7 +47,7 @@ def train(config: TrainConfig, place: Place, command: list[str]) -> None:
     try:
         directory = RunDirectory(config.run_dir)
         lock = take_lock(directory, config, mesh, command)
-        run = Run(config, mesh, directory)
+        run = Run(config, mesh, directory, place)
         run.resume()
         loop(run)
         run.close()
@@ -52,12 +57,29 @@ def train(config: TrainConfig, place: Place, command: list[str]) -> None:
     mesh.close()
 
 
+def train_here(config: TrainConfig, ranks: int) -> None:
+    """Train one run of many, such as an experiment's: in this process, or with several ranks as a job of its own.
+
+    Raises:
+        UserError: when the job failed; it has said why.
+    """
+    if ranks == 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+        train(config, Place(0, 1, 0, 1), sys.argv)
+        return
+    path = Path(config.run_dir).with_suffix(".toml")
+    write_atomically(path, config_file.dump(config))
+    if launch(ranks, ["train", str(path)]):
+        raise UserError(f"the run {config.run_dir} failed")
+
+
 def loop(run: Run) -> None:
     config, meter, recovery = run.config, run.meter, run.recovery
     if run.step == 0:
         run.write_line(run.evaluate())
-    while run.step < config.steps:
-        lr = config.optimizer.lr * lr_factor(config.schedule, run.step, config.steps) * recovery.lr_factor(run.step)
+    while run.step < config.steps and not run.expert.stopped:
+        factor = lr_factor(config.schedule, run.step, config.steps) * recovery.lr_factor(run.step) * run.expert.lr_factor
+        lr = config.optimizer.lr * factor
         result = run.engine.train_step(run.next_batch(), lr)
         if recovery.needed(run.step + 1, result):  # before a merge or a block can take in sick values
             recovery.roll_back(run.step + 1)
@@ -70,8 +92,10 @@ def loop(run: Run) -> None:
         meter.observe(result, lr, merges)
         evaluating = run.due(config.evaluate.every) and run.step < config.steps
         previewing = config.preview is not None and run.due(config.preview.every)
+        loss = run.evaluate() if evaluating else None
         if evaluating or previewing or run.due(config.log.every):
-            run.write_line(run.evaluate() if evaluating else None, run.preview_loss() if previewing else None)
+            run.write_line(loss, run.preview_loss() if previewing else None)
+        run.expert.observe(run.step, loss)  # publishes steps to be merged, stops where the rule says so
         if run.due(config.checkpoint.every) and not recovery.blocks_commit(run.step):
             run.commit()
 
@@ -79,12 +103,14 @@ def loop(run: Run) -> None:
 class Run:
     """The parts of a run. What it depends on from step to step is in their states, and in ``step``."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, directory: RunDirectory):
+    def __init__(self, config: TrainConfig, mesh: Mesh, directory: RunDirectory, place: Place):
         self.config, self.mesh, self.directory = config, mesh, directory
         with mesh.together():
             self.tokenizer = load_tokenizer(config.data.tokenizer)
             model = build_model(config.model, self.tokenizer, config.seed)
             check_fits(model, self.tokenizer, config.data.sequence_length)
+            if config.expert is not None and config.expert.lora is not None:
+                model = with_lora(model, config.expert.lora, config.seed)
         with mesh.together():
             self.batches, self.held_out = mesh.lead_first("data", self._open_data)
         mesh.check_same("the parameters that they start from", torch.stack([fingerprint(p) for p in model.parameters()]).sum())
@@ -101,6 +127,8 @@ class Run:
             self.window = self._open_window()
             self.preview = self._open_preview()
         self.recovery = Recovery(config.recovery, self)
+        with mesh.together():
+            self.expert = ExpertTraining(config, self, side_by_side=bool(place.name))
 
     def _open_window(self) -> Window | None:
         section, root, flat = self.config.window, self.directory.window, self.engine.parameters
@@ -177,6 +205,7 @@ class Run:
             "batches": self.batches.state_dict(),
             "generators": [torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None],
             "window": self.window and self.window.state_dict(),
+            "expert": self.expert.state_dict(),
             "recovery": self.recovery.state_dict(),
             "meter": self.meter.state_dict(),
         }
@@ -192,6 +221,7 @@ class Run:
         for merger, merger_state in zip(self.mergers, state["mergers"], strict=True):
             merger.load_state_dict(merger_state)
         self.batches.load_state_dict(state["batches"])
+        self.expert.load_state_dict(state["expert"])
         torch.set_rng_state(state["generators"][0])
         if state["generators"][1] is not None:
             torch.cuda.set_rng_state(state["generators"][1])
@@ -214,14 +244,21 @@ class Run:
     def bytes_sent(self) -> float:
         return sum(merger.bytes_sent for merger in self.mergers)
 
-    def evaluate(self) -> float:
-        """The loss of what the workers share: the anchor, once a merger has moved it; else each worker's own part."""
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """A stretch in which the model is what the workers share: the anchor, once a merger has moved it; else each
+        worker's own part."""
         flat = self.engine.parameters
         anchor = next((merger.anchor for merger in self.mergers if merger.anchor is not None and merger.round), None)
         with self.meter.paused(), contextlib.nullcontext() if anchor is None else flat.borrowed():
             if anchor is not None:
                 flat.vector.copy_(anchor)
                 flat.push()
+            yield
+
+    def evaluate(self) -> float:
+        """The loss of what the workers share."""
+        with self.shared():
             loss = self._loss()
         if self.meter.first_eval is None:
             self.meter.first_eval = loss
@@ -246,6 +283,7 @@ class Run:
         self.store.wait()
         for merger in self.mergers:
             merger.finish()
+        step = self.expert.finish()
         loss = self.evaluate()
         self.write_line(loss)
         whole = self.engine.whole_state()
@@ -254,7 +292,7 @@ class Run:
                 self.log.close()
                 temporary = self.directory.path / ".final"
                 shutil.rmtree(temporary, ignore_errors=True)
-                guarded(temporary, lambda: save_model(self.engine.model, self.tokenizer, temporary, state=whole))
+                guarded(temporary, lambda: self.expert.save(temporary, step, whole))
                 self.directory.publish_final(temporary)
                 write_atomically(self.directory.summary, json.dumps(self.summary(loss), indent=2) + "\n")
                 print(table(self.directory, self.summary(loss)), flush=True)
@@ -263,6 +301,7 @@ class Run:
         numel, ranks, tokens = self.engine.parameters.numel, self.mesh.world, self.step * self.tokens_per_step
         return {
             "steps": self.step,
+            "stopped": self.expert.stopped,
             "workers": self.mesh.workers,
             "ranks": ranks,
             "parameters": numel,

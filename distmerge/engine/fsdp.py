@@ -20,6 +20,7 @@ from distmerge.config import TrainConfig
 from distmerge.engine.engine import gather_whole
 from distmerge.engine.parameters import ShardedParameters
 from distmerge.engine.torch import TorchEngine
+from distmerge.labels import ids_and_labels
 from distmerge.mesh import Mesh
 
 
@@ -47,7 +48,8 @@ class FSDPEngine(TorchEngine):
         fully_shard(module, mesh=axis, mp_policy=policy, reshard_after_forward=self.reshard)
 
     def _loss_of(self, batch: Tensor) -> Tensor:
-        return self.model(input_ids=batch, labels=batch, use_cache=False).loss.float()
+        ids, labels = ids_and_labels(batch)
+        return self.model(input_ids=ids, labels=labels, use_cache=False).loss.float()
 
     def _reducing(self, last: bool) -> contextlib.AbstractContextManager:
         self.forward.set_requires_gradient_sync(last)

@@ -13,6 +13,7 @@ from distmerge.engine.engine import Engine, StepResult
 from distmerge.engine.optimizers import build_optimizers
 from distmerge.engine.parameters import ReplicatedParameters
 from distmerge.flat import FlatParameters
+from distmerge.labels import ids_and_labels, micro_weights
 from distmerge.mesh import Mesh
 
 
@@ -21,6 +22,7 @@ class TorchEngine(Engine):
 
     def __init__(self, model: nn.Module, config: TrainConfig, mesh: Mesh):
         super().__init__(config, mesh)
+        self.uneven = config.data.format != "text"
         self.model = model.to(mesh.device)
         self.forward = self._distribute()
         self.optimizers = build_optimizers(self.model, config.optimizer)
@@ -40,9 +42,11 @@ class TorchEngine(Engine):
         self.model.train()
         batch = batch.to(self.mesh.device, non_blocking=True)
         loss = torch.zeros((), device=self.mesh.device)
+        weights = self._weights(batch)
         for index, micro_batch in enumerate(batch):
             with self._reducing(index == len(batch) - 1):
                 micro_loss = self._loss(micro_batch) / len(batch)
+                micro_loss = micro_loss if weights is None else micro_loss * weights[index]
                 micro_loss.backward()
             loss += micro_loss.detach()
         grad_norm = self._clip(self.train_section.gradient_clip)
@@ -53,9 +57,16 @@ class TorchEngine(Engine):
             optimizer.zero_grad(set_to_none=True)
         return StepResult(loss, grad_norm)
 
+    def _weights(self, batch: Tensor) -> Tensor | None:
+        """What makes a mean over micro steps and ranks one over tokens, where examples have different numbers of them."""
+        if not self.uneven:
+            return None
+        return micro_weights(batch, self.mesh.inside if self.mesh.shards > 1 else None)
+
     def _loss_of(self, batch: Tensor) -> Tensor:
+        ids, labels = ids_and_labels(batch)
         with torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=self.train_section.precision == "bfloat16"):
-            return self.forward(input_ids=batch, labels=batch, use_cache=False).loss
+            return self.forward(input_ids=ids, labels=labels, use_cache=False).loss
 
     def _reducing(self, last: bool) -> contextlib.AbstractContextManager:
         """Reduce gradients inside the worker at the last micro step only."""

@@ -28,6 +28,7 @@ from distmerge.experts.methods import PARAMETERS
 from distmerge.experts.pairing import check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice, is_number
 from distmerge.experts.run import settings_of, survey_of
+from distmerge.experts.skill_verbs import named
 from distmerge.experts.verbs import table_of
 from distmerge.files.sources import Maps
 from distmerge.files.stream import Job, Stream, in_memory
@@ -78,7 +79,9 @@ class Judge:
 
 def run(options: argparse.Namespace) -> int:
     """Sweep; print a table, plot, and write the best model if it is to be picked."""
-    skills = named_skills(options.skill)
+    if not options.skill:
+        raise UserError("distmerge sweep needs at least one --skill NAME=GLOB")
+    skills = named(options.skill)
     if options.pick and not options.out:
         raise UserError("--pick needs --out DIR")
     soup = options.method == SOUP
@@ -97,18 +100,6 @@ def run(options: argparse.Namespace) -> int:
     if options.pick:
         merge(best["recipe"], Path(options.out), options)
     return 0
-
-
-def named_skills(given: list[str] | None) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for item in given or []:
-        name, equals, pattern = item.partition("=")
-        if not name or not equals or not pattern:
-            raise UserError(f"--skill must be NAME=GLOB, got {item}")
-        found.setdefault(name, []).append(pattern)
-    if not found:
-        raise UserError("distmerge sweep needs at least one --skill NAME=GLOB")
-    return found
 
 
 def grid_of(given: str | None) -> tuple[str, list[float]]:
