@@ -177,7 +177,7 @@ def start(arm: Arm, place: Place, out: Path, port: int = 0) -> int:
 def main() -> None:
     options = parser(__doc__, seeds=5).parse_args()
     report = Report("recovery", options)
-    steps, watched, seeds = (180, 180, 1) if options.small else (260, 1000, options.seeds)
+    steps, watched, seeds = (180, 180, 1) if options.small else (200, 1000, options.seeds)
     clean = [Arm("", 1, "rollback", seed, length) for seed in range(seeds) for length in sorted({steps, watched})]
     arms = [
         Arm(injection, merge_last, optimizer, seed, steps)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM
 
 from distmerge import cli
@@ -76,17 +75,6 @@ def test_foreign_models_take_their_steps_from_their_names(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="increase"):
         window(*reversed(members), "--out", tmp_path / "reversed")
     assert not (tmp_path / "reversed").exists()
-
-
-def test_dcp_directories_are_members(tmp_path: Path) -> None:
-    for step in (1, 2):
-        state = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {"m": torch.zeros(3)}}
-        save(state, checkpoint_id=str(tmp_path / f"step-{step}"), no_dist=True)
-    members = [tmp_path / "step-1", tmp_path / "step-2"]
-    with pytest.raises(UserError, match="--allow-pickle"):
-        window(*members, "--out", tmp_path / "merged")
-    window(*members, "--curve", "mean", "--allow-pickle", "--out", tmp_path / "merged")
-    assert torch.equal(parameters(tmp_path / "merged")["w"], torch.full((3,), 1.5))
 
 
 def test_buffers_by_policy(tmp_path: Path) -> None:
