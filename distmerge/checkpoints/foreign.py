@@ -99,7 +99,7 @@ def read_zero(path: Path) -> dict[str, Tensor]:
         raise UserError("a DeepSpeed checkpoint needs deepspeed to be read; pip install deepspeed") from None
     except Exception as error:  # whatever a damaged pickle comes to
         raise UserError(f"cannot read the DeepSpeed checkpoint {path}: {first_line(error)}") from None
-    return {name: tensor.contiguous() for name, tensor in state.items()}
+    return {name: tensor.contiguous() for name, tensor in (state or {}).items()}
 
 
 def first_line(error: Exception) -> str:
