@@ -13,7 +13,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from distmerge.checkpoints.block import Block, accumulate, published_blocks, read_block
+from distmerge.checkpoints.block import RECORD, Block, accumulate, legible, published_blocks
+from distmerge.checkpoints.durable import verify
 from distmerge.checkpoints.window import block_weights
 from distmerge.config import TrainConfig
 from distmerge.errors import UserError
@@ -32,13 +33,16 @@ def predict(run_dir: Path, config: TrainConfig, fork: dict[str, Any], known: lis
         known: lines of ledgers, some with an outcome; never that of the fork itself.
     """
     step, decay_steps = fork["from"], fork["decay_steps"]
-    blocks = [read_block(path) for path in published_blocks(run_dir / "window")]
+    blocks = [legible(path) for path in published_blocks(run_dir / "window")]
     inside = [block for block in blocks if step < block.first_step and block.last_step <= step + decay_steps]
     covered = sum(block.last_step - block.first_step + 1 for block in inside) >= 0.9 * decay_steps
     before = [block for block in blocks if step - decay_steps < block.first_step and block.last_step <= step]
     chosen = [block for block in (inside if covered else before) if not block.tainted]
     if len(chosen) < 2:
         return {"merged": None, "predicted": None, "basis": "no prediction: fewer than two blocks of that length"}
+    for block in chosen:
+        if problem := verify(run_dir / "window" / block.name, name=RECORD):
+            raise UserError(f"{run_dir / 'window' / block.name} is damaged ({problem}); move it away to go on without it")
     merged = merged_loss(run_dir, config, chosen, fork["curve"])
     ratios = corrections(fork, known)
     basis = f"{chosen[0].name} to {chosen[-1].name}" + ("" if covered else ", which end where the decay begins")
