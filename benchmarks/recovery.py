@@ -2,9 +2,12 @@
 
 Three injections (learning rate x10 for 10 steps; 3 batches of random tokens; a step whose gradient is NaN), each on several
 seeds, each with one or three checkpoints merged and with the moments rolled back, reset, kept or averaged. Beside them the
-clean run of the same seed, watched, which must raise no alarm. Every run takes the same number of steps in the end.
+clean run of the same seed, watched and far longer, which must raise no alarm. All runs of a seed share their first steps,
+and all that are compared end at the same step. Then the NaN gradient on one of two workers: the other must not notice.
 
     python benchmarks/recovery.py [--small] [--seeds N] [--out DIR] [--record]
+
+Finished runs lie in OUT/recovery/ARM.json and are not run again.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ import math
 import multiprocessing
 import os
 import shutil
+import socket
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from report import Report, parser, spread
+from report import Report, parser, remembered, spread
 
 from distmerge import config_file
 from distmerge.checkpoints.recovery import Recovery
@@ -32,6 +36,9 @@ from distmerge.engine.torch import TorchEngine
 from distmerge.launch import Place
 from distmerge.train import train
 
+PREFIX = 140
+"""Steps that all runs of a seed share."""
+
 AT = 150
 """The first injected step, counted from 1."""
 
@@ -40,19 +47,23 @@ OPTIMIZERS = ("rollback", "reset", "keep", "average")
 
 
 class Arm(NamedTuple):
-    """A run: what is injected ("" for nothing), how many checkpoints are merged, what becomes of the moments."""
+    """A run: what is injected ("" for nothing), how many checkpoints are merged, what becomes of the moments, its last
+    step, and its workers."""
 
     injection: str
     merge_last: int
     optimizer: str
     seed: int
+    steps: int
+    workers: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.injection or 'clean'}-{self.merge_last}-{self.optimizer}-{self.seed}"
+        kind = self.injection or "clean"
+        return f"{kind}-{self.merge_last}-{self.optimizer}-{self.seed}-{self.steps}-{self.workers}"
 
 
-def table(arm: Arm, run_dir: Path, steps: int) -> dict[str, Any]:
+def table(arm: Arm, run_dir: Path) -> dict[str, Any]:
     model = {
         "model_type": "llama",
         "hidden_size": 64,
@@ -67,22 +78,71 @@ def table(arm: Arm, run_dir: Path, steps: int) -> dict[str, Any]:
     return {
         "run_dir": str(run_dir),
         "seed": arm.seed,
-        "steps": steps,
-        "mesh": {"device": "cpu"},
+        "steps": arm.steps,
+        "mesh": {"device": "cpu", "workers": arm.workers},
         "model": {"config": model},
-        "train": {"batch_size": 8, "threads": 1},
+        "train": {"batch_size": 8 // arm.workers, "threads": 1},
         "optimizer": {"lr": 4e-3},
         "schedule": {"warmup": 20},
-        "evaluate": {"every": steps, "batches": 64},
+        "merge": [{"kind": "average", "every": 10}] if arm.workers > 1 else [],
+        "evaluate": {"every": 10**6, "batches": 64 * arm.workers},
         "checkpoint": {"every": 10, "keep": 5},
         "recovery": recovery,
         "log": {"every": 50},
     }
 
 
-def run(arm: Arm, out: Path, steps: int) -> dict[str, Any]:
-    """One run in this process; what became of it."""
-    real, real_roll_back, calls, over = TorchEngine.train_step, Recovery.roll_back, 0, False
+def prepare(seed: int, out: Path) -> None:
+    """The shared first steps of a seed's runs."""
+    arm = Arm("", 1, "rollback", seed, PREFIX)
+    if not (out / arm.name / "summary.json").exists():
+        start(arm, Place(0, 1, 0, 1), out)
+
+
+def measure(arm: Arm, out: Path) -> dict[str, Any]:
+    key = {"arm": list(arm), "table": table(arm, Path("run")), "prefix": PREFIX, "at": AT}
+    return remembered(out / f"{arm.name}.json", key, lambda: outcome(arm, out))
+
+
+def outcome(arm: Arm, out: Path) -> dict[str, Any]:
+    """One run, and what became of it."""
+    run_dir = out / arm.name
+    shutil.rmtree(run_dir, ignore_errors=True)
+    if arm.workers == 1:
+        shared = out / Arm("", 1, "rollback", arm.seed, PREFIX).name
+        shutil.copytree(shared / "checkpoints", run_dir / "checkpoints")
+        for name in ("metrics.jsonl", "events.jsonl"):
+            shutil.copy(shared / name, run_dir / name)
+        calls = PREFIX + start(arm, Place(0, 1, 0, 1), out)
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(one_of, (arm, out, port), nprocs=arm.workers)  # pyright: ignore
+        calls = arm.steps
+    lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    loss = json.loads((run_dir / "summary.json").read_text())["eval_loss_last"]
+    shutil.rmtree(run_dir)
+    return {
+        "arm": arm._asdict(),
+        "spikes": [line["step"] for line in lines if line["event"] == "spike"],
+        "sick_workers": [line["step"] for line in lines if line["event"] == "sick worker"],
+        "to": [line["to"] for line in lines if "rolled back" in line["event"]],
+        "loss": loss,
+        "steps_lost": calls - arm.steps,
+    }
+
+
+def one_of(rank: int, arm: Arm, out: Path, port: int) -> None:
+    """A rank of a run of several workers."""
+    start(arm, Place(rank, arm.workers, rank, arm.workers), out, port)
+
+
+def start(arm: Arm, place: Place, out: Path, port: int = 0) -> int:
+    """Train with the arm's injection, in this process. How many steps it took."""
+    real, real_roll_back = TorchEngine.train_step, Recovery.roll_back
+    first = 0 if arm.workers > 1 or arm.steps == PREFIX else PREFIX
+    calls, over = 0, False
 
     def roll_back(self: Recovery, step: int) -> None:
         nonlocal over
@@ -92,85 +152,89 @@ def run(arm: Arm, out: Path, steps: int) -> dict[str, Any]:
     def train_step(self: TorchEngine, batch: torch.Tensor, lr: float) -> StepResult:
         nonlocal calls
         calls += 1
-        if arm.injection == "rate" and AT <= calls < AT + 10 and not over:
+        step = first + calls
+        if arm.injection == "rate" and AT <= step < AT + 10 and not over:
             lr *= 10
-        if arm.injection == "batches" and AT <= calls < AT + 3 and not over:
+        if arm.injection == "batches" and AT <= step < AT + 3 and not over:
             batch = torch.randint(3, 259, batch.shape)
-        result = real(self, batch, lr)
-        if arm.injection == "nan" and calls == AT:
-            self.parameters.whole.fill_(math.nan)
-            return StepResult(result.loss, result.grad_norm * math.nan)
-        return result
+        if arm.injection == "nan" and step == AT and place.rank == place.world - 1:
+            hook = next(self.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+            result = real(self, batch, lr)
+            hook.remove()
+            return result
+        return real(self, batch, lr)
 
-    run_dir = out / arm.name
-    shutil.rmtree(run_dir, ignore_errors=True)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(place.rank), "WORLD_SIZE": str(place.world)}
+    os.environ.update(where)
     TorchEngine.train_step, Recovery.roll_back = train_step, roll_back
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            train(config_file.validate(table(arm, run_dir, steps)), Place(0, 1, 0, 1), ["benchmark"])
+            train(config_file.validate(table(arm, out / arm.name)), place, ["benchmark"])
     finally:
         TorchEngine.train_step, Recovery.roll_back = real, real_roll_back
-    lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    spikes = [line["step"] for line in lines if line["event"] == "spike"]
-    backs = [line["to"] for line in lines if "rolled back" in line["event"]]
-    loss = json.loads((run_dir / "summary.json").read_text())["eval_loss_last"]
-    shutil.rmtree(run_dir)
-    return {"arm": arm._asdict(), "spikes": spikes, "to": backs, "loss": loss, "steps_run": calls, "steps_lost": calls - steps}
+    return calls
 
 
 def main() -> None:
     options = parser(__doc__, seeds=5).parse_args()
     report = Report("recovery", options)
-    steps, seeds = (180, 1) if options.small else (210, options.seeds)
-    arms = [Arm("", 1, "rollback", seed) for seed in range(seeds)]
-    arms += [
-        Arm(injection, merge_last, optimizer, seed)
+    steps, watched, seeds = (180, 180, 1) if options.small else (200, 1000, options.seeds)
+    clean = [Arm("", 1, "rollback", seed, length) for seed in range(seeds) for length in sorted({steps, watched})]
+    arms = [
+        Arm(injection, merge_last, optimizer, seed, steps)
         for seed in range(seeds)
         for injection in INJECTIONS
         for merge_last in (1, 3)
         for optimizer in OPTIMIZERS
         if not (optimizer == "average" and merge_last == 1)
     ]
-    open_corpus(config_file.validate(table(arms[0], report.out, steps)).data)  # fills the cache once
+    pairs = [Arm(injection, 1, "rollback", seed, steps, workers=2) for seed in range(seeds) for injection in ("", "nan")]
+    open_corpus(config_file.validate(table(arms[0], report.out)).data)  # fills the cache once
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
-        results = list(pool.map(run, arms, [report.out] * len(arms), [steps] * len(arms)))
-    report.data["results"] = results
-    judge(report, results)
+        list(pool.map(prepare, range(seeds), [report.out] * seeds))
+        results = list(pool.map(measure, [*clean, *arms], [report.out] * (len(clean) + len(arms))))
+    judge(report, results[: len(clean)], results[len(clean) :], steps)
+    judge_pairs(report, [measure(arm, report.out) for arm in pairs])
     report.finish()
 
 
-def judge(report: Report, results: list[dict[str, Any]]) -> None:
-    clean = {result["arm"]["seed"]: result for result in results if not result["arm"]["injection"]}
-    sick = [result for result in results if result["arm"]["injection"]]
+def judge(report: Report, clean: list[dict[str, Any]], sick: list[dict[str, Any]], steps: int) -> None:
+    """Detection, and each way to go on against the clean run of its seed."""
+    wanted = {result["arm"]["seed"]: result["loss"] for result in clean if result["arm"]["steps"] == steps}
     missed = [result for result in sick if not result["spikes"]]
     delays = [result["spikes"][0] - AT for result in sick if result["spikes"]]
-    report.data |= {"delays": spread([float(delay) for delay in delays]), "missed": len(missed)}
-    table: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    for result in sick:
+        arm = result["arm"]
+        row = rows.setdefault(f"{arm['injection']} merge {arm['merge_last']} {arm['optimizer']}", {"excess": [], "lost": []})
+        row["excess"].append(result["loss"] - wanted[arm["seed"]])
+        row["lost"].append(result["steps_lost"])
+    for name, row in rows.items():
+        row |= {"mean_excess": statistics.mean(row["excess"]), "steps_lost": statistics.mean(row["lost"])}
+        report.say(f"{name:<26} loss above the clean run's {row['mean_excess']:+.4f}, steps lost {row['steps_lost']:.0f}")
+    report.data |= {"clean": clean, "results": sick, "table": rows, "delays": spread([float(delay) for delay in delays])}
+    report.data["merge_gain"] = {}
     for injection in INJECTIONS:
-        for merge_last in (1, 3):
-            for optimizer in OPTIMIZERS:
-                arm = (injection, merge_last, optimizer)
-                found = [result for result in sick if tuple(result["arm"].values())[:3] == arm]
-                if found:
-                    excess = [result["loss"] - clean[result["arm"]["seed"]]["loss"] for result in found]
-                    lost = statistics.mean(result["steps_lost"] for result in found)
-                    table[f"{injection} merge {merge_last} {optimizer}"] = {
-                        "excess": spread(excess), "mean_excess": statistics.mean(excess), "steps_lost": lost,
-                    }  # fmt: skip
-    report.data["table"] = table
-    for name, row in table.items():
-        report.say(f"{name:<28} loss above the clean run {row['mean_excess']:+.4f}, steps lost {row['steps_lost']:.0f}")
+        for optimizer in OPTIMIZERS[:3]:
+            one, three = (rows[f"{injection} merge {count} {optimizer}"]["excess"] for count in (1, 3))
+            gains = [plain - merged for plain, merged in zip(one, three, strict=True)]
+            error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+            gain = {"mean": statistics.mean(gains), "standard_error": error, "wins": sum(gain > 0 for gain in gains)}
+            report.data["merge_gain"][f"{injection} {optimizer}"] = gain
+            report.say(f"{injection} {optimizer}: merging three lowers the loss by {gain['mean']:+.4f} +- {error:.4f}")
     report.bar("injections that were missed", len(missed), "<=", 0)
     report.bar("steps until the last injection was detected", max(delays, default=math.inf), "<=", 5)
-    report.bar("alarms in clean runs", sum(len(result["spikes"]) for result in clean.values()), "<=", 0)
-    gains = [
-        table[f"{injection} merge 1 {optimizer}"]["mean_excess"] - table[f"{injection} merge 3 {optimizer}"]["mean_excess"]
-        for injection in INJECTIONS
-        for optimizer in ("rollback", "reset", "keep")
-    ]
-    report.data["merge_gain"] = gains
-    report.say(f"merging three instead of one lowers the loss by {statistics.mean(gains):+.4f} on average")
+    report.bar("alarms in clean runs", sum(len(result["spikes"]) for result in clean), "<=", 0)
+
+
+def judge_pairs(report: Report, pairs: list[dict[str, Any]]) -> None:
+    """A NaN gradient on one of two workers: found at the next merge, and the run does not go back."""
+    clean, sick = pairs[::2], pairs[1::2]
+    excess = [b["loss"] - a["loss"] for a, b in zip(clean, sick, strict=True)]
+    report.data["one_of_two_workers"] = {"results": pairs, "excess": excess}
+    report.say(f"NaN on one of two workers: loss above the clean run's {statistics.mean(excess):+.4f}, no steps lost")
+    found = sum(result["sick_workers"] != [] and not result["spikes"] for result in sick)
+    report.bar("sick workers of two that were found, with no roll-back", found, ">=", len(sick))
 
 
 if __name__ == "__main__":

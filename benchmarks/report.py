@@ -19,12 +19,13 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from distmerge.rundir import git_revision
+from distmerge.rundir import git_revision, write_atomically
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records"
@@ -110,6 +111,19 @@ def recorded_value(name: str, claim: str) -> float | None:
         return None
     bars = json.loads(record_path(name).read_text())["bars"]
     return next((bar["value"] for bar in bars if bar["claim"] == claim), None)
+
+
+def remembered(path: Path, key: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """``work()``, or what an earlier start kept in ``path`` under the same key: long benchmarks are finished in pieces.
+
+    The result carries its key, and the revision that it was measured with.
+    """
+    key = json.loads(json.dumps(key))
+    if path.exists() and (found := json.loads(path.read_text()))["key"] == key:
+        return found
+    result = work() | {"key": key, "revision": git_revision()}
+    write_atomically(path, json.dumps(result))
+    return json.loads(json.dumps(result))
 
 
 def spread(values: list[float]) -> dict[str, float]:

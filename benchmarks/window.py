@@ -1,13 +1,16 @@
-"""The share of the annealing gain that merging a constant-rate run's window recovers.
+"""The share of the annealing gain that merging a constant-rate run's window recovers, and how well it predicts annealing.
 
 One constant-rate run per seed, on the standard library's source text. Forks of it are truly annealed (linear, 1-sqrt) over
 the last L steps, on the same batches; the window merges the blocks of the same L steps. For each curve and length
 
     share = (constant - merged) / (constant - annealed)
 
-on held-out text. The best length, and what is merged in which way, are chosen on seeds of their own.
+on held-out text. The best length, and what is merged in which way, are chosen on seeds of their own. The forks of those seeds
+correct the prediction of the judged ones (distmerge.checkpoints.prediction), as ``distmerge anneal --calibrate`` does.
 
     python benchmarks/window.py [--small] [--seeds N] [--out DIR] [--record]
+
+Finished seeds lie in OUT/window/seed-N.json and are not run again.
 """
 
 from __future__ import annotations
@@ -21,14 +24,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from report import Report, parser, spread
+import torch
+from report import Report, parser, remembered, spread
 from torch import Tensor
 
 from distmerge import config_file
-from distmerge.checkpoints.block import Block
-from distmerge.checkpoints.curves import effective_count
 from distmerge.checkpoints.gate import advise, gram_of
-from distmerge.checkpoints.window import Window, block_weights
+from distmerge.checkpoints.prediction import corrected, corrections
+from distmerge.checkpoints.window import Window
 from distmerge.config import TrainConfig
 from distmerge.config_checkpoints import Window as WindowSection
 from distmerge.data import IndexedBatches, open_corpus
@@ -41,28 +44,32 @@ from distmerge.schedule import decayed
 
 ANNEALS = ("linear", "1-sqrt")
 CURVES = ("linear", "1-sqrt", "cosine", "wma")
-CHOOSING_SEED = 100
-EVAL_BATCHES = 24
+CHOOSING_SEEDS = (100, 101)
+FIRST_JUDGED = 10  # seeds 0, 1, 2 were looked at when the prediction was designed
+EVAL_BATCHES = 32
 
 
 class Size(NamedTuple):
-    """Steps of the constant-rate run, its blocks, and the lengths of decays, in steps."""
+    """Steps of the constant-rate run, its blocks, and the lengths of decays, in steps; where the earlier forks end, and
+    their lengths."""
 
     steps: int
     every: int
     lengths: tuple[int, ...]
+    early: int
+    early_lengths: tuple[int, ...]
 
 
-FULL = Size(steps=900, every=10, lengths=(50, 100, 200, 300))
-SMALL = Size(steps=150, every=10, lengths=(50, 100))
+FULL = Size(steps=900, every=10, lengths=(50, 100, 200, 300), early=600, early_lengths=(100, 200))
+SMALL = Size(steps=150, every=10, lengths=(50,), early=100, early_lengths=(50,))
 
 
 def configuration(seed: int) -> TrainConfig:
     model = {
         "model_type": "llama",
-        "hidden_size": 80,
-        "intermediate_size": 216,
-        "num_hidden_layers": 3,
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_hidden_layers": 5,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "max_position_embeddings": 128,
@@ -72,8 +79,8 @@ def configuration(seed: int) -> TrainConfig:
         "run_dir": "unused",
         "seed": seed,
         "model": {"config": model},
-        "train": {"batch_size": 16},
-        "optimizer": {"lr": 4e-3},
+        "train": {"batch_size": 8},
+        "optimizer": {"lr": 3e-3},
         "schedule": {"warmup": 50},
     }
     return config_file.validate(table)
@@ -90,77 +97,100 @@ class Bench:
         self.batches = IndexedBatches(corpus.train, seed, 0, 1, 1, self.config.train.batch_size)
         self.held_out = corpus.held_out
         tokens = self.config.train.batch_size * self.config.data.sequence_length
+        self.losses: dict[int, float] = {}
         self.windows = {}
         for kind in ("mean", "snapshot"):
             section = WindowSection(every=size.every, blocks=0, kind=kind, store="memory")
             flat = self.engine.parameters
             self.windows[kind] = Window(section, Path("unused"), flat, [], mesh, tokens, tokenizer, lambda *told: None)
 
-    def constant(self) -> dict[int, Any]:
-        """Train at a constant rate; the states from which the forks are annealed, by length."""
-        states = {}
-        size, warmup = self.size, self.config.schedule.warmup
+    def constant(self) -> dict[tuple[int, int], Any]:
+        """Train at a constant rate; the states from which forks are annealed, by where they end and their length."""
+        states, size, warmup = {}, self.size, self.config.schedule.warmup
         for step in range(size.steps):
-            if size.steps - step in size.lengths:
-                states[size.steps - step] = self.state()
+            for end, lengths in ((size.early, size.early_lengths), (size.steps, size.lengths)):
+                if end - step in lengths:
+                    states[end, end - step] = self.state()
             lr = self.config.optimizer.lr * min(1.0, (step + 1) / warmup)
             result = self.engine.train_step(self.batches.batch(step), lr)
             for window in self.windows.values():
                 window.observe(step + 1, lr, result.loss)
+            if step + 1 in (size.early, size.steps):
+                self.losses[step + 1] = self.loss()
         return states
 
     def state(self) -> Any:
         optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in self.engine.optimizers]
         return self.engine.parameters.whole.clone(), optimizers
 
-    def anneal(self, state: Any, length: int, curve: str) -> float:
-        """The loss after the last ``length`` steps with a decay in place of the constant rate."""
+    def anneal(self, state: Any, end: int, length: int, curve: str) -> float:
+        """The loss after the ``length`` steps before ``end`` with a decay in place of the constant rate."""
         theta, optimizers = state
         self.engine.parameters.whole.copy_(theta)
         for optimizer, saved in zip(self.engine.optimizers, optimizers, strict=True):
             optimizer.load_state_dict(copy.deepcopy(saved))
         for index in range(length):
             lr = self.config.optimizer.lr * decayed(curve, (index + 1) / length)
-            self.engine.train_step(self.batches.batch(self.size.steps - length + index), lr)
+            self.engine.train_step(self.batches.batch(end - length + index), lr)
         return self.loss()
 
     def loss(self) -> float:
         return evaluate(self.engine.model, self.held_out, self.config.train.batch_size, EVAL_BATCHES).loss
 
-    def merged(self, kind: str, length: int, curve: str) -> tuple[float, float]:
-        """The loss of the merge of the blocks of the last ``length`` steps, and its N_eff."""
+    def merged(self, kind: str, end: int, length: int, curve: str) -> float:
+        """The loss of the merge of the blocks of the ``length`` steps before ``end``."""
         window = self.windows[kind]
-        blocks: list[Block] = window.mergeable(length // self.size.every)
+        blocks = [block for block in window.mergeable() if end - length < block.last_step <= end]
         with self.engine.parameters.borrowed():
             window.merge_into(self.engine.parameters, curve, blocks)
-            return self.loss(), effective_count(block_weights(curve, blocks))
+            return self.loss()
 
-    def advice(self) -> dict[str, Any]:
-        """What the gate says of the longest window of block means."""
-        window = self.windows["mean"]
-        count = max(self.size.lengths) // self.size.every
-        vectors: list[Tensor] = window.kept[-count:]
-        blocks = window.mergeable(count)
-        found = advise(gram_of(vectors), [float(block.first_token) for block in blocks], float(blocks[-1].last_token))
-        return {"curve": found.curve, "length": found.count * self.size.every, "ratio": found.ratio, "merge": found.merge}
+    def grams(self) -> dict[str, Any]:
+        """Inner products of the block means' distances over the longest window: as they are, and with Adam's second
+        moments as the curvature's diagonal."""
+        blocks = self.windows["mean"].mergeable(max(self.size.lengths) // self.size.every)
+        vectors: list[Tensor] = self.windows["mean"].kept[-len(blocks) :]
+        flat = self.engine.parameters
+        moments = {id(p): state["exp_avg_sq"] for p, state in self.engine.optimizers[0].state.items()}
+        named = dict(flat.model.named_parameters())
+        curvature = torch.cat([moments[id(named[slot.name])].reshape(-1) for slot in flat.layout])
+        return {
+            "starts": [float(block.first_token) for block in blocks],
+            "end": float(blocks[-1].last_token),
+            "plain": gram_of(vectors).tolist(),
+            "curved": gram_of([vector * curvature.sqrt() for vector in vectors]).tolist(),
+        }
 
 
-def measure(seed: int, size: Size) -> dict[str, Any]:
+def measure(seed: int, size: Size, out: Path) -> dict[str, Any]:
     """All losses of one seed, on one thread: seeds run side by side."""
+    key = {"seed": seed, "size": list(size), "configuration": configuration(seed).model_dump(mode="json")}
+    return remembered(out / f"seed-{seed}.json", key, lambda: run(seed, size))
+
+
+def run(seed: int, size: Size) -> dict[str, Any]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
     mesh = Mesh(configuration(seed).mesh, Place(0, 1, 0, 1), threads=1)
     bench = Bench(seed, size, mesh)
     states = bench.constant()
-    found: dict[str, Any] = {"seed": seed, "constant": bench.loss(), "advice": bench.advice()}
+    found: dict[str, Any] = {"seed": seed, "grams": bench.grams()}
+    found["constant"], found["early_constant"] = bench.losses[size.steps], bench.losses[size.early]
     found["merged"] = {
-        f"{kind} {curve} {length}": bench.merged(kind, length, curve)[0]
+        f"{kind} {curve} {length}": bench.merged(kind, size.steps, length, curve)
         for kind in bench.windows
         for curve in CURVES
         for length in size.lengths
     }
-    found["annealed"] = {
-        f"{curve} {length}": bench.anneal(states[length], length, curve) for curve in ANNEALS for length in size.lengths
+    found["early_merged"] = {
+        f"mean {curve} {length}": bench.merged("mean", size.early, length, curve)
+        for curve in ("linear", "wma")
+        for length in size.early_lengths
     }
+    found["early_annealed"], found["annealed"] = {}, {}
+    for (end, length), state in states.items():
+        for curve in ANNEALS if end == size.steps else ("linear",):
+            place = found["annealed" if end == size.steps else "early_annealed"]
+            place[f"{curve} {length}"] = bench.anneal(state, end, length, curve)
     mesh.close()
     return found
 
@@ -172,11 +202,45 @@ def shares(result: dict[str, Any], name: str) -> float:
     return (result["constant"] - result["merged"][name]) / (result["constant"] - annealed)
 
 
-def error(result: dict[str, Any], name: str) -> float:
-    """Of one merge as a prediction of the better true decay of the same length: its relative error."""
-    length = name.split()[2]
-    annealed = min(result["annealed"][f"{curve} {length}"] for curve in ANNEALS)
-    return abs(result["merged"][name] / annealed - 1)
+def ledger(result: dict[str, Any], size: Size, early: bool = False) -> list[dict[str, Any]]:
+    """The linear decays of one seed, as lines of a run's ledger."""
+    end, prefix = (size.early, "early_") if early else (size.steps, "")
+    return [
+        {
+            "from": end - length,
+            "decay_steps": length,
+            "curve": "linear",
+            "merged": result[f"{prefix}merged"][f"mean linear {length}"],
+            "outcome": result[f"{prefix}annealed"][f"linear {length}"],
+        }
+        for length in (size.early_lengths if early else size.lengths)
+    ]
+
+
+def errors(judged: list[dict[str, Any]], choosing: list[dict[str, Any]], size: Size) -> dict[str, dict[int, list[float]]]:
+    """Relative errors of predictions of a linear decay, by length, of each judged seed.
+
+    corrected: as ``distmerge anneal --calibrate`` with the runs of the choosing seeds. raw: the merge alone. own: the merge
+    corrected by the run's own fork of that length that ended a third of the run earlier. unmerged: no merge, but what annealing
+    gained on the choosing seeds.
+    """
+    known = [line for result in choosing for line in ledger(result, size)]
+    found: dict[str, dict[int, list[float]]] = {kind: {} for kind in ("corrected", "raw", "own", "unmerged")}
+    for result in judged:
+        early = {line["decay_steps"]: line for line in ledger(result, size, early=True)}
+        for line in ledger(result, size):
+            length = line["decay_steps"]
+            gains = [other["constant"] / other["annealed"][f"linear {length}"] for other in choosing]
+            said = {
+                "corrected": corrected(line["merged"], corrections(line, known)),
+                "raw": line["merged"],
+                "unmerged": result["constant"] / statistics.mean(gains),
+            }
+            if length in early:
+                said["own"] = line["merged"] * early[length]["outcome"] / early[length]["merged"]
+            for kind, predicted in said.items():
+                found[kind].setdefault(length, []).append(predicted / line["outcome"] - 1)
+    return found
 
 
 def main() -> None:
@@ -184,34 +248,43 @@ def main() -> None:
     report = Report("window", options)
     size = SMALL if options.small else FULL
     report.data |= {"size": size._asdict(), "optimizer": configuration(0).optimizer.model_dump(mode="json")}
-    seeds = [CHOOSING_SEED, *range(1 if options.small else options.seeds)]
+    judged = range(FIRST_JUDGED, FIRST_JUDGED + (1 if options.small else options.seeds))
+    seeds = [*(CHOOSING_SEEDS[:1] if options.small else CHOOSING_SEEDS), *judged]
     open_corpus(configuration(0).data)  # fills the cache once
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
-        choosing, *judged = pool.map(measure, seeds, [size] * len(seeds))
-    means = [name for name in choosing["merged"] if name.startswith("mean")]
-    best = max(means, key=lambda name: choosing["constant"] - choosing["merged"][name])
-    report.say(f"chosen on seed {CHOOSING_SEED}: {best}; constant {choosing['constant']:.4f}, {choosing['annealed']}")
+        results = list(pool.map(measure, seeds, [size] * len(seeds), [report.out] * len(seeds)))
+    choosing, judged = results[: -len(judged)], results[-len(judged) :]
+    means = [name for name in judged[0]["merged"] if name.startswith("mean")]
+    best = max(means, key=lambda name: sum(result["constant"] - result["merged"][name] for result in choosing))
+    report.say(f"chosen on seeds {[result['seed'] for result in choosing]}: {best}")
     report.data |= {"chosen": best, "choosing": choosing, "judged": judged}
-    report.data["share"] = {name: spread([shares(result, name) for result in judged]) for name in choosing["merged"]}
-    report.data["error"] = {name: spread([error(result, name) for result in judged]) for name in choosing["merged"]}
+    report.data["share"] = {name: spread([shares(result, name) for result in judged]) for name in judged[0]["merged"]}
     for name, found in report.data["share"].items():
         report.say(f"{name:<24} recovers {found['median']:.0%} ({found['low']:.0%} to {found['high']:.0%})")
     share = float(np.mean([shares(result, best) for result in judged]))
     report.bar("block means recover this share of the annealing gain at the best length", share, ">=", 0.8, quality=True)
-    worst = max(error(result, best) for result in judged)
-    report.bar("the merge predicts the annealed loss to within this share of it", worst, "<=", 0.01, quality=True)
+    wrong = errors(judged, choosing, size)
+    for kind, by_length in wrong.items():
+        report.say(f"{kind} prediction of a linear decay: worst error " + ", ".join(
+            f"{max(map(abs, values)):.2%} over {length}" for length, values in by_length.items()
+        ))  # fmt: skip
+    report.data["prediction_errors"] = wrong
+    worst = max(abs(value) for value in wrong["corrected"][int(best.split()[2])])
+    claim = "the merge, corrected by forks of other seeds, predicts the loss of a linear decay of that length to within"
+    report.bar(claim, worst, "<=", 0.01, quality=True)
     regret = [best_share(result) - shares(result, advised(result)) for result in judged]
     report.data["advice_regret"] = regret
-    report.say(f"the gate advised {[result['advice'] for result in judged]}; share lost {statistics.mean(regret):.2f}")
+    report.say(f"the gate advised {[advised(result) for result in judged]}; share lost {statistics.mean(regret):.2f}")
     report.finish()
 
 
 def advised(result: dict[str, Any]) -> str:
     """The merge nearest to the gate's advice among those that were measured."""
-    advice = result["advice"]
+    grams, every = result["grams"], FULL.every
+    advice = advise(np.array(grams["plain"]), grams["starts"], grams["end"])
     lengths = sorted({int(name.split()[2]) for name in result["merged"]})
-    length = min(lengths, key=lambda measured: abs(measured - advice["length"]))
-    return f"mean {advice['curve']} {length}"
+    length = min(lengths, key=lambda measured: abs(measured - advice.count * every))
+    return f"mean {advice.curve} {length}"
 
 
 def best_share(result: dict[str, Any]) -> float:

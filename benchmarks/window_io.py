@@ -21,7 +21,7 @@ from report import Report, parser, spread
 from safetensors.torch import save_file
 
 BLOCKS = 10
-REPEATS = 3
+REPEATS = 5
 
 CHILD = """
 import json, sys, threading, time
@@ -34,7 +34,7 @@ def anonymous():
 
 peak, done = [anonymous()], threading.Event()
 def watch():
-    while not done.wait(0.01):
+    while not done.wait(0.02):
         peak[0] = max(peak[0], anonymous())
 watcher = threading.Thread(target=watch)
 watcher.start()
@@ -59,6 +59,7 @@ def make_blocks(root: Path, size_bytes: int) -> list[Path]:
         path.mkdir(parents=True)
         tensors = {name: (base[at % len(base)] * (1 + 0.01 * index)).bfloat16() for at, name in enumerate(names)}
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    os.sync()  # or the kernel would write them out behind what is measured
     return paths
 
 

@@ -1,7 +1,6 @@
-"""``distmerge anneal``: fork a run at a checkpoint, really anneal it, and hold the preview against the outcome.
+"""``distmerge anneal``: fork a run at a checkpoint, really anneal it, and hold the prediction against the outcome.
 
-The prediction is on disk before the fork takes its first step: the loss of the merged window of the same steps, where the
-run has gone that far, else of the newest blocks up to the fork. ``RUN_DIR/ledger.jsonl`` holds both, one line a fork.
+The prediction is on disk before the fork takes its first step. ``RUN_DIR/ledger.jsonl`` holds both, one line a fork.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from distmerge import config_file
-from distmerge.checkpoints.block import Block, accumulate, published_blocks, read_block
 from distmerge.checkpoints.durable import guarded, verify
+from distmerge.checkpoints.prediction import predict
 from distmerge.checkpoints.store import published_checkpoints, step_of
-from distmerge.checkpoints.window import block_weights
 from distmerge.config import TrainConfig
 from distmerge.errors import UserError
 from distmerge.rundir import write_atomically
@@ -24,21 +22,41 @@ from distmerge.rundir import write_atomically
 LEDGER = "ledger.jsonl"
 
 
-def begin(run_dir: Path, step: int, decay_steps: int, curve: str) -> tuple[TrainConfig, dict[str, Any]]:
-    """Make the fork and write the prediction; the fork's configuration, and its line of the ledger."""
-    if not (run_dir / "config.toml").is_file():
-        raise UserError(f"RUN_DIR must be a run's directory, got {run_dir}")
-    config = config_file.read(str(run_dir / "config.toml"), [])
+def begin(run_dir: Path, step: int, decay_steps: int, curve: str, siblings: list[Path]) -> tuple[TrainConfig, dict[str, Any]]:
+    """Make the fork and write the prediction; the fork's configuration, and its line of the ledger.
+
+    Args:
+        siblings: other runs whose ledgers may correct the prediction.
+    """
+    config = configuration_of(run_dir)
     checkpoint = checkpoint_at(run_dir, step)
     stable = config.steps - (config.schedule.decay if config.schedule.name == "wsd" else 0)
     if config.schedule.name not in ("constant", "wsd") or step > stable or step < config.schedule.warmup:
         raise UserError(f"--from must lie where the learning rate is constant, got {step} of a {config.schedule.name} schedule")
     fork = fork_config(run_dir, config, step, decay_steps, curve)
-    prediction = predict(run_dir, config, step, decay_steps, curve)
+    entry: dict[str, Any] = {"from": step, "decay_steps": decay_steps, "curve": curve}
+    known = [line for line in read_ledger(run_dir) if not same_fork(line, entry)]
+    for sibling in siblings:
+        check_sibling(sibling, config)
+        known += read_ledger(sibling)
+    entry |= predict(run_dir, config, entry, known)
     prepare(Path(fork.run_dir), fork, checkpoint)
-    entry = {"from": step, "decay_steps": decay_steps, "curve": curve} | prediction
     remember(run_dir, entry)
     return fork, entry
+
+
+def configuration_of(run_dir: Path) -> TrainConfig:
+    if not (run_dir / "config.toml").is_file():
+        raise UserError(f"RUN_DIR must be a run's directory, got {run_dir}")
+    return config_file.read(str(run_dir / "config.toml"), [])
+
+
+def check_sibling(sibling: Path, config: TrainConfig) -> None:
+    """Another run tells of this one only if its seed, and nothing but its seed, differs."""
+    differing = config_file.differing_keys(configuration_of(sibling), config)
+    if differing != ["seed"]:
+        in_what = ", ".join(differing) or "nothing"
+        raise UserError(f"--calibrate must be a run that differs by its seed alone, {sibling} differs in {in_what}")
 
 
 def finish(run_dir: Path, fork: TrainConfig, entry: dict[str, Any]) -> str:
@@ -89,40 +107,22 @@ def prepare(fork: Path, config: TrainConfig, checkpoint: Path) -> None:
 def remember(run_dir: Path, entry: dict[str, Any]) -> None:
     """Write the fork's line of the ledger, in place of the one with its prediction alone."""
     path = run_dir / LEDGER
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    key = ("from", "decay_steps", "curve")
-    kept = [line for line in lines if [line[name] for name in key] != [entry[name] for name in key]]
+    kept = [line for line in read_ledger(run_dir) if not same_fork(line, entry)]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in [*kept, entry]))
 
 
-def predict(run_dir: Path, config: TrainConfig, step: int, decay_steps: int, curve: str) -> dict[str, Any]:
-    """The loss of the merged window, and of which blocks."""
-    blocks = [read_block(path) for path in published_blocks(run_dir / "window")]
-    inside = [block for block in blocks if step < block.first_step and block.last_step <= step + decay_steps]
-    covered = sum(block.last_step - block.first_step + 1 for block in inside) >= 0.9 * decay_steps
-    before = [block for block in blocks if step - decay_steps < block.first_step and block.last_step <= step]
-    chosen = [block for block in (inside if covered else before) if not block.tainted]
-    if len(chosen) < 2:
-        return {"predicted": None, "basis": "no prediction: fewer than two blocks of that length"}
-    basis = f"{chosen[0].name} to {chosen[-1].name}" + ("" if covered else ", which end where the decay begins")
-    return {"predicted": merged_loss(run_dir, config, chosen, curve), "basis": basis}
+def read_ledger(run_dir: Path) -> list[dict[str, Any]]:
+    """The ledger's lines, one a fork.
+
+    Raises:
+        UserError: where it cannot be read.
+    """
+    path = run_dir / LEDGER
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); move it away to go on without it") from None
 
 
-def merged_loss(run_dir: Path, config: TrainConfig, blocks: list[Block], curve: str) -> float:
-    """As the run itself evaluates, on the same held-out text."""
-    import torch
-
-    from distmerge.data import open_corpus
-    from distmerge.evaluate import evaluate
-    from distmerge.model import load_model
-
-    if config.data.streaming:
-        raise UserError("config.data.streaming must be false for a prediction, got true")
-    model = load_model(str(run_dir / "window" / blocks[-1].name))
-    views = {name: parameter.data for name, parameter in model.named_parameters()}
-    with torch.no_grad():
-        for view in views.values():
-            view.zero_()
-        for block, weight in zip(blocks, block_weights(curve, blocks), strict=True):
-            accumulate(run_dir / "window" / block.name, weight, views)
-    return evaluate(model, open_corpus(config.data).held_out, config.train.batch_size, config.evaluate.batches).loss
+def same_fork(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(a[name] == b[name] for name in ("from", "decay_steps", "curve"))

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from distmerge.checkpoints.durable import guarded, publish, published_directories, read_manifest, seal
+from distmerge.checkpoints.durable import guarded, publish, published_directories, read_manifest, seal, verify
+from distmerge.errors import UserError
 from distmerge.model import save_model
 
 RECORD = "block.json"
@@ -80,6 +81,18 @@ def read_block(path: Path) -> Block:
     return Block(**{key: record[key] for key in Block.__dataclass_fields__})
 
 
+def legible(path: Path) -> Block:
+    """A block's record.
+
+    Raises:
+        UserError: where it is not as it was written.
+    """
+    try:
+        return read_block(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / RECORD} cannot be read ({error}); move the block away to go on without it") from None
+
+
 def published_blocks(root: Path) -> list[Path]:
     """Directories of published blocks, oldest first."""
     return published_directories(root, "block")
@@ -94,9 +107,20 @@ def mergeable(blocks: list[Block], last: int | None = None) -> list[Block]:
     return clean[-last:] if last else clean
 
 
+def stable_blocks(root: Path, count: int, up_to: int) -> list[str]:
+    """Names of the newest ``count`` blocks of one constant-rate stretch, of steps ``up_to``, that verify, newest first."""
+    good: list[Block] = []
+    for path in published_blocks(root):
+        if int(path.name.rpartition("-")[2]) <= up_to and verify(path, name=RECORD) is None:
+            good.append(read_block(path))
+    return [block.name for block in reversed(mergeable(good, count))]
+
+
 def accumulate(path: Path, weight: float, into: dict[str, Tensor], pattern: str = "*.safetensors") -> None:
     """``into[name] += weight * tensor`` in float32, for each name that the directory's files hold."""
-    for file in sorted(path.glob(pattern)):
+    files = sorted(path.glob(pattern))
+    assert files, f"{path} has no {pattern}"
+    for file in files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 if name in into:

@@ -5,13 +5,15 @@ Both formats are pickles at heart, which can run code when they are read, so tha
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from distmerge.checkpoints.durable import write_file
+from distmerge.checkpoints.durable import guarded, write_file
 from distmerge.errors import UserError
 
 SUFFIX = ".converted"
@@ -43,6 +45,12 @@ def as_safetensors(path: Path, allow_pickle: bool) -> Path:
     if not allow_pickle:
         raise UserError(f"{path} is a DCP or DeepSpeed checkpoint, pickles that can run code; allow it by --allow-pickle")
     tensors = read_dcp(path) if is_dcp(path) else read_zero(path)
+    guarded(converted, lambda: keep(path, tensors, converted))
+    return converted
+
+
+def keep(path: Path, tensors: dict[str, Tensor], converted: Path) -> None:
+    """Write ``tensors``, with the small files beside the checkpoint in ``path``, as ``converted``."""
     temporary = path.with_name(f".{path.name}{SUFFIX}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -51,7 +59,6 @@ def as_safetensors(path: Path, allow_pickle: bool) -> Path:
         if (path / name).is_file():
             shutil.copy(path / name, temporary / name)
     temporary.rename(converted)
-    return converted
 
 
 def read_dcp(path: Path) -> dict[str, Tensor]:
@@ -63,8 +70,8 @@ def read_dcp(path: Path) -> dict[str, Tensor]:
     state: dict[str, Any] = {}
     try:
         _load_state_dict(state, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"cannot read the DCP checkpoint {path}: {error}") from None
+    except Exception as error:  # whatever a damaged pickle comes to
+        raise UserError(f"cannot read the DCP checkpoint {path}: {first_line(error)}") from None
     model = state.get("model", state)
     tensors = {name: tensor.contiguous() for name, tensor in flattened(model) if isinstance(tensor, Tensor)}
     if not tensors:
@@ -81,14 +88,19 @@ def flattened(state: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def read_zero(path: Path) -> dict[str, Tensor]:
     """DeepSpeed's float32 masters, put together by its own code."""
-    try:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError("a DeepSpeed checkpoint needs deepspeed to be read; pip install deepspeed") from None
     tagged = (path / "latest").is_file()
     root, tag = (str(path), None) if tagged else (str(path.parent), path.name)
     try:
-        state = get_fp32_state_dict_from_zero_checkpoint(root, tag)
-    except (OSError, ValueError, AssertionError) as error:
-        raise UserError(f"cannot read the DeepSpeed checkpoint {path}: {error}") from None
-    return {name: tensor.contiguous() for name, tensor in state.items()}
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress, and which accelerator it takes
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # pyright: ignore[reportMissingImports]
+
+            state = get_fp32_state_dict_from_zero_checkpoint(root, tag)
+    except ImportError:
+        raise UserError("a DeepSpeed checkpoint needs deepspeed to be read; pip install deepspeed") from None
+    except Exception as error:  # whatever a damaged pickle comes to
+        raise UserError(f"cannot read the DeepSpeed checkpoint {path}: {first_line(error)}") from None
+    return {name: tensor.contiguous() for name, tensor in (state or {}).items()}
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,7 @@ import torch
 from distmerge.buffers import POLICIES
 from distmerge.checkpoints import gate
 from distmerge.checkpoints.block import RECORD as BLOCK_RECORD
-from distmerge.checkpoints.block import mergeable, published_blocks, read_block
+from distmerge.checkpoints.block import legible, mergeable, published_blocks
 from distmerge.checkpoints.curves import effective_count, implied_curve, token_shares, weights
 from distmerge.checkpoints.durable import read_manifest
 from distmerge.checkpoints.foreign import as_safetensors, is_foreign
@@ -90,16 +90,9 @@ def find_members(references: list[str], allow_pickle: bool) -> list[Member]:
 
 def blocks_of(root: Path) -> list[Member]:
     """The newest constant-rate stretch of a run, without tainted blocks."""
-    records = {path.name: read(path) for path in published_blocks(root)}
-    usable = mergeable(list(records.values()))
+    records = [legible(path) for path in published_blocks(root)]
+    usable = mergeable(records)
     return [member_of(str(root / block.name), 0, False) for block in usable]
-
-
-def read(path: Path) -> Any:
-    try:
-        return read_block(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / BLOCK_RECORD} cannot be read ({error}); move the block away to go on without it") from None
 
 
 def member_of(reference: str, position: int, allow_pickle: bool) -> Member:
@@ -109,7 +102,7 @@ def member_of(reference: str, position: int, allow_pickle: bool) -> Member:
         reference = str(as_safetensors(path, allow_pickle))
     model = open_model(reference)
     if (path / BLOCK_RECORD).exists():
-        block = read(path)
+        block = legible(path)
         hashes = read_manifest(path, BLOCK_RECORD)["files"]
         if block.kind == "mean":
             return Member(model, block.last_step, block.first_token, block.last_token, hashes)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distmerge import config
 from distmerge.checkpoints import moments
-from distmerge.checkpoints.block import accumulate, published_blocks
+from distmerge.checkpoints.block import accumulate, stable_blocks
 from distmerge.checkpoints.durable import guarded, reader
 from distmerge.checkpoints.plan import Plan, batch_index, finish_tainting, read_plan, skip_around, write_plan
 from distmerge.checkpoints.spike import Detector
@@ -196,10 +196,14 @@ class Recovery:
 
     def _members(self, stable: list[Path]) -> list[str]:
         """The window's blocks up to the checkpoint, where there are enough of them; else checkpoints. Newest first."""
-        last, root = self.section.merge_last, self.run.path / "window"
-        paths = [path for path in published_blocks(root) if step_of(path) <= step_of(stable[0])]
-        members = paths[-last:] if last > 1 and len(paths) >= last else sorted(stable)
-        return [path.name for path in reversed(members)]
+        last, members = self.section.merge_last, [path.name for path in stable]
+        with self.mesh.together():
+            if self.mesh.leads and last > 1:
+                blocks = stable_blocks(self.run.path / "window", last, step_of(stable[0]))
+                members = blocks if len(blocks) == last else members
+        told: list[Any] = [members]
+        dist.broadcast_object_list(told, 0)
+        return told[0]
 
     def resume(self, step: int) -> None:
         """Finish a roll-back that an earlier process began, or that ``distmerge recover`` planned, if step is its target."""

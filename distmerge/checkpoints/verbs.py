@@ -34,6 +34,9 @@ def add_parsers(verbs: Any) -> None:
     anneal.add_argument("--from", dest="step", type=int, required=True, metavar="STEP", help="a checkpoint's step")
     anneal.add_argument("--decay-steps", type=int, required=True, metavar="N")
     anneal.add_argument("--curve", choices=("linear", "cosine", "1-sqrt"), default="linear")
+    anneal.add_argument(
+        "--calibrate", nargs="+", default=[], metavar="RUN_DIR", help="runs of other seeds whose forks correct the prediction"
+    )
     recover = verbs.add_parser("recover", help="go back to stable checkpoints by hand; the next start carries it out")
     recover.add_argument("run_dir", metavar="RUN_DIR")
     recover.add_argument("--before", type=int, metavar="STEP", help="where it went wrong: only checkpoints before it")
@@ -73,7 +76,9 @@ def anneal(options: argparse.Namespace, train: Callable[[TrainConfig, list[str]]
     from distmerge.checkpoints import anneal as room
 
     run_dir = Path(options.run_dir)
-    fork, entry = room.begin(run_dir, options.step, options.decay_steps, options.curve)
+    fork, entry = room.begin(
+        run_dir, options.step, options.decay_steps, options.curve, [Path(run) for run in options.calibrate]
+    )
     status = train(fork, ["train", str(Path(fork.run_dir) / "config.toml")])
     if status == 0:
         print(room.finish(run_dir, fork, entry))

@@ -25,7 +25,6 @@ from distmerge.checkpoints.block import (
     mergeable,
     publish_block,
     published_blocks,
-    read_block,
 )
 from distmerge.checkpoints.curves import token_shares, weights
 from distmerge.checkpoints.durable import clear_leftovers, guarded, remove
@@ -84,7 +83,10 @@ class Window:
         self.kept: list[Tensor] = []  # store "memory": the blocks' vectors
 
     def open(self, step: int) -> None:
-        """Clear away what an interrupted job left, and blocks of a future that the run did not resume from."""
+        """Clear away what an interrupted job left, and blocks of a future that the run did not resume from.
+
+        Blocks of its past that are no more, since retention or somebody took them after the state was saved, are forgotten.
+        """
         if self.section.store == "memory":
             return
         with self.mesh.together():
@@ -93,6 +95,9 @@ class Window:
                 for path in published_blocks(self.root):
                     if step_of(path) > step:
                         guarded(path, lambda path=path: remove(path))
+        there: list[Any] = [[path.name for path in published_blocks(self.root)] if self.mesh.leads else None]
+        dist.broadcast_object_list(there, 0)
+        self.blocks = [block for block in self.blocks if block.name in there[0]]
 
     @torch.no_grad()
     def observe(self, step: int, lr: float, loss: Tensor) -> Block | None:
@@ -252,18 +257,3 @@ def steps_per_block(section: config.Window, tokens_per_step: int) -> int:
         return section.every
     assert section.every_tokens is not None
     return max(1, round(section.every_tokens / tokens_per_step))
-
-
-def blocks_on_disk(root: Path) -> list[Block]:
-    """The records of the blocks in a directory, oldest first.
-
-    Raises:
-        UserError: where a record cannot be read.
-    """
-    blocks: list[Block] = []
-    for path in published_blocks(root):
-        try:
-            blocks.append(read_block(path))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: block.json cannot be read ({error}); move the block away to go on without it") from None
-    return blocks

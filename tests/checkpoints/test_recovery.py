@@ -107,6 +107,22 @@ def test_blocks_are_merged_where_there_are_enough(tmp_path: Path, text: Path, na
     assert events(sick, "merged and rolled back")[0]["merged"] == ["block-00000024", "block-00000016"]
 
 
+def test_a_damaged_block_is_not_merged(tmp_path: Path, text: Path, nan_at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Recovery.roll_back
+
+    def flip_then_roll_back(self: Recovery, step: int) -> None:
+        file = tmp_path / "flipped/window/block-00000020/model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+        real(self, step)
+
+    monkeypatch.setattr(Recovery, "roll_back", flip_then_roll_back)
+    nan_at(35)
+    directory = run(tmp_path, "flipped", text, recovery=RECOVERY, window={"every": 10, "blocks": 2})
+    assert events(directory, "merged and rolled back")[0]["merged"] == ["step-00000030", "step-00000020"]
+
+
 def test_a_killed_roll_back_is_finished_by_the_next_start(tmp_path: Path, text: Path, nan_at: Any) -> None:
     nan_at(35)
     whole = run(tmp_path, "whole", text, recovery=RECOVERY)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM
 
 from distmerge import cli
 from distmerge.checkpoints.curves import weights
+from distmerge.checkpoints.durable import as_json, hash_of, read_manifest
 from distmerge.errors import UserError
 from tests.checkpoints.runs import lines, parameters, run, same, write_text
 
@@ -78,17 +78,6 @@ def test_foreign_models_take_their_steps_from_their_names(tmp_path: Path) -> Non
     assert not (tmp_path / "reversed").exists()
 
 
-def test_dcp_directories_are_members(tmp_path: Path) -> None:
-    for step in (1, 2):
-        state = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {"m": torch.zeros(3)}}
-        save(state, checkpoint_id=str(tmp_path / f"step-{step}"), no_dist=True)
-    members = [tmp_path / "step-1", tmp_path / "step-2"]
-    with pytest.raises(UserError, match="--allow-pickle"):
-        window(*members, "--out", tmp_path / "merged")
-    window(*members, "--curve", "mean", "--allow-pickle", "--out", tmp_path / "merged")
-    assert torch.equal(parameters(tmp_path / "merged")["w"], torch.full((3,), 1.5))
-
-
 def test_buffers_by_policy(tmp_path: Path) -> None:
     def models(name: str, buffer: torch.Tensor, other: torch.Tensor) -> list[Path]:
         for index, value in enumerate((buffer, other)):
@@ -123,6 +112,8 @@ def test_explain_and_plot(trained: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["--out", "OUT", "--last", "1"], "at least two"),
         (["--out", "OUT", "--last", "0"], "--last must be >= 1"),
         (["--out", "OUT", "--steps", "4"], "A:B"),
+        (["--out", "OUT", "--curve", "table:0=1,0.5=1.2,1=0"], "must not increase"),
+        (["--out", "OUT", "--curve", "table:0=1,1=-0.1"], "stay in [0, 1]"),
         (["--out", "OUT", "--steps", "1:9"], "at least two"),
     ],
 )
@@ -131,6 +122,28 @@ def test_refused_in_one_line(trained: Path, tmp_path: Path, arguments: list[str]
         window(trained, *[str(tmp_path / "out") if argument == "OUT" else argument for argument in arguments])
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_tainted_blocks_are_left_out_and_one_alone_is_refused(trained: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(trained, copied)
+    for step in (8, 16, 24):
+        shutil.rmtree(copied / f"window/block-{step:08}")
+    taint(copied / "window/block-00000040")
+    with pytest.raises(UserError, match="at least two members, got 1"):
+        window(copied, "--out", tmp_path / "out")
+    shutil.copytree(trained / "window/block-00000024", copied / "window/block-00000024")
+    window(copied, "--curve", "mean", "--out", tmp_path / "out")
+    assert [Path(name).name for name in json.loads((tmp_path / "out/merge.json").read_text())["weights"]] == [
+        "block-00000024",
+        "block-00000032",
+    ]
+
+
+def taint(path: Path) -> None:
+    """The block's record, written again, says that a spike touched it."""
+    record = read_manifest(path, "block.json") | {"tainted": True}
+    (path / "block.json").write_bytes(as_json(record | {"sha256": hash_of(record)}))
 
 
 def test_blocks_that_do_not_fit_are_refused(trained: Path, tmp_path: Path) -> None:
@@ -176,14 +189,11 @@ def test_recover_without_anything_stable(trained: Path, tmp_path: Path) -> None:
     assert len(list((copied / "checkpoints").iterdir())) == 4
 
 
-def test_anneal_predicts_first_and_compares_after(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = tmp_path / "run"
-    shutil.copytree(trained, copied)
-    stored = (copied / "config.toml").read_text()
-    (copied / "config.toml").write_text(stored.replace(str(trained), str(copied)))
+def annealed(directory: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> dict[str, Any]:
+    """``distmerge anneal`` in this process; the newest line of the ledger."""
 
     def train(config: Any, ranks: int, command: list[str]) -> int:
-        entry = lines(copied, "ledger.jsonl")[0]
+        entry = lines(directory, "ledger.jsonl")[-1]
         assert math.isfinite(entry["predicted"]) and "outcome" not in entry
         assert config.steps == 40 and config.schedule.curve == "1-sqrt" and config.window is None
         from tests.checkpoints import runs
@@ -193,14 +203,49 @@ def test_anneal_predicts_first_and_compares_after(trained: Path, tmp_path: Path,
         return 0
 
     monkeypatch.setattr(cli, "start", train)
-    arguments = ["anneal", str(copied), "--from", "20", "--decay-steps", "20", "--curve", "1-sqrt"]
-    assert cli.run(arguments) == 0
-    entry = lines(copied, "ledger.jsonl")[0]
+    flags = ["anneal", str(directory), "--from", "20", "--decay-steps", "20", "--curve", "1-sqrt"]
+    assert cli.run([*flags, *map(str, arguments)]) == 0
+    return lines(directory, "ledger.jsonl")[-1]
+
+
+def moved(trained: Path, to: Path, **changes: tuple[str, str]) -> Path:
+    """A copy of a run, with words of its configuration changed."""
+    shutil.copytree(trained, to)
+    stored = (to / "config.toml").read_text().replace(str(trained), str(to))
+    for before, after in changes.values():
+        assert before in stored
+        stored = stored.replace(before, after)
+    (to / "config.toml").write_text(stored)
+    return to
+
+
+def test_anneal_predicts_first_and_compares_after(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = moved(trained, tmp_path / "run")
+    entry = annealed(copied, monkeypatch)
     assert entry["error"] == pytest.approx(entry["predicted"] / entry["outcome"] - 1)
-    assert cli.run(arguments) == 0 and len(lines(copied, "ledger.jsonl")) == 1
+    assert entry["predicted"] == entry["merged"] and "uncorrected" in entry["basis"]
+    again = annealed(copied, monkeypatch)  # its own outcome is known, and must not help
+    assert again["predicted"] == entry["predicted"] and len(lines(copied, "ledger.jsonl")) == 1
+    flags = ["anneal", str(copied), "--from", "20", "--decay-steps", "20"]
     for wrong, words in ((["--from", "21"], "one of 10, 20"), (["--decay-steps", "0"], ">= 1")):
         with pytest.raises(UserError, match=words):
-            cli.run([*arguments, *wrong])
+            cli.run([*flags, *wrong])
+
+
+def test_forks_of_another_seed_correct_the_prediction(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = moved(trained, tmp_path / "run")
+    other = moved(trained, tmp_path / "other", seed=("seed = 0", "seed = 1"))
+    fork = {"from": 20, "decay_steps": 20, "curve": "1-sqrt", "merged": 3.0, "outcome": 2.0}
+    (other / "ledger.jsonl").write_text(json.dumps(fork) + "\n")
+    entry = annealed(copied, monkeypatch, "--calibrate", other)
+    assert entry["predicted"] == pytest.approx(entry["merged"] * 2 / 3) and "corrected by 1" in entry["basis"]
+    slower = moved(trained, tmp_path / "slower", seed=("seed = 0", "seed = 1"), lr=("lr = 0.004", "lr = 0.002"))
+    for sibling, words in ((copied, "differs in nothing"), (slower, "optimizer.lr"), (tmp_path / "none", "run's directory")):
+        with pytest.raises(UserError, match=words):
+            annealed(copied, monkeypatch, "--calibrate", sibling)
+    (other / "ledger.jsonl").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        annealed(copied, monkeypatch, "--calibrate", other)
 
 
 def test_verify(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,18 @@ def test_a_full_disk_drops_the_block_and_training_goes_on(tmp_path: Path, text: 
     assert same(parameters(plain / "final"), parameters(directory / "final"))
 
 
+def test_blocks_that_retention_took_are_not_merged_after_going_back(tmp_path: Path, text: Path) -> None:
+    sections = {"window": {"every": 8, "blocks": 2}, "preview": {"every": 8, "last": 5}}
+    directory = run(tmp_path, "back", text, **sections)
+    before = {line["step"]: line["preview/loss"] for line in lines(directory, "metrics.jsonl") if "preview/loss" in line}
+    assert [path.name[-2:] for path in sorted((directory / "window").iterdir())] == ["32", "40"]
+    forget_after(directory, 20)  # that one knows of blocks 8 and 16, which are gone
+    run(tmp_path, "back", text, **sections)
+    after = {line["step"]: line["preview/loss"] for line in lines(directory, "metrics.jsonl") if "preview/loss" in line}
+    assert 24 not in after and before.keys() - after.keys() == {24}  # one block is none to be merged
+    assert after[32] == before[32] and after[40] == before[40]
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
