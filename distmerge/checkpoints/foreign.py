@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from distmerge.checkpoints.durable import write_file
 from distmerge.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIX = ".converted"
 
@@ -32,16 +32,18 @@ def is_zero(path: Path) -> bool:
 
 
 def as_safetensors(path: Path, allow_pickle: bool) -> Path:
-    """Convert, once, into ``PATH.converted``; that directory.
+    """Convert into ``PATH.converted``; that directory. It is kept, and made anew when the checkpoint has changed since.
 
     Raises:
         UserError: unless pickles are allowed, or where the checkpoint cannot be read.
     """
     converted = path.with_name(path.name + SUFFIX)
-    if converted.is_dir():
+    if converted.is_dir() and converted.stat().st_mtime_ns >= max(file.stat().st_mtime_ns for file in path.rglob("*")):
         return converted
     if not allow_pickle:
         raise UserError(f"{path} is a DCP or DeepSpeed checkpoint, pickles that can run code; allow it by --allow-pickle")
+    from distmerge.checkpoints.durable import write_file
+
     tensors = read_dcp(path) if is_dcp(path) else read_zero(path)
     temporary = path.with_name(f".{path.name}{SUFFIX}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -50,12 +52,15 @@ def as_safetensors(path: Path, allow_pickle: bool) -> Path:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if (path / name).is_file():
             shutil.copy(path / name, temporary / name)
+    shutil.rmtree(converted, ignore_errors=True)
     temporary.rename(converted)
     return converted
 
 
 def read_dcp(path: Path) -> dict[str, Tensor]:
     """The model's tensors of a DCP directory: all, or those under ``model.`` beside an optimizer's."""
+    from torch import Tensor
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -63,6 +68,9 @@ def read_dcp(path: Path) -> dict[str, Tensor]:
     state: dict[str, Any] = {}
     try:
         _load_state_dict(state, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    except CheckpointException as failed:  # its own text is a traceback
+        error, _ = next(iter(failed.failures.values()))
+        raise UserError(f"cannot read the DCP checkpoint {path}: {type(error).__name__}: {error}"[:400]) from None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"cannot read the DCP checkpoint {path}: {error}") from None
     model = state.get("model", state)
@@ -91,4 +99,6 @@ def read_zero(path: Path) -> dict[str, Tensor]:
         state = get_fp32_state_dict_from_zero_checkpoint(root, tag)
     except (OSError, ValueError, AssertionError) as error:
         raise UserError(f"cannot read the DeepSpeed checkpoint {path}: {error}") from None
+    if not state:
+        raise UserError(f"the DeepSpeed checkpoint {path} holds no tensors")
     return {name: tensor.contiguous() for name, tensor in state.items()}
