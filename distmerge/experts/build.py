@@ -18,7 +18,7 @@ from distmerge.rules.linear import Linear, Same, Scaled
 from distmerge.rules.rule import Rule
 from distmerge.rules.slerp import Nuslerp, Slerp
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune
-from distmerge.rules.task import Combine, GlobalTrim, Ptm, Sparsifier, TaskVectors, rescaling_dtype
+from distmerge.rules.task import Combine, GlobalTrim, Ptm, Sparsifier, TaskArithmetic, TaskVectors, rescaling_dtype
 
 
 def build(
@@ -82,7 +82,7 @@ def rule_of(recipe: Recipe, form: dict[str, str], pairing: Pairing, dtype: torch
         case "nuslerp":
             return Nuslerp(share_of_second(pairing), *vectors_of(pairing), dtype)
         case "wise_ft":
-            return TaskVectors([each[0]["omega"]], Combine(), None, "none", wide, 0)
+            return TaskArithmetic([each[0]["omega"]], Combine(), wide)
         case "ptm":
             return Ptm([skill["omega"] for skill in each[1:]], wide)
         case "model_stock":
@@ -107,6 +107,8 @@ def task_vectors(recipe: Recipe, form: dict[str, str], pairing: Pairing, dtype: 
             raise UserError('rescale needs trim = "tensor": a global trim is not rescaled')
         return GlobalTrim(weights, combine, thresholds)
     thin, unit = sparsifier(recipe, form, pairing, dtype)
+    if thin is None and combine.elect == "none":
+        return TaskArithmetic(weights, combine, dtype)
     return TaskVectors(weights, combine, thin, rescale, dtype, numel_of(pairing), unit)
 
 

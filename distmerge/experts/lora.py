@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from distmerge.errors import UserError
+from distmerge.experts.members import open_any
 from distmerge.experts.methods import checked
 from distmerge.experts.recipe import Entry, Recipe
 from distmerge.experts.record import as_json
 from distmerge.files.adapters import CONFIG, PREFIX, WEIGHTS, Adapter, is_adapter, read_adapter
 from distmerge.files.layout import shard
-from distmerge.files.models import open_model
 from distmerge.files.output import RECORD, Digests, Output
 from distmerge.files.sources import NAMES, Maps, OnDisk, Source
 from distmerge.rules.counter import key_of, uniform
@@ -103,7 +103,7 @@ def extract(recipe: Recipe, entries: list[Entry], options: argparse.Namespace, m
     """The adapter of the rank that is nearest to ``model - base``, for every matrix in a layer."""
     if recipe.base is None or len(entries) != 1:
         raise UserError("extract needs a base and one model")
-    base, model = (open_model(reference, options.allow_pickle) for reference in (recipe.base, entries[0].model))
+    base, model = (open_any(reference, options.allow_pickle) for reference in (recipe.base, entries[0].model))
     found: dict[str, Pair] = {}
     for name, stored in base.tensors.items():
         if name not in model.tensors or model.tensors[name].shape != stored.shape:

@@ -56,9 +56,9 @@ class ExpertTraining:
         stopped: why the run ends before its last step; None while it goes on.
     """
 
-    def __init__(self, config: TrainConfig, run: Trainable, side_by_side: bool):
+    def __init__(self, config: TrainConfig, run: Trainable):
         self.config, self.run, self.section = config, run, config.stopping
-        self.patience_seconds = SIBLING_SECONDS if side_by_side else None
+        self.patience_seconds = SIBLING_SECONDS if run.mesh.side_by_side else None
         self.plateau = Plateau(self.section) if self.section.rule == "plateau" else None
         self.peak = Peak(self.section) if self.section.rule == "merged" else None
         self.stopped: str | None = None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from distmerge.errors import UserError
+from distmerge.files.allocator import keep_freed_memory
 from distmerge.files.layout import Shard, index_of, lay_out
 from distmerge.files.output import Digests, Output, refuse_existing
 from distmerge.files.rounding import Rounding
@@ -110,6 +111,7 @@ class Stream:
         self._stop = threading.Event()
 
     def __enter__(self) -> Stream:
+        keep_freed_memory()
         self._pool = ThreadPoolExecutor(self.settings.threads, thread_name_prefix="merge")
         return self
 
@@ -261,6 +263,7 @@ def write_model(
                 for job in left:
                     notes[job.name] = found.get(job.name)
                     output.finish(job.name, notes[job.name])
+                output.flush()
             follow(digests, output, home, batch)
         hashes = digests.finish()
     except BaseException:

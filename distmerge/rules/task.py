@@ -51,9 +51,13 @@ class Combine:
         else:
             kept, sign = self.elected(rounded(delta * weight, dtype))
             merged, agree = kept.sum(0).mul_(sign), kept.sign_()
+        return self.finished(merged, weight, agree, dtype)
+
+    def finished(self, merged: Tensor, weight: Tensor, agree: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The sum ``merged [n]``, used up, divided and scaled."""
         merged = rounded(merged, dtype)
         if self.divide != "none":
-            merged = rounded(merged.div_(self.divisor(weight, agree, dtype, len(delta))), dtype)
+            merged = rounded(merged.div_(self.divisor(weight, agree, dtype)), dtype)
         return merged if self.scale == 1 else rounded(merged.mul_(self.scale), dtype)
 
     def elected(self, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,11 +67,11 @@ class Combine:
         sign = total.sign_() if self.on_cancel == "zero" else torch.copysign(torch.ones((), dtype=total.dtype), total.add_(0.0))
         return (delta * sign).clamp_min_(0), sign
 
-    def divisor(self, weight: Tensor, agree: Tensor | None, dtype: torch.dtype, members: int) -> Tensor | float:
+    def divisor(self, weight: Tensor, agree: Tensor | None, dtype: torch.dtype) -> Tensor | float:
         """What the sum is divided by; ``agree [M, n]`` is 1 for those that agree."""
         if agree is None:
             if self.divide == "count":
-                return float(members)
+                return float(len(weight))
             total = rounded(weight.sum(), dtype)
             return 1.0 if abs(total) < 1e-8 else total
         counted = agree.sum(0) if self.divide == "count" else rounded((agree * weight).sum(0), dtype)
@@ -124,19 +128,10 @@ class TaskVectors(Rule):
     def merge(self, block: Block, state: Settled | None) -> Tensor:
         base, delta = deltas(block, self.dtype)
         if self.sparsifier is not None:
-            odds = self.odds(delta)
             delta = self.thinned(delta, block, state)
             if state is not None and state.factor is not None:
                 delta = rounded(delta.mul_(state.factor.to(delta.device)), self.dtype)
-            elif odds is not None:
-                delta = delta.div_(odds)
         return base + self.combine(delta, self.weights, self.dtype)
-
-    def odds(self, delta: Tensor) -> Tensor | None:
-        """What the survivors are divided by, if they are."""
-        if self.rescale != "inverse" or isinstance(self.sparsifier, ByMagnitude | None):
-            return None
-        return self.sparsifier.odds(delta)
 
     def thinned(self, delta: Tensor, block: Block, state: Settled | None) -> Tensor:
         """The task vectors with what is dropped set to 0; ``delta`` is used up."""
@@ -144,12 +139,35 @@ class TaskVectors(Rule):
             assert state is not None and state.trim is not None
             return state.trim.thin(delta, self.dtype, block.index)
         assert self.sparsifier is not None
-        return self.sparsifier.thin(delta, block.start)
+        return self.sparsifier.thin(delta, block.start, self.rescale == "inverse")
 
 
 def rescaling_dtype(dtype: torch.dtype) -> torch.dtype:
     """float16 is drawn and rescaled in float32: its sums would overflow."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+class TaskArithmetic(Rule):
+    """``base + scale * sum_m w_m (theta_m - base)``: task vectors that are neither thinned nor elected, one after the other.
+
+    The numbers that ``TaskVectors`` gives without a sparsifier, in a third of the time: no task vector outlives its turn, and
+    half precision is computed as such.
+
+    Source: https://arxiv.org/abs/2212.04089
+    """
+
+    def __init__(self, weights: list[float], combine: Combine, dtype: torch.dtype):
+        assert combine.elect == "none"
+        self.weights, self.combine, self.dtype = torch.tensor(weights, dtype=dtype).to(wide(dtype)), combine, dtype
+
+    def merge(self, block: Block, state: Any) -> Tensor:
+        assert block.base is not None
+        base, weights = block.base.to(self.dtype), self.weights.to(block.base.device)
+        # A sum of two is rounded once in either dtype.
+        total = base.new_zeros(base.numel(), dtype=self.dtype if len(weights) <= 2 else weights.dtype)
+        for member, weight in zip(block.members, weights, strict=True):
+            total.add_(torch.sub(member.to(self.dtype), base).mul_(weight))
+        return base.to(weights.dtype, copy=True).add_(self.combine.finished(total, weights.unsqueeze(1), None, self.dtype))
 
 
 class GlobalTrim(Rule):
