@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import subprocess
 import sys
 from typing import NoReturn
 
@@ -61,6 +62,7 @@ def run(arguments: list[str]) -> int:
     evaluate.add_argument("--files", nargs="+", metavar="GLOB", help="text files (default: the held-out standard library)")
     evaluate.add_argument("--sequence-length", type=int, default=128)
     evaluate.add_argument("--batches", type=int, default=32, help="batches of 8 sequences")
+    verbs.add_parser("build-ops", help="compile what DeepSpeed needs, once, in one process", allow_abbrev=False)
     experts.add_parsers(verbs)
     checkpoints.add_parsers(verbs)
     options, overrides = parser.parse_known_args(arguments)
@@ -72,6 +74,11 @@ def run(arguments: list[str]) -> int:
         return experts.run(options)
     if options.verb == "eval":
         return eval_verb(options)
+    if options.verb == "build-ops":
+        from distmerge.engine import ops
+
+        ops.main()
+        return 0
     return checkpoints.run(options, lambda config, command: start(config, config.mesh.workers, command))
 
 
@@ -115,7 +122,19 @@ def start(config, ranks: int, arguments: list[str]) -> int:
         print(table(directory, summary))
         return 0
     check_sources(config)
+    if config.engine.kind == "deepspeed":
+        prepare_deepspeed(config)
     return launch(ranks, arguments)
+
+
+def prepare_deepspeed(config) -> None:
+    """Refuse a run whose engine is not installed, and compile what it needs in a process of its own, before any rank."""
+    from importlib.util import find_spec
+
+    if find_spec("deepspeed") is None:
+        raise UserError('config.engine.kind "deepspeed" needs DeepSpeed: pip install distmerge[deepspeed]')
+    if config.engine.offloads:
+        subprocess.run([sys.executable, "-m", "distmerge", "build-ops"], check=True, stdout=subprocess.DEVNULL)
 
 
 def train_help() -> int:
