@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -63,6 +64,7 @@ def run(arguments: list[str]) -> int:
     evaluate.add_argument("--files", nargs="+", metavar="GLOB", help="text files (default: the held-out standard library)")
     evaluate.add_argument("--sequence-length", type=int, default=128)
     evaluate.add_argument("--batches", type=int, default=32, help="batches of 8 sequences")
+    verbs.add_parser("build-ops", help="compile what DeepSpeed needs, once, in one process", allow_abbrev=False)
     experts.add_parsers(verbs)
     checkpoints.add_parsers(verbs)
     skills.add_parsers(verbs)
@@ -79,6 +81,11 @@ def run(arguments: list[str]) -> int:
         return eval_verb(options)
     if options.verb in skills.VERBS:
         return skills.run(options, train_one)
+    if options.verb == "build-ops":
+        from distmerge.engine import ops
+
+        ops.main()
+        return 0
     return checkpoints.run(options, lambda config, command: start(config, config.mesh.workers, command))
 
 
@@ -129,6 +136,8 @@ def start(config, ranks: int, arguments: list[str]) -> int:
         print(table(directory, summary))
         return 0
     check_sources(config)
+    if config.engine.kind == "deepspeed":
+        prepare_deepspeed(config)
     return launch(ranks, arguments)
 
 
@@ -165,6 +174,16 @@ def experts_verb(options: argparse.Namespace, overrides: list[str], arguments: l
         if status := start(run, ranks, ["train", path]):
             return status
     return 0
+
+
+def prepare_deepspeed(config) -> None:
+    """Refuse a run whose engine is not installed, and compile what it needs in a process of its own, before any rank."""
+    from importlib.util import find_spec
+
+    if find_spec("deepspeed") is None:
+        raise UserError('config.engine.kind "deepspeed" needs DeepSpeed: pip install distmerge[deepspeed]')
+    if config.engine.offloads:
+        subprocess.run([sys.executable, "-m", "distmerge", "build-ops"], check=True, stdout=subprocess.DEVNULL)
 
 
 def train_help() -> int:

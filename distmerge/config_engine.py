@@ -44,6 +44,11 @@ class Engine(Section):
         """DeepSpeed's ZeRO stage."""
         return self.config.get("zero_optimization", {}).get("stage", 0)
 
+    @property
+    def offloads(self) -> bool:
+        """Whether DeepSpeed keeps the optimizer in host memory."""
+        return self.config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") == "cpu"
+
 
 def read_json(path: str) -> dict[str, Any]:
     """A JSON table; null, which is no value in TOML, is left out."""

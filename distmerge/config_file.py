@@ -17,7 +17,10 @@ from distmerge.errors import UserError
 
 S = TypeVar("S", bound=Section)
 
-MAY_CHANGE = ("run_dir", "steps", "train.threads", "log", "evaluate", "checkpoint", "preview", "recovery")
+LAYOUT = ("engine.kind", "engine.reshard_after_forward", "train.batch_size", "train.gradient_accumulation")
+"""Keys of the layout: a checkpoint can be read in another one, whose steps have as many sequences."""
+
+MAY_CHANGE = ("run_dir", "steps", "train.threads", "log", "evaluate", "checkpoint", "preview", "recovery", *LAYOUT)
 """Keys, or whole sections, that may differ when a run is resumed. run_dir: a run may be moved."""
 
 MERGE_KINDS: dict[str, type[Section]] = {

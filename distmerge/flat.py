@@ -130,6 +130,10 @@ class FlatParameters:
                 found.append(Part(slot.name, slot.first + low - slot.offset, high - low, low - self.start))
         return found
 
+    def named_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that lie in the layout, as the model and its optimizer know them."""
+        return zip((slot.name for slot in self.layout), self._parameters, strict=True)
+
     @property
     def numel(self) -> int:
         """Elements of theta, over all ranks that hold it."""

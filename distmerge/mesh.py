@@ -46,7 +46,7 @@ class Mesh:
         self.device = choose_device(section.device, place)
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # transformers may import deepspeed, which looks once
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world))
-        self.timeout = timeout = timedelta(seconds=section.timeout_seconds)
+        timeout = timedelta(seconds=section.timeout_seconds)
         store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
         self.side_by_side = bool(place.name)
         self.store = PrefixStore(place.name, store) if place.name else store
@@ -65,10 +65,6 @@ class Mesh:
         group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timeout)
         assert isinstance(group, dist.ProcessGroup)
         return group
-
-    def alone(self) -> dist.ProcessGroup:
-        """A process group of this rank alone; made by all ranks together."""
-        return self._group([[rank] for rank in range(self.world)], self.timeout)
 
     def shard_axis(self) -> DeviceMesh:
         """This worker's ranks as an axis to shard over."""
@@ -156,6 +152,13 @@ class Mesh:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def alone() -> dist.ProcessGroup:
+    """A process group of this rank alone; made by all ranks together."""
+    group, _ = dist.new_subgroups_by_enumeration([[rank] for rank in range(dist.get_world_size())])
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def check_world(workers: int, world: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from distmerge import config as sections
 from distmerge import config_file
-from distmerge.checkpoints.durable import guarded, reader
+from distmerge.checkpoints import relayout
+from distmerge.checkpoints.durable import guarded, read_manifest, reader
 from distmerge.checkpoints.preview import Preview
 from distmerge.checkpoints.recovery import Recovery
 from distmerge.checkpoints.store import Store
@@ -30,10 +32,11 @@ from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import with_lora
 from distmerge.experts.training import ExpertTraining
 from distmerge.flat import FlatParameters, fingerprint
-from distmerge.launch import Place, launch
+from distmerge.launch import REQUEUE, Place, launch
 from distmerge.mesh import Mesh
 from distmerge.metrics import Meter, MetricsLog, table
 from distmerge.model import build_model, check_fits, load_tokenizer
+from distmerge.preemption import Preemption
 from distmerge.rundir import RunDirectory, take_lock, write_atomically
 from distmerge.schedule import lr_factor
 from distmerge.stream import StreamBatches, stream_corpus
@@ -49,12 +52,15 @@ def train(config: TrainConfig, place: Place, command: list[str]) -> None:
         lock = take_lock(directory, config, mesh, command)
         run = Run(config, mesh, directory)
         run.resume()
-        loop(run)
-        run.close()
+        finished = loop(run)
+        run.close() if finished else run.leave()
+        run.preemption.close()
         lock.release()
     except RuntimeError as error:
         raise mesh.name_dead_peers(error) from error
     mesh.close()
+    if not finished:
+        raise SystemExit(REQUEUE)
 
 
 def train_here(config: TrainConfig, ranks: int) -> None:
@@ -73,7 +79,8 @@ def train_here(config: TrainConfig, ranks: int) -> None:
         raise UserError(f"the run {config.run_dir} failed")
 
 
-def loop(run: Run) -> None:
+def loop(run: Run) -> bool:
+    """Train to the end: True. False where the job was told to leave before it."""
     config, meter, recovery = run.config, run.meter, run.recovery
     if run.step == 0:
         run.write_line(run.evaluate())
@@ -84,6 +91,7 @@ def loop(run: Run) -> None:
         if recovery.needed(run.step + 1, result):  # before a merge or a block can take in sick values
             recovery.roll_back(run.step + 1)
             continue
+        meeting = run.meets()
         merges = [report for merger in run.mergers if (report := merger.step())]  # across workers
         run.step += 1
         recovery.cure(run.step, merges)
@@ -98,6 +106,9 @@ def loop(run: Run) -> None:
         run.expert.observe(run.step, loss)  # publishes steps to be merged, stops where the rule says so
         if run.due(config.checkpoint.every) and not recovery.blocks_commit(run.step):
             run.commit()
+        if run.preemption.due(run.step, meeting):
+            return False
+    return True
 
 
 class Run:
@@ -118,7 +129,8 @@ class Run:
         with mesh.together():
             self.mergers: list[DiLoCo | SPARTA] = build_mergers(config, self.engine.parameters, mesh)
         torch.manual_seed(config.seed * 1_000_003 + mesh.rank)  # dropout draws apart on each rank
-        self.store = Store(directory.checkpoints, mesh, config.checkpoint.keep, config.checkpoint.asynchronous)
+        section = config.checkpoint
+        self.store = Store(directory.checkpoints, mesh, section.keep, section.asynchronous, relayout.layout(config, mesh))
         self.meter = Meter(mesh.device, self.tokens_per_step)
         self.log: MetricsLog | None = None
         self.path, self.step = directory.path, 0
@@ -129,6 +141,8 @@ class Run:
         self.recovery = Recovery(config.recovery, self)
         with mesh.together():
             self.expert = ExpertTraining(config, self)
+        lead = max((max(getattr(m.settings, "overlap", 0), getattr(m.settings, "delay", 0)) for m in self.mergers), default=0)
+        self.preemption = Preemption(mesh, lead)
 
     def _open_window(self) -> Window | None:
         section, root, flat = self.config.window, self.directory.window, self.engine.parameters
@@ -153,6 +167,12 @@ class Run:
         rows = self.config.train.batch_size * self.config.train.gradient_accumulation
         return rows * self.config.data.sequence_length * self.mesh.world
 
+    def meets(self) -> bool:
+        """Whether all ranks meet in a collective of the step that ends next."""
+        step, config = self.step + 1, self.config
+        meetings = any(step % every == 0 for every in (config.evaluate.every, config.checkpoint.every))
+        return self.mesh.workers == 1 or meetings or any(merger.due() for merger in self.mergers)
+
     def due(self, every: int) -> bool:
         return self.step % every == 0
 
@@ -172,7 +192,9 @@ class Run:
         """Go on from the newest valid checkpoint, if there is one."""
         self.store.open()
         self.recovery.finish_tainting()
-        path, rejections = self.store.newest_valid()
+        path, rejections = self.store.newest_valid(
+            lambda path: relayout.check(path, read_manifest(path), self.config, self.mesh)
+        )
         if path is not None:
             state = self.load_checkpoint(path)
             self.recovery.load_state_dict(state["recovery"])
@@ -181,8 +203,9 @@ class Run:
             self.window.open(self.step)
         if self.mesh.leads:
             self.log = MetricsLog(self.directory, self.meter.log_bytes, self.config.steps)
-            if self.mesh.crowding is not None:
-                self.log.say(self.mesh.crowding)
+            for note in [self.mesh.crowding, *self.engine.notes]:
+                if note is not None:
+                    self.log.say(note)
             for rejection in rejections:
                 self.log.say(f"rejected checkpoint {rejection.path}: {rejection.reason}")
             if path is not None:
@@ -201,6 +224,7 @@ class Run:
         cuda = self.mesh.device.type == "cuda"
         return {
             "step": self.step,
+            "parts": [dataclasses.astuple(part) for part in self.engine.parameters.parts()],
             "mergers": [merger.state_dict() for merger in self.mergers],
             "batches": self.batches.state_dict(),
             "generators": [torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None],
@@ -212,9 +236,13 @@ class Run:
 
     def load_checkpoint(self, path: Path) -> dict[str, Any]:
         """The state of a checkpoint, but for the recovery and the meter, which remember what was later."""
-        read = reader(path)
-        self.engine.load_state_files(read)
-        state = read(f"rank-{self.mesh.rank:05}.pt")
+        read, written = reader(path), read_manifest(path)
+        if relayout.same(written, self.store.about):
+            self.engine.load_state_files(read)
+            state = read(f"rank-{self.mesh.rank:05}.pt")
+        else:
+            with self.mesh.together():
+                state = relayout.load(self, read, written)
         self.step = self.committed = state["step"]
         if self.window is not None:
             self.window.load_state_dict(state["window"])
@@ -222,9 +250,12 @@ class Run:
             merger.load_state_dict(merger_state)
         self.batches.load_state_dict(state["batches"])
         self.expert.load_state_dict(state["expert"])
-        torch.set_rng_state(state["generators"][0])
-        if state["generators"][1] is not None:
-            torch.cuda.set_rng_state(state["generators"][1])
+        if state["generators"] is None:  # of another layout: draws go on apart, from the step
+            torch.manual_seed((self.config.seed * 1_000_003 + self.mesh.rank) * 1_000_003 + self.step)
+        else:
+            torch.set_rng_state(state["generators"][0])
+            if state["generators"][1] is not None:
+                torch.cuda.set_rng_state(state["generators"][1])
         return state
 
     def write_line(self, eval_loss: float | None = None, preview_loss: float | None = None) -> None:
@@ -276,6 +307,16 @@ class Run:
         place = (self.mesh.rank, self.mesh.world)
         return evaluate(self.engine.model, self.held_out, self.config.train.batch_size, section.batches, *place).loss
 
+    def leave(self) -> None:
+        """Keep the state for whoever starts the run again."""
+        if self.committed != self.step:
+            self.commit()
+        self.store.wait()
+        if self.log is not None:
+            self.log.say(f"told to leave: checkpoint of step {self.step} committed, status {REQUEUE} asks for a requeue")
+            self.log.close()
+        self.engine.close()
+
     def close(self) -> None:
         """Keep the last state, merge what is left to merge, publish the model, and say what came out."""
         if self.committed != self.step:
@@ -296,6 +337,7 @@ class Run:
                 self.directory.publish_final(temporary)
                 write_atomically(self.directory.summary, json.dumps(self.summary(loss), indent=2) + "\n")
                 print(table(self.directory, self.summary(loss)), flush=True)
+        self.engine.close()
 
     def summary(self, loss: float) -> dict[str, Any]:
         numel, ranks, tokens = self.engine.parameters.numel, self.mesh.world, self.step * self.tokens_per_step

@@ -1,13 +1,11 @@
 """DeepSpeed inside a worker: ZeRO 0 to 3 (https://arxiv.org/abs/1910.02054) over the worker's ranks, merges between workers.
 
 DeepSpeed's data-parallel group is the worker, not the world. The optimizer, the schedule, clipping and precision are the
-trainer's; the rest of its configuration is the user's. This room alone imports deepspeed.
+trainer's; the rest of its configuration is the user's. The rooms of the engines alone import deepspeed.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from typing import Any
 
 import torch
@@ -18,9 +16,10 @@ from distmerge.config import TrainConfig
 from distmerge.config_engine import trainers_values
 from distmerge.engine.engine import Engine, StepResult, gather_whole, names_beside
 from distmerge.engine.masters import FlatMasters, PublicMasters, ShardedMasters, master_parameters
+from distmerge.engine.ops import OFFLOAD, build_ops, import_deepspeed
 from distmerge.engine.optimizers import parameter_groups
 from distmerge.errors import UserError
-from distmerge.mesh import Mesh
+from distmerge.mesh import Mesh, alone
 
 
 class ZeroEngine(Engine):
@@ -31,12 +30,14 @@ class ZeroEngine(Engine):
         deepspeed = import_deepspeed(mesh.device.type)
         start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         model = model.to(mesh.device)
-        self.offloads = config.engine.config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "cpu"
+        self.offloads = config.engine.offloads
+        if self.offloads:
+            mesh.lead_first("DeepSpeed's helpers", lambda: build_ops(OFFLOAD))
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer(model, config),
             config=deepspeed_table(config, mesh),
-            mpu=WorkerRanks(mesh),
+            mpu=WorkerRanks(mesh.inside),
         )
         self.model = self.engine
         self.optimizers = [self.engine.basic_optimizer]
@@ -128,19 +129,25 @@ class ZeroEngine(Engine):
 
 
 class WorkerRanks:
-    """What DeepSpeed asks a model-parallel unit: its data-parallel ranks are the worker's, every other group this rank."""
+    """``deepspeed.initialize(mpu=...)``: DeepSpeed's data-parallel ranks are the worker's, every other group this rank alone.
 
-    def __init__(self, mesh: Mesh):
-        self.mesh, self.alone = mesh, mesh.alone()
+    Made by all ranks of the world together.
+
+    Args:
+        inside: process group of the worker's ranks.
+    """
+
+    def __init__(self, inside: dist.ProcessGroup):
+        self.inside, self.alone = inside, alone()
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.mesh.inside
+        return self.inside
 
     def get_data_parallel_rank(self) -> int:
-        return self.mesh.shard
+        return dist.get_rank(self.inside)
 
     def get_data_parallel_world_size(self) -> int:
-        return self.mesh.shards
+        return dist.get_world_size(self.inside)
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self.alone
@@ -154,23 +161,6 @@ class WorkerRanks:
     get_tensor_model_parallel_group = get_pipeline_model_parallel_group = get_model_parallel_group
     get_tensor_model_parallel_rank = get_pipeline_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_pipeline_model_parallel_world_size = get_model_parallel_world_size
-
-
-def import_deepspeed(device_type: str) -> Any:
-    """DeepSpeed, for this device, silent but for errors.
-
-    Raises:
-        UserError: where it is not installed.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", device_type)
-    try:
-        import deepspeed
-    except ImportError:
-        raise UserError('config.engine.kind "deepspeed" needs DeepSpeed: pip install distmerge[deepspeed]') from None
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Its reductions through shared memory are for inference; compiling them here would take minutes.
-    deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
-    return deepspeed
 
 
 def deepspeed_table(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:

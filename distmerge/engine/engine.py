@@ -58,6 +58,10 @@ class Engine:
     def load_optimizer_state(self, state: Any) -> None:
         raise NotImplementedError
 
+    def shard_of(self, parameter: Tensor) -> Tensor:
+        """What this rank holds of a parameter."""
+        return parameter
+
     @property
     def replicated(self) -> bool:
         """Whether every rank of the worker holds all of it, so that one of them writes the files."""

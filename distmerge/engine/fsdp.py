@@ -66,6 +66,9 @@ class FSDPEngine(TorchEngine):
                 grad.mul_(factor)
         return grad_norm
 
+    def shard_of(self, parameter: Tensor) -> Tensor:
+        return local(parameter)
+
     @property
     def replicated(self) -> bool:
         return False

@@ -86,7 +86,7 @@ class ShardedParameters(CopiedParameters):
         if not named:
             raise UserError("the model has no trainable parameter, so there is nothing to merge")
         # The modules show other tensors while they are gathered; the optimizer's are these.
-        self._shards = [p for _, p in named]
+        self._parameters = self._shards = [p for _, p in named]
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         mesh = self._shards[0].device_mesh
         layout: list[Slot] = []

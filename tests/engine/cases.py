@@ -142,9 +142,9 @@ def train_plainly(mesh: Mesh, engine: dict[str, Any], steps: int = 20) -> dict[s
         return {"theta": whole(made), "seen": seen, "round": joined.round}
 
 
-def many(function: Callable[..., Any], cases: list[tuple]) -> list[Any]:
-    """``function(mesh, *case)`` for several cases in the same groups, of two workers."""
+def many(cases: list[tuple[Callable[..., Any], tuple]]) -> list[Any]:
+    """``function(mesh, *arguments)`` for several cases in the same groups, of two workers."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     mesh = Mesh(sections.Mesh(workers=2, device="cpu", timeout_seconds=30), Place(rank, world, rank, world), threads=1)
     with contextlib.closing(mesh):
-        return [function(mesh, *case) for case in cases]
+        return [function(mesh, *arguments) for function, arguments in cases]
