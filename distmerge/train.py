@@ -47,7 +47,7 @@ def train(config: TrainConfig, place: Place, command: list[str]) -> None:
     try:
         directory = RunDirectory(config.run_dir)
         lock = take_lock(directory, config, mesh, command)
-        run = Run(config, mesh, directory, place)
+        run = Run(config, mesh, directory, side_by_side=bool(place.name))
         run.resume()
         loop(run)
         run.close()
@@ -103,7 +103,7 @@ def loop(run: Run) -> None:
 class Run:
     """The parts of a run. What it depends on from step to step is in their states, and in ``step``."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, directory: RunDirectory, place: Place):
+    def __init__(self, config: TrainConfig, mesh: Mesh, directory: RunDirectory, side_by_side: bool = False):
         self.config, self.mesh, self.directory = config, mesh, directory
         with mesh.together():
             self.tokenizer = load_tokenizer(config.data.tokenizer)
@@ -128,7 +128,7 @@ class Run:
             self.preview = self._open_preview()
         self.recovery = Recovery(config.recovery, self)
         with mesh.together():
-            self.expert = ExpertTraining(config, self, side_by_side=bool(place.name))
+            self.expert = ExpertTraining(config, self, side_by_side)
 
     def _open_window(self) -> Window | None:
         section, root, flat = self.config.window, self.directory.window, self.engine.parameters

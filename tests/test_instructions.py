@@ -41,11 +41,12 @@ def test_the_completion_alone_counts(tmp_path: Path) -> None:
     for row, tokens in zip(corpus.train["input_ids"], corpus.train["tokens"], strict=True):
         batch = torch.from_numpy(np.asarray(row, dtype=np.int64))
         ids, labels = ids_and_labels(batch)
-        text = tokenizer.decode(ids[:tokens], skip_special_tokens=True)
+        text = str(tokenizer.decode(ids[:tokens], skip_special_tokens=True))
         prompt, completion = text.split(" = ")
         learned = tokenizer.decode(labels[labels >= 0])
         assert learned == completion + "</s>" and prompt.count("+") == 1
-        assert (ids[tokens:] == tokenizer.pad_token_id).all() and (labels[tokens:] < 0).all()
+        padding = torch.full_like(ids[tokens:], int(str(tokenizer.pad_token_id)))
+        assert torch.equal(ids[tokens:], padding) and bool((labels[tokens:] < 0).all())
 
 
 def test_chats_are_learned_where_the_assistant_speaks() -> None:
@@ -55,7 +56,8 @@ def test_chats_are_learned_where_the_assistant_speaks() -> None:
     plain = chat_parts(chat, "messages", tokenizer)
     assert "".join(text for text, _ in plain) == "user: hi\nassistant: hello\nuser: bye\nassistant: see you\n"
     assert [text for text, learned in plain if learned] == ["hello\n", "see you\n"]
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    turns_of = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    tokenizer.chat_template = turns_of + "{% if add_generation_prompt %}<assistant>{% endif %}"
     parts = chat_parts(chat, "messages", tokenizer)
     assert "".join(text for text, _ in parts) == "<user>hi</><assistant>hello</><user>bye</><assistant>see you</>"
     assert [text for text, learned in parts if learned] == ["hello</>", "see you</>"]
