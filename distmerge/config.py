@@ -265,6 +265,8 @@ class TrainConfig(Section):
         return self
 
     def consistent_expert(self) -> None:
+        if self.examples.track and (self.checkpoint.at is None or self.data.streaming):
+            raise UserError("checkpoint.at must be given, and data.streaming be false, for examples.track = true")
         if self.expert is None:
             if self.stopping.rule == "merged":
                 raise UserError('expert must be given for stopping.rule "merged", got none')

@@ -74,9 +74,9 @@ class Examples(Section):
     """What is learned when, example by example: a forward pass over them wherever checkpoint.at publishes."""
 
     track: bool = False
-    """Track the first examples of the training data, in the order of the seed."""
+    """Track examples of the training data, drawn by the seed. RUN_DIR/examples.safetensors holds what is known of each."""
     count: int = Field(default=4096, ge=1)
-    """Examples to track; 26 bytes each in the run's state."""
+    """Examples to track; 19 bytes each, whatever the number of steps."""
     early: int = Field(default=32, ge=1)
     """The first published step from here on gives the difficulty, EL2N."""
     learned: float = Field(default=0.5, gt=0, le=1)

@@ -1,10 +1,11 @@
-"""The flags of ``experts`` and ``ptm``. Heavy imports wait until the flags are known to be sound."""
+"""The flags of ``experts``, ``examples`` and ``ptm``. Heavy imports wait until the flags are known to be sound."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distmerge.errors import UserError
@@ -12,7 +13,7 @@ from distmerge.errors import UserError
 if TYPE_CHECKING:
     from distmerge.config import TrainConfig
 
-VERBS = ("experts", "ptm")
+VERBS = ("experts", "examples", "ptm")
 
 
 def add_parsers(verbs: Any) -> None:
@@ -20,6 +21,11 @@ def add_parsers(verbs: Any) -> None:
     experts.add_argument("config", metavar="CONFIG.toml")
     experts.add_argument("--dry-run", action="store_true", help="print the plan: memory, tokens, merges; train nothing")
     experts.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # a launcher may add it
+    examples = verbs.add_parser("examples", help="what an expert memorised, and what of it a merge kept", allow_abbrev=False)
+    examples.add_argument("run_dir", metavar="RUN_DIR", help="of an expert, trained with examples.track = true")
+    examples.add_argument("--merged", metavar="MODEL", required=True, help="a merge of it with others")
+    examples.add_argument("--judge", metavar="MODEL", help="scores the difficulty: an early step of another seed's run")
+    examples.add_argument("--out", metavar="DIR", help="where examples.json and examples.png go (default: RUN_DIR)")
     ptm = verbs.add_parser("ptm", help="parallel-train-then-merge as an experiment, with a report", allow_abbrev=False)
     ptm.add_argument("config", metavar="CONFIG.toml")
     ptm.add_argument("--out", metavar="DIR", help="in place of the file's")
@@ -35,6 +41,13 @@ def add_parsers(verbs: Any) -> None:
 
 def run(options: argparse.Namespace, train: Callable[[TrainConfig, int], None]) -> int:
     """The verb's exit status. ``train`` trains one run to its end."""
+    if options.verb == "examples":
+        from distmerge.experts import memorised
+
+        found = memorised.report(Path(options.run_dir), options.merged, options.judge)
+        memorised.write(found, Path(options.out or options.run_dir))
+        print(memorised.table(found))
+        return 0
     from distmerge.experts.ptm_config import read
 
     overrides: dict[str, Any] = {key: value for key in ("out", "seeds", "general") if (value := getattr(options, key))}

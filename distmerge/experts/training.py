@@ -12,8 +12,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +25,7 @@ from distmerge.data import IndexedBatches, open_corpus
 from distmerge.engine.engine import Engine
 from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import Theta, save_expert
+from distmerge.experts.examples import Known, look, nothing_known, observe, tracked_rows
 from distmerge.experts.flat_merge import merge, read_model
 from distmerge.experts.stopping import Peak, Plateau, member_at
 from distmerge.mesh import Mesh
@@ -63,6 +66,10 @@ class ExpertTraining:
         self.peak = Peak(self.section) if self.section.rule == "merged" else None
         self.stopped: str | None = None
         self.theta = Theta(run.engine.model, run.engine.parameters)
+        self.rows = np.empty(0, dtype=np.int64)
+        if isinstance(run.batches, IndexedBatches) and config.examples.track:
+            self.rows = tracked_rows(len(run.batches.data), config.examples.count, config.seed)
+        self.known = nothing_known(len(self.rows))
         self.base: Tensor | None = None
         self.texts: dict[str, Any] = {}
         if self.peak is not None:
@@ -99,6 +106,8 @@ class ExpertTraining:
         if not self.due(step):
             return
         self.publish(step)
+        if len(self.rows):
+            self.look(step)
         if self.peak is not None:
             losses, members = self.merged_losses(step)
             mean = self._agreed(sum(losses.values()) / len(losses))
@@ -129,6 +138,14 @@ class ExpertTraining:
                 guarded(temporary, lambda: self.save(temporary, step, whole))
                 shutil.rmtree(published, ignore_errors=True)
                 guarded(published, lambda: temporary.rename(published))
+
+    def look(self, step: int) -> None:
+        """A pass over the tracked examples."""
+        mesh, batches = self.run.mesh, self.run.batches
+        assert isinstance(batches, IndexedBatches)
+        with self.run.shared():
+            scores = look(self.run.engine.model, batches.data, self.rows, self.config.train.batch_size, mesh.rank, mesh.world)
+        self.known = observe(self.known, scores, step, self.config.examples)
 
     def save(self, directory: Path, step: int, whole: dict[str, Tensor] | None) -> None:
         """Write the model, or adapter, as it stands, and what it was trained on. ``whole`` is the engine's whole state."""
@@ -182,7 +199,13 @@ class ExpertTraining:
     # ---- the end, and the state
 
     def finish(self) -> int:
-        """Before the final model is published: go back to the step that merged best. The step that the model is of."""
+        """Before the final model is published: go back to the step that merged best, and keep what is known of the examples.
+
+        Returns:
+            the step that the model is of.
+        """
+        if len(self.rows) and self.run.mesh.leads:
+            save_file(self.known._asdict(), self.run.path / "examples.safetensors")
         if self.peak is None or not self.peak.best_step or self.peak.best_step == self.run.step:
             return self.run.step
         best = self.run.path / "steps" / f"step-{self.peak.best_step:08}"
@@ -196,17 +219,16 @@ class ExpertTraining:
             self.theta.write(self._vector(str(directory)))
             return
         from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
 
         set_peft_model_state_dict(self.run.engine.model, load_file(directory / "adapter_model.safetensors"))
         self.run.engine.parameters.check()
 
     def state_dict(self) -> dict[str, Any]:
         rule = self.plateau or self.peak
-        return {"stopped": self.stopped, "rule": rule and rule.state_dict()}
+        return {"stopped": self.stopped, "rule": rule and rule.state_dict(), "examples": self.known._asdict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.stopped = state["stopped"]
+        self.stopped, self.known = state["stopped"], Known(**state["examples"])
         rule = self.plateau or self.peak
         if rule is not None:
             rule.load_state_dict(state["rule"])
