@@ -33,6 +33,12 @@ def is_zero(path: Path) -> bool:
     return (path / "latest").is_file() or any(path.glob("*_optim_states.pt"))
 
 
+def newest_tag(path: Path) -> str | None:
+    """What a DeepSpeed run's directory stands for: the tag of its newest checkpoint. None for other directories."""
+    latest = path / "latest"
+    return latest.read_text().strip() if latest.is_file() else None
+
+
 def as_safetensors(path: Path, allow_pickle: bool) -> Path:
     """Convert, once, into ``PATH.converted``; that directory.
 
@@ -63,6 +69,7 @@ def keep(path: Path, tensors: dict[str, Tensor], converted: Path) -> None:
 
 def read_dcp(path: Path) -> dict[str, Tensor]:
     """The model's tensors of a DCP directory: all, or those under ``model.`` beside an optimizer's."""
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -70,6 +77,9 @@ def read_dcp(path: Path) -> dict[str, Tensor]:
     state: dict[str, Any] = {}
     try:
         _load_state_dict(state, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    except CheckpointException as error:  # what the ranks' errors are gathered in, no Exception itself
+        causes = [cause for cause, _ in error.failures.values()]
+        raise UserError(f"cannot read the DCP checkpoint {path}: {first_line(causes[0])}") from None
     except Exception as error:  # whatever a damaged pickle comes to
         raise UserError(f"cannot read the DCP checkpoint {path}: {first_line(error)}") from None
     model = state.get("model", state)
@@ -102,5 +112,5 @@ def read_zero(path: Path) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in (state or {}).items()}
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
