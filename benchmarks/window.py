@@ -272,16 +272,22 @@ def main() -> None:
     worst = max(abs(value) for value in wrong["corrected"][int(best.split()[2])])
     claim = "the merge, corrected by forks of other seeds, predicts the loss of a linear decay of that length to within"
     report.bar(claim, worst, "<=", 0.01, quality=True)
-    regret = [best_share(result) - shares(result, advised(result)) for result in judged]
-    report.data["advice_regret"] = regret
-    report.say(f"the gate advised {[advised(result) for result in judged]}; share lost {statistics.mean(regret):.2f}")
+    for metric in ("plain", "curved"):
+        regret = [best_share(result) - shares(result, advised(result, metric)) for result in judged]
+        report.data[f"advice_regret_{metric}"] = regret
+        said = [advised(result, metric) for result in judged]
+        report.say(f"the gate, distances {metric}, advised {said}: {statistics.mean(regret):.2f} of share lost to the best")
     report.finish()
 
 
-def advised(result: dict[str, Any]) -> str:
-    """The merge nearest to the gate's advice among those that were measured."""
+def advised(result: dict[str, Any], metric: str) -> str:
+    """The merge nearest to the gate's advice among those that were measured.
+
+    Args:
+        metric: plain, or curved: distances weighed with Adam's second moments as the curvature's diagonal.
+    """
     grams, every = result["grams"], FULL.every
-    advice = advise(np.array(grams["plain"]), grams["starts"], grams["end"])
+    advice = advise(np.array(grams[metric]), grams["starts"], grams["end"])
     lengths = sorted({int(name.split()[2]) for name in result["merged"]})
     length = min(lengths, key=lambda measured: abs(measured - advice.count * every))
     return f"mean {advice.curve} {length}"

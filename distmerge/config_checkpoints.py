@@ -40,6 +40,8 @@ class Window(Section):
     """Of the published files. The means are kept in float32."""
     stride: int = Field(default=1, ge=1)
     """Steps between updates of the mean. Where a merger keeps an anchor, its merges are the updates."""
+    offload: bool = False
+    """Keep the running mean in the CPU's memory: none of a GPU's, and one copy of theta to the CPU at each update."""
     store: Literal["disk", "memory"] = "disk"
     """disk: model directories in RUN_DIR/window; memory: vectors in the run's state, for previews only."""
 

@@ -101,6 +101,7 @@ class MetricsLog:
         for line in run.metrics.read_text().splitlines():
             self._draw(json.loads(line))
         self.events = open(run.events, "a")  # noqa: SIM115
+        self.events.truncate(run.events.read_bytes().rfind(b"\n") + 1)  # a line that a crash tore is none
         for line in run.events.read_text().splitlines():
             self._note(json.loads(line))
         self.steps = steps

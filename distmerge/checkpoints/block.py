@@ -110,10 +110,13 @@ def mergeable(blocks: list[Block], last: int | None = None) -> list[Block]:
 def stable_blocks(root: Path, count: int, up_to: int) -> list[str]:
     """Names of the newest ``count`` blocks of one constant-rate stretch, of steps ``up_to``, that verify, newest first."""
     good: list[Block] = []
-    for path in published_blocks(root):
+    for path in reversed(published_blocks(root)):
+        if len(good) == count:
+            break
         if int(path.name.rpartition("-")[2]) <= up_to and verify(path, name=RECORD) is None:
-            good.append(read_block(path))
-    return [block.name for block in reversed(mergeable(good, count))]
+            block = read_block(path)
+            good += [block] if block in mergeable([block, *good[:1]]) else []
+    return [block.name for block in good]
 
 
 def accumulate(path: Path, weight: float, into: dict[str, Tensor], pattern: str = "*.safetensors") -> None:

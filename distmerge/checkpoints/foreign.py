@@ -33,6 +33,12 @@ def is_zero(path: Path) -> bool:
     return (path / "latest").is_file() or any(path.glob("*_optim_states.pt"))
 
 
+def newest_tag(path: Path) -> str | None:
+    """What a DeepSpeed run's directory stands for: the tag of its newest checkpoint. None for other directories."""
+    latest = path / "latest"
+    return latest.read_text().strip() if latest.is_file() else None
+
+
 def as_safetensors(path: Path, allow_pickle: bool) -> Path:
     """Convert into ``PATH.converted``; that directory. It is kept, and made anew when the checkpoint has changed since.
 
@@ -77,9 +83,11 @@ def read_dcp(path: Path) -> dict[str, Tensor]:
     state: dict[str, Any] = {}
     try:
         _load_state_dict(state, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    except CheckpointException as error:  # what the ranks' errors are gathered in, no Exception itself
+        causes = [cause for cause, _ in error.failures.values()]
+        raise UserError(f"cannot read the DCP checkpoint {path}: {first_line(causes[0])}") from None
     except Exception as error:  # whatever a damaged pickle comes to
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise UserError(f"cannot read the DCP checkpoint {path}: {first_line(cause)}") from None
+        raise UserError(f"cannot read the DCP checkpoint {path}: {first_line(error)}") from None
     model = state.get("model", state)
     tensors = {name: tensor.contiguous() for name, tensor in flattened(model) if isinstance(tensor, Tensor)}
     if not tensors:

@@ -21,7 +21,7 @@ from distmerge.checkpoints import gate
 from distmerge.checkpoints.block import RECORD as BLOCK_RECORD
 from distmerge.checkpoints.block import legible, mergeable, published_blocks
 from distmerge.checkpoints.curves import effective_count, implied_curve, token_shares, weights
-from distmerge.checkpoints.foreign import as_safetensors, is_foreign
+from distmerge.checkpoints.foreign import as_safetensors, is_foreign, newest_tag
 from distmerge.errors import UserError
 from distmerge.files.header import FLOATS
 from distmerge.files.models import TOKENIZER_FILES, Model, check_recorded, open_model
@@ -80,7 +80,7 @@ def find_members(references: list[str], allow_pickle: bool) -> list[Member]:
     else:
         members = [member_of(reference, position, allow_pickle) for position, reference in enumerate(references)]
         if len({member.step is None for member in members}) > 1 or len({member.end is None for member in members}) > 1:
-            raise UserError("all members must be blocks of a run, or none of them: their positions are no one scale")
+            raise UserError("all members must be blocks, or all end in their step, or none: their positions are no one scale")
     if len(members) < 2:
         raise UserError(f"a window needs at least two members, got {len(members)} from {' '.join(references)}")
     return members
@@ -104,7 +104,7 @@ def member_of(reference: str, position: int, allow_pickle: bool) -> Member:
         if block.kind == "mean":
             return Member(model, block.last_step, block.first_token, block.last_token)
         return Member(model, block.last_step, block.last_token, None)
-    number = re.search(r"(\d+)$", path.name)
+    number = re.search(r"(\d+)$", newest_tag(path) or path.name)
     step = int(number.group(1)) if number else None
     return Member(model, step, float(position if step is None else step), None)
 

@@ -72,7 +72,7 @@ class Window:
                 f"anchor, got {self.every}: a block would hold no merge"
             )
         self.peers = Peers(mesh.peers)
-        self.mean = torch.zeros_like(flat.vector)
+        self.mean = torch.zeros_like(flat.vector, device="cpu" if section.offload else None)
         self.losses = torch.zeros(2, dtype=torch.float64, device=flat.vector.device)  # sum and count of those that are numbers
         self.count = 0  # states of theta in the mean
         self.lr: float | None = None
@@ -130,7 +130,7 @@ class Window:
         if self.count == 1 or self.section.kind == "snapshot":
             self.mean.copy_(theta)
         else:
-            self.mean.lerp_(theta, 1 / self.count)
+            self.mean.lerp_(theta.to(self.mean.device), 1 / self.count)
 
     def _begin(self) -> None:
         self.count, self.tainted = 0, False
@@ -156,7 +156,8 @@ class Window:
         published = None
         if self.count and not block.tainted:
             if self.anchored is None and self.peers.size > 1:
-                self.peers.total(self.mean).div_(self.peers.size)
+                total = self.peers.total(self.mean.to(self.flat.vector.device))
+                self.mean.copy_(total.div_(self.peers.size))
             published = self._publish(block)
         else:
             reason = "a spike touched it" if block.tainted else "no merge fell into it"

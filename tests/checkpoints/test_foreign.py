@@ -51,7 +51,7 @@ def test_deepspeed_checkpoints_are_members(tmp_path: Path, stage: int, capsys: p
     with pytest.raises(UserError, match="--allow-pickle"):
         window(*tags, "--out", tmp_path / "merged")
     window(*tags, "--curve", "mean", "--allow-pickle", "--out", tmp_path / "merged")
-    assert capsys.readouterr().out.count("\n") == 1
+    assert "Processing zero checkpoint" not in capsys.readouterr().out
     merged, (one, two) = load_file(tmp_path / "merged/model.safetensors"), (masters(tag, stage) for tag in tags)
     assert merged.keys() == SHAPES.keys()
     for name in SHAPES:
@@ -59,7 +59,7 @@ def test_deepspeed_checkpoints_are_members(tmp_path: Path, stage: int, capsys: p
         torch.testing.assert_close(merged[name], (one[name] + two[name]) / 2)
     assert all(path.read_bytes() == content for path, content in before.items())
     window(
-        run, tags[0], "--curve", "mean", "--allow-pickle", "--out", tmp_path / "by-latest"
+        tags[0], run, "--curve", "mean", "--allow-pickle", "--out", tmp_path / "by-latest"
     )  # a run stands for its newest tag
     again = load_file(tmp_path / "by-latest/model.safetensors")
     assert all(torch.equal(merged[name], again[name]) for name in SHAPES)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distmerge.checkpoints.plan import read_plan
 from distmerge.checkpoints.recovery import Recovery
@@ -163,6 +164,27 @@ def test_stops_after_its_attempts_and_says_so(tmp_path: Path, text: Path, nan_at
         run(tmp_path, "sick", text, recovery=RECOVERY | {"attempts": 2}, checkpoint={"every": 5, "keep": 4})
     assert "\n" not in str(caught.value)
     assert [event["attempt"] for event in events(tmp_path / "sick", "spike")] == [1, 2, 3]
+
+
+def test_a_lower_rate_until_the_spike_and_the_cool_down_are_past(tmp_path: Path, text: Path, nan_at: Any) -> None:
+    nan_at(25)
+    recovery = RECOVERY | {"lr_factor": 0.5, "cool_down": 6, "merge_last": 1}
+    directory = run(tmp_path, "slower", text, recovery=recovery)
+    rates = {line["step"]: line["lr"] for line in lines(directory, "metrics.jsonl") if "lr" in line}
+    assert events(directory, "rolled back")[0]["to"] == 20
+    assert [step for step, rate in rates.items() if rate == pytest.approx(2e-3)] == list(range(21, 32))  # 25 + 6
+
+
+def test_every_decision_is_a_text_in_tensorboard(tmp_path: Path, text: Path, nan_at: Any) -> None:
+    nan_at(25)
+    directory = run(tmp_path, "told", text, recovery=RECOVERY | {"merge_last": 1}, window={"every": 8})
+    with open(directory / "events.jsonl", "a") as file:
+        file.write('{"time": "torn by a cra')
+    forget_after(directory, 30)
+    run(tmp_path, "told", text, recovery=RECOVERY | {"merge_last": 1}, window={"every": 8})
+    board = EventAccumulator(str(directory / "tensorboard"), {"tensors": 0}).Reload()
+    told = {tag.split("/")[1] for tag in board.Tags()["tensors"]}
+    assert told == {"spike", "rolled back", "block"} == {line["event"] for line in lines(directory, "events.jsonl")}, told
 
 
 def test_without_a_stable_checkpoint_it_stops(tmp_path: Path, text: Path, nan_at: Any) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from distmerge import cli
+from distmerge.checkpoints.block import stable_blocks
 from distmerge.checkpoints.curves import weights
 from distmerge.checkpoints.durable import as_json, hash_of, read_manifest
 from distmerge.errors import UserError
@@ -140,9 +141,21 @@ def test_tainted_blocks_are_left_out_and_one_alone_is_refused(trained: Path, tmp
     ]
 
 
-def taint(path: Path) -> None:
-    """The block's record, written again, says that a spike touched it."""
-    record = read_manifest(path, "block.json") | {"tainted": True}
+def test_stable_blocks_verify_are_untainted_and_of_one_stretch(trained: Path, tmp_path: Path) -> None:
+    window = tmp_path / "window"
+    shutil.copytree(trained / "window", window)
+    names = [f"block-{step:08}" for step in (40, 32, 24, 16, 8)]
+    assert stable_blocks(window, 3, 40) == names[:3] and stable_blocks(window, 9, 33) == names[1:]
+    taint(window / names[1])
+    (window / names[2] / "model.safetensors").write_bytes(b"")
+    assert stable_blocks(window, 9, 40) == [names[0], *names[3:]]
+    taint(window / names[3], tainted=False, lr=1.0)  # of another learning rate
+    assert stable_blocks(window, 9, 40) == [names[0], names[4]]
+
+
+def taint(path: Path, **changes: Any) -> None:
+    """The block's record, written again, says that a spike touched it, or what else it is told to."""
+    record = read_manifest(path, "block.json") | {"tainted": True} | changes
     (path / "block.json").write_bytes(as_json(record | {"sha256": hash_of(record)}))
 
 

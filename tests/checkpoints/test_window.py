@@ -88,6 +88,17 @@ def test_kinds_strides_and_dtypes(tmp_path: Path, text: Path, plain: Path) -> No
     assert AutoModelForCausalLM.from_pretrained(strided / "window/block-00000016", dtype="auto").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_offloaded_mean_is_the_same(tmp_path: Path, text: Path, plain: Path, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU here")
+    mesh = {"mesh": {"device": device}}
+    kept = plain if device == "cpu" else run(tmp_path, "kept", text, window=WINDOW, **mesh)
+    directory = run(tmp_path, "offloaded", text, window=WINDOW | {"offload": True}, **mesh)
+    for block in sorted((kept / "window").iterdir()):
+        assert same(parameters(block), parameters(directory / "window" / block.name))
+
+
 def test_no_block_spans_a_change_of_the_learning_rate(tmp_path: Path, text: Path) -> None:
     schedule = {"name": "wsd", "warmup": 3, "decay": 10}
     directory = run(tmp_path, "wsd", text, window=WINDOW, schedule=schedule)
