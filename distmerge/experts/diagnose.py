@@ -21,13 +21,14 @@ SPREAD_OUT = 0.5
 
 
 class Similarity:
-    """An observer of task vectors. Looks only at floating point tensors that have a base and more than one member."""
+    """An observer of task vectors. Looks only at floating point tensors that have a base, or an origin in place of one."""
 
     def measure(self, job: Job, block: Block, merged: Tensor, written: Tensor) -> Measured:
         if block.base is None or not merged.is_floating_point():
             return Measured()
         base = block.base.float()
-        delta = torch.stack([member.float() - base for member in block.members])
+        members = [one for one, source in zip(block.members, job.members, strict=True) if source is not job.origin]
+        delta = torch.stack([member.float() - base for member in members])
         found = similarity.measure(delta)
         exact = merged.float()
         lost = torch.stack([(written.float() - exact).square().sum(), (exact - base).square().sum()])
@@ -39,12 +40,14 @@ class Similarity:
         return similarity.settle(tally) | {"rounding": tally.total("rounding").tolist()}
 
 
-def summarise(notes: dict[str, Any], models: list[str]) -> dict[str, Any]:
+def summarise(notes: dict[str, Any], models: list[str], origin: str, based: bool = True) -> dict[str, Any]:
     """The report: over all tensors, over each layer, over each kind of tensor.
 
     Args:
         notes: what ``Similarity`` settled for each tensor; None where it saw nothing.
         models: the members, in order.
+        origin: what their task vectors start from.
+        based: whether that is what they were trained from; without a base nothing can be recommended.
     """
     seen = {name: note for name, note in notes.items() if note is not None}
     layers: dict[str, list[Any]] = {}
@@ -56,11 +59,12 @@ def summarise(notes: dict[str, Any], models: list[str]) -> dict[str, Any]:
         kinds.setdefault(LAYER.sub(".*.", name, count=1), []).append(note)
     whole = added(list(seen.values()))
     return {
+        "origin": origin,
         "models": models,
         "whole": whole,
         "layers": {name: added(found) for name, found in layers.items()},
         "kinds": {name: added(found) for name, found in kinds.items()},
-        "recommendation": recommend(whole),
+        "recommendation": recommend(whole) if based and len(models) > 1 else None,
     }
 
 

@@ -14,7 +14,7 @@ from distmerge.experts.lora import leading_factors
 from distmerge.experts.members import open_all
 from distmerge.experts.pairing import Pairing, check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice
-from distmerge.experts.run import settings_of
+from distmerge.experts.run import roles, settings_of
 from distmerge.files.models import Model
 from distmerge.files.sources import Maps
 from distmerge.files.stream import Settings, Stream, in_memory
@@ -59,8 +59,7 @@ def diagnose(recipe: Recipe, models: dict[str, Model], settings: Settings, subsp
     maps = Maps()
     with Stream(build(recipe, pairings, maps, []), settings, observer=Similarity()) as stream:
         notes = in_memory(stream, lambda job, offset, elements: None)
-    members = [item.model for item in pairings[0].members]
-    report = summarise(notes, members)
+    report = summarise(notes, *roles(pairings[0]))
     if subspaces:
         report["subspaces"] = [entry for pairing in pairings for entry in overlaps(pairing, maps)]
     return report

@@ -38,10 +38,8 @@ def merge(recipe: Recipe, out: Path, options: argparse.Namespace) -> None:
     if recipe.method == AUTO:
         recipe = recommended(recipe, options)
     check_structure(recipe)
-    if options.report and (recipe.base is None or recipe.method in ("linear", "slerp", "passthrough")):
-        raise UserError(
-            f"--report looks at task vectors, which need a base; {recipe.method} has none here: use distmerge diagnose"
-        )
+    if options.report and (recipe.method == "passthrough" or len(recipe.references) < 2):
+        raise UserError(f"--report compares models, got {recipe.method} of one at a time")
     models = open_all(recipe, options.allow_pickle)
     recipe = with_omegas(recipe, models)
     pairings = pair(recipe, models)

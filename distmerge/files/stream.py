@@ -37,6 +37,7 @@ class Job:
 
     Attributes:
         dtype: safetensors' name of the output's dtype.
+        origin: what an observer takes task vectors from where the rule has no base.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Job:
     rule: Rule
     members: tuple[Source, ...]
     base: Source | None = None
+    origin: Source | None = None
 
     @property
     def numel(self) -> int:
@@ -52,23 +54,25 @@ class Job:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        return self.members if self.base is None else (*self.members, self.base)
+        return (*self.members, *(source for source in (self.base, self.origin) if source is not None))
 
 
 class Survey(Protocol):
     """What must be known of the whole model before any of it is merged (a global threshold)."""
 
-    passes: int
+    def measure(self, job: Job, block: Block) -> Measured: ...
 
-    def measure(self, step: int, job: Job, block: Block) -> Measured: ...
-
-    def settle(self, step: int, tally: Tally) -> None: ...
+    def settle(self, tally: Tally) -> bool:
+        """After a pass: whether all is known. If not, another one follows."""
+        ...
 
 
 class Observer(Protocol):
     """Somebody who looks at each block as it is merged, and reports on each tensor."""
 
-    def measure(self, job: Job, block: Block, merged: Tensor, written: Tensor) -> Measured: ...
+    def measure(self, job: Job, block: Block, merged: Tensor, written: Tensor) -> Measured:
+        """``block.base`` is the job's origin where it has no base."""
+        ...
 
     def settle(self, job: Job, tally: Tally) -> Any:
         """What is known of one tensor, as JSON."""
@@ -121,20 +125,20 @@ class Stream:
 
     def look(self) -> None:
         """The survey's passes over all jobs."""
-        for step in range(self.survey.passes if self.survey else 0):
+        settled = self.survey is None
+        while not settled:
             assert self.survey is not None
-            tallies = [Tally() for _ in range(self.settings.threads)]
+            tally = Tally()
             for batch in self.batches(self.jobs):
-                self._survey_batch(step, batch, tallies[0])
-            self.survey.settle(step, tallies[0])
+                self._survey_batch(self.survey, batch, tally)
+            settled = self.survey.settle(tally)
 
-    def _survey_batch(self, step: int, batch: list[Job], tally: Tally) -> None:
+    def _survey_batch(self, survey: Survey, batch: list[Job], tally: Tally) -> None:
         lock = threading.Lock()
 
         def task(job: Job, part: range) -> None:
-            assert self.survey is not None
             for block in self.blocks(job, part):
-                measured = self.survey.measure(step, job, block)
+                measured = survey.measure(job, block)
                 with lock:
                     tally.add(block.index, measured)
 
@@ -174,7 +178,11 @@ class Stream:
             self._blame(job, block)
         rounded = self.rounding.to(DTYPES[job.dtype], merged, job.name, block.start)
         write(job, block.start, rounded.cpu())
-        return Measured() if self.observer is None else self.observer.measure(job, block, merged, rounded)
+        if self.observer is None:
+            return Measured()
+        if job.base is None and job.origin is not None:
+            block = block._replace(base=job.origin.read(block.start, block.start + merged.numel()).to(merged.device))
+        return self.observer.measure(job, block, merged, rounded)
 
     def _blame(self, job: Job, block: Block) -> None:
         """Say which input holds a value that is not finite, if one does: a sum may also overflow harmlessly."""
