@@ -26,8 +26,9 @@ from distmerge.errors import UserError
 from distmerge.files.header import FLOATS
 from distmerge.files.models import TOKENIZER_FILES, Model, check_recorded, open_model
 from distmerge.files.output import RECORD, refuse_existing
+from distmerge.files.publish import Report, write_model
 from distmerge.files.sources import Maps, OnDisk
-from distmerge.files.stream import Job, Report, Settings, Stream, write_model
+from distmerge.files.stream import Job, Settings, Stream
 from distmerge.rules.linear import Linear, Same, Scaled
 
 SHARD_BYTES = 5 * 10**9

@@ -33,7 +33,8 @@ def run(options: argparse.Namespace) -> int:
     if options.files:
         from distmerge.experts.barrier import on_data
 
-        report |= on_data([options.base, *options.models], options.files, options.sequence_length, options.batches)
+        directories = [directory_of(models[reference]) for reference in (options.base, *options.models)]
+        report |= on_data(directories, options.files, options.sequence_length, options.batches)
     print(json.dumps(report) if options.json else table(report))
     if options.plot:
         from distmerge.experts.plots import draw
@@ -44,6 +45,13 @@ def run(options: argparse.Namespace) -> int:
 
         to_tensorboard(report, Path(options.tensorboard))
     return 0
+
+
+def directory_of(model: Model) -> str:
+    """Where a whole model lies, to be loaded as one."""
+    if model.factors:
+        raise UserError(f"--files needs whole models, {model.reference} is an adapter: merge it with its base first")
+    return str(model.directory)
 
 
 def mean_of(base: str, models: list[str]) -> Recipe:

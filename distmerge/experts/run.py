@@ -20,9 +20,10 @@ from distmerge.experts.survey import ThresholdSurvey
 from distmerge.experts.vocabulary import Alignment
 from distmerge.files.models import Model, check_recorded
 from distmerge.files.output import RECORD
+from distmerge.files.publish import Report, write_model
 from distmerge.files.rounding import Rounding
 from distmerge.files.sources import Maps
-from distmerge.files.stream import Report, Settings, Stream, check_device, write_model
+from distmerge.files.stream import Settings, Stream, check_device
 
 
 def run(

@@ -12,10 +12,10 @@ from distmerge.files.stream import Job
 from distmerge.rules.rule import Block, Measured, Tally, deltas
 from distmerge.rules.threshold import COARSE, LOW_BITS, histogram, locate, patterns, within
 
-SAMPLE = 256
+SAMPLE = 64
 """A look before the pass takes the first of so many elements of every block."""
 
-WINDOW = 5
+WINDOW = 3
 """Bins of the coarse histogram, each 0.8% wide, that the pass counts to the last bit."""
 
 

@@ -11,16 +11,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from distmerge.errors import UserError
 from distmerge.files.allocator import keep_freed_memory
-from distmerge.files.layout import Shard, index_of, lay_out
-from distmerge.files.output import Digests, Output, refuse_existing
 from distmerge.files.rounding import Rounding
 from distmerge.files.sources import DTYPES, Source
 from distmerge.rules.rule import BLOCK, Block, Measured, Rule, Tally, spans
@@ -98,14 +95,6 @@ class Settings:
         return BLOCK if self.device == "cpu" else CUDA_BLOCK
 
 
-class Report(NamedTuple):
-    """Attributes: every tensor's note by the observer; hashes of the outputs, by name, and of the inputs, by path."""
-
-    notes: dict[str, Any]
-    outputs: dict[str, dict[str, Any]]
-    inputs: dict[str, dict[str, Any]]
-
-
 class Stream:
     """Jobs on threads. Use as a context manager."""
 
@@ -174,8 +163,9 @@ class Stream:
             merged = job.rule.merge(block, state)
         except ValueError as error:
             raise UserError(f"{job.name} {error}") from None
-        if merged.is_floating_point() and not bool(torch.isfinite(merged.sum())):
-            self._blame(job, block)
+        for values in (merged, *block.members) if job.rule.drops else (merged,):
+            if values.is_floating_point() and not bool(torch.isfinite(values.sum())):
+                self._blame(job, block)
         rounded = self.rounding.to(DTYPES[job.dtype], merged, job.name, block.start)
         write(job, block.start, rounded.cpu())
         if self.observer is None:
@@ -238,63 +228,6 @@ class Stream:
             members = [source.read(start, stop).to(device) for source in job.members]
             base = job.base.read(start, stop).to(device) if job.base is not None else None
             yield Block(members, base, start, index)
-
-
-def write_model(
-    stream: Stream, out: Path, identity: str, shard_bytes: int, close: Callable[[Report], dict[str, bytes]]
-) -> Report:
-    """Merge all jobs into the directory ``out``, which appears when it is whole.
-
-    Args:
-        identity: what the bytes depend on; an interrupted merge of the same identity is resumed.
-        close: makes the small files, once all hashes are known.
-    """
-    refuse_existing(out)
-    jobs = {job.name: job for job in stream.jobs}
-    shards = lay_out({job.name: (job.dtype, job.shape) for job in stream.jobs}, shard_bytes)
-    home = {name: shard for shard in shards for name in shard.offsets}
-    output = Output(out, identity, shards)
-    digests = Digests(stream.settings.threads)
-    try:
-        stream.look()
-        notes = dict(output.done)
-
-        def write(job: Job, offset: int, elements: Tensor) -> None:
-            at = home[job.name].offsets[job.name] + offset * elements.element_size()
-            output.write(home[job.name], at, elements.contiguous().view(torch.uint8).numpy().data)
-
-        ordered = [jobs[name] for shard in shards for name in shard.offsets]
-        for batch in stream.batches(ordered):
-            left = [job for job in batch if job.name not in output.done]
-            if left:
-                found = stream.merge(left, write)
-                for job in left:
-                    notes[job.name] = found.get(job.name)
-                    output.finish(job.name, notes[job.name])
-                output.flush()
-            follow(digests, output, home, batch)
-        hashes = digests.finish()
-    except BaseException:
-        digests.close()
-        raise
-    ours = {part.name: hashes.pop(output.path / part.name) for part in shards}
-    report = Report(notes, ours, {str(path): entry for path, entry in hashes.items()})
-    output.publish(index_of(shards) | close(report))
-    return report
-
-
-def follow(digests: Digests, output: Output, home: dict[str, Shard], batch: list[Job]) -> None:
-    """Let the hashes catch up with what a batch has read and written. Inputs are final; only their pages may be gone."""
-    ends: dict[Path, int] = {}
-    for job in batch:
-        shard = home[job.name]
-        stop = shard.offsets[job.name] + job.numel * DTYPES[job.dtype].itemsize
-        ends[output.path / shard.name] = max(ends.get(output.path / shard.name, 0), stop)
-        for source in job.sources:
-            for entry in source.stored:
-                ends[entry.file] = max(ends.get(entry.file, 0), entry.stop)
-    for path, stop in ends.items():
-        digests.advance(path, stop)
 
 
 def check_device(device: str) -> None:

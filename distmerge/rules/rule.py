@@ -77,10 +77,12 @@ class Rule:
     Attributes:
         passes: how often it passes over all blocks before it merges.
         unit: elements that no block may divide, such as a row.
+        drops: whether a member's element may be left out, so that a NaN in it need not show in the result.
     """
 
     passes: int = 0
     unit: int = 1
+    drops: bool = False
 
     def measure(self, step: int, block: Block, state: Any) -> Measured:
         """What pass ``step`` needs to know of a block; ``state`` is what the last pass settled."""

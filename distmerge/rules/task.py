@@ -124,6 +124,7 @@ class TaskVectors(Rule):
         self.dtype, self.numel, self.unit = dtype, numel, unit
         self.trims = sparsifier.passes if isinstance(sparsifier, ByMagnitude) else 0
         self.passes = self.trims + (rescale == "l1" and sparsifier is not None)
+        self.drops = sparsifier is not None
 
     def measure(self, step: int, block: Block, state: Settled | None) -> Measured:
         _, delta = deltas(block, self.dtype)
@@ -193,6 +194,8 @@ class GlobalTrim(Rule):
     Args:
         thresholds: one bit pattern for each member, filled in before the merge; what is equal to it is kept.
     """
+
+    drops = True
 
     def __init__(self, weights: list[float], combine: Combine, thresholds: list[int]):
         self.weights, self.combine, self.thresholds = weights, combine, thresholds
