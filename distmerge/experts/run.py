@@ -19,7 +19,7 @@ from distmerge.experts.record import as_json, card, record
 from distmerge.experts.survey import ThresholdSurvey
 from distmerge.experts.vocabulary import Alignment
 from distmerge.files.models import Model, check_recorded
-from distmerge.files.output import RECORD
+from distmerge.files.output import RECORD, Digests
 from distmerge.files.publish import Report, write_model
 from distmerge.files.rounding import Rounding
 from distmerge.files.sources import Maps
@@ -28,9 +28,9 @@ from distmerge.files.stream import Settings, Stream, check_device
 
 def run(
     recipe: Recipe, models: dict[str, Model], pairings: list[Pairing], out: Path, identity: str, shard_bytes: int,
-    small: dict[str, bytes], options: argparse.Namespace,
+    small: dict[str, bytes], options: argparse.Namespace, digests: Digests,
 ) -> Report:  # fmt: skip
-    """Merge the pairings into ``out``, with the files ``small`` beside them."""
+    """Merge the pairings into ``out``, with the files ``small`` beside them; ``digests`` have begun with the inputs."""
     started = time.monotonic()
     settings = settings_of(options)
     maps = Maps()
@@ -53,7 +53,7 @@ def run(
                 said["report.json"] = as_json(summarise(report.notes, *roles(pairings[0])))
             return small | said
 
-        report = write_model(stream, out, identity, shard_bytes, close)
+        report = write_model(stream, out, identity, shard_bytes, close, digests)
     size = sum(entry["bytes"] for entry in report.outputs.values())
     print(f"{out}: {len(jobs)} tensors, {size / 1e6:.1f} MB in {time.monotonic() - started:.1f} s by {recipe.method}")
     return report

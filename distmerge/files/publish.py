@@ -24,42 +24,43 @@ class Report(NamedTuple):
 
 
 def write_model(
-    stream: Stream, out: Path, identity: str, shard_bytes: int, close: Callable[[Report], dict[str, bytes]]
+    stream: Stream,
+    out: Path,
+    identity: str,
+    shard_bytes: int,
+    close: Callable[[Report], dict[str, bytes]],
+    digests: Digests,
 ) -> Report:
     """Merge all jobs into the directory ``out``, which appears when it is whole.
 
     Args:
         identity: what the bytes depend on; an interrupted merge of the same identity is resumed.
         close: makes the small files, once all hashes are known.
+        digests: hash all that is read and written; they may have begun with the inputs.
     """
     refuse_existing(out)
     jobs = {job.name: job for job in stream.jobs}
     shards = lay_out({job.name: (job.dtype, job.shape) for job in stream.jobs}, shard_bytes)
     home = {name: shard for shard in shards for name in shard.offsets}
     output = Output(out, identity, shards)
-    digests = Digests(stream.settings.threads)
-    try:
-        stream.look()
-        notes = dict(output.done)
+    stream.look()
+    notes = dict(output.done)
 
-        def write(job: Job, offset: int, elements: Tensor) -> None:
-            at = home[job.name].offsets[job.name] + offset * elements.element_size()
-            output.write(home[job.name], at, elements.contiguous().view(torch.uint8).numpy().data)
+    def write(job: Job, offset: int, elements: Tensor) -> None:
+        at = home[job.name].offsets[job.name] + offset * elements.element_size()
+        output.write(home[job.name], at, elements.contiguous().view(torch.uint8).numpy().data)
 
-        ordered = [jobs[name] for shard in shards for name in shard.offsets]
-        for batch in stream.batches(ordered):
-            left = [job for job in batch if job.name not in output.done]
-            if left:
-                found = stream.merge(left, write)
-                for job in left:
-                    notes[job.name] = found.get(job.name)
-                    output.finish(job.name, notes[job.name])
-                output.flush()
-            follow(digests, output, home, batch)
-        hashes = digests.finish()
-    except BaseException:
-        digests.close()
-        raise
+    ordered = [jobs[name] for shard in shards for name in shard.offsets]
+    for batch in stream.batches(ordered):
+        left = [job for job in batch if job.name not in output.done]
+        if left:
+            found = stream.merge(left, write)
+            for job in left:
+                notes[job.name] = found.get(job.name)
+                output.finish(job.name, notes[job.name])
+            output.flush()
+        follow(digests, output, home, batch)
+    hashes = digests.finish()
     ours = {part.name: hashes.pop(output.path / part.name) for part in shards}
     report = Report(notes, ours, {str(path): entry for path, entry in hashes.items()})
     output.publish(index_of(shards) | close(report))

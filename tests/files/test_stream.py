@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from distmerge import cli
 from distmerge.errors import UserError
+from distmerge.files import output
 from tests.files.models import family, tensors, write
 
 METHODS = {
@@ -103,6 +105,18 @@ def test_output_loads_anywhere_and_says_what_it_is(tmp_path):
     assert {Path(path).parent.name for path in record["inputs"]} == {"m0", "m1"}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
     assert "arxiv.org/abs/2203.05482" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("head_start", [0, 1000, 1 << 30])
+def test_hashes_are_of_whole_files(head_start, tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "HEAD_START_BYTES", head_start)
+    monkeypatch.setattr(output, "PIECE_BYTES", 300)
+    merge("linear", family(tmp_path, shards=2), tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "merge.json").read_text())
+    found = record["inputs"] | {str(tmp_path / "out" / name): entry for name, entry in record["outputs"].items()}
+    assert len(found) == 5
+    for path, entry in found.items():
+        assert entry == {"bytes": Path(path).stat().st_size, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
 
 
 def test_verify(tmp_path, capsys):
