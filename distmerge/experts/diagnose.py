@@ -32,12 +32,13 @@ class Similarity:
         found = similarity.measure(delta)
         exact = merged.float()
         lost = torch.stack([(written.float() - exact).square().sum(), (exact - base).square().sum()])
-        return Measured(found.added, found.kept | {"rounding": lost})
+        each = torch.stack([(member.to(written.dtype).float() - member.float()).square().sum() for member in members])
+        return Measured(found.added, found.kept | {"rounding": lost, "each": each})
 
     def settle(self, job: Job, tally: Tally) -> Any:
         if "live" not in tally.added:
             return None
-        return similarity.settle(tally) | {"rounding": tally.total("rounding").tolist()}
+        return similarity.settle(tally) | {name: tally.total(name).tolist() for name in ("rounding", "each")}
 
 
 def summarise(notes: dict[str, Any], models: list[str], origin: str, based: bool = True) -> dict[str, Any]:
@@ -74,7 +75,8 @@ def added(notes: list[Any]) -> dict[str, Any]:
     Returns:
         cosines [M][M], norms [M], the share of elements with members of both signs (``conflict_count``, of those where any
         is not 0), the share of mass that cancels ``1 - |sum|/sum||`` (``conflict_mass``), ``concentration`` [M], and
-        ``lost_to_rounding``, the norm of the rounding over that of the merged task vector.
+        ``lost_to_rounding``, the norm of the rounding over that of the merged task vector, and ``each_lost_to_rounding`` [M],
+        that of each member, were it stored in the output's dtype, over its task vector's.
     """
     sums = {key: np.sum([np.asarray(note[key], dtype=np.float64) for note in notes], axis=0) for key in notes[0]}
     gram, mass = sums["gram"], sums["mass"]
@@ -91,6 +93,7 @@ def added(notes: list[Any]) -> dict[str, Any]:
         "conflict_mass": float(mass[0] / mass[1]) if mass[1] > 0 else 0.0,
         "concentration": spread.tolist(),
         "lost_to_rounding": float(np.sqrt(lost / merged)) if merged > 0 else 0.0,
+        "each_lost_to_rounding": np.divide(np.sqrt(sums["each"]), norms, out=np.zeros_like(norms), where=norms > 0).tolist(),
     }
 
 
@@ -134,6 +137,9 @@ def table(report: dict[str, Any]) -> str:
     if "subspaces" in report:
         mean = np.mean([entry["overlap"] for entry in report["subspaces"]]) if report["subspaces"] else 0.0
         lines.append(f"overlap of the leading subspaces: {mean:.3f} (mean over matrices and pairs)")
+    if "adapters" in report:
+        lines.append("cosines between adapters, from their factors alone:")
+        lines += ["  " + "  ".join(f"{value:7.4f}" for value in row) for row in report["adapters"]["cosines"]]
     for key, title in (("barriers", "loss barrier"), ("divergences", "KL divergence")):
         lines += [f"{title} {entry['pair'][0]}-{entry['pair'][1]}: {entry['value']:.4f} nats" for entry in report.get(key, [])]
     chosen = report["recommendation"]

@@ -10,7 +10,7 @@ from typing import Any
 from distmerge.errors import UserError
 from distmerge.experts.build import build, open_source
 from distmerge.experts.diagnose import Similarity, summarise, table
-from distmerge.experts.lora import leading_factors
+from distmerge.experts.lora import leading_factors, similarity
 from distmerge.experts.members import open_all
 from distmerge.experts.pairing import Pairing, check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice
@@ -30,6 +30,9 @@ def run(options: argparse.Namespace) -> int:
     recipe = mean_of(options.base, options.models)
     models = open_all(recipe, options.allow_pickle)
     report = diagnose(recipe, models, settings_of(options), subspaces=True)
+    adapters = [models[reference].factors for reference in options.models]
+    if all(adapters):
+        report["adapters"] = similarity(adapters, Maps())
     if options.files:
         from distmerge.experts.barrier import on_data
 

@@ -89,6 +89,20 @@ def test_every_method_has_a_report(method, paths, tmp_path):
     assert (report["recommendation"] is None) == (len(members) == 1)
 
 
+def test_what_each_task_vector_loses_to_the_outputs_dtype(tmp_path):
+    base, *members = family(tmp_path / "wide", torch.float32)
+    named = [part for path in members for part in ("--model", str(path))]
+    flags = ["--base", str(base), *named, "--out-dtype", "bfloat16", "--report", "--out", str(tmp_path / "out")]
+    assert cli.run(["merge", "--method", "task_arithmetic", *flags]) == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["whole"]["each_lost_to_rounding"]
+    origin = load_file(base / "model.safetensors")
+    for path, share in zip(members, found, strict=True):
+        own = load_file(path / "model.safetensors")
+        lost = sum(float((value.bfloat16().double() - value.double()).square().sum()) for value in own.values())
+        size = sum(float((value.double() - origin[name].double()).square().sum()) for name, value in own.items())
+        assert share == pytest.approx((lost / size) ** 0.5, rel=1e-4)
+
+
 def test_without_any_base_a_report_starts_from_the_first_model(paths, tmp_path):
     named = [part for path in paths[1:] for part in ("--model", str(path))]
     assert cli.run(["merge", "--method", "linear", *named, "--report", "--out", str(tmp_path / "out")]) == 0
