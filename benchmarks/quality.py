@@ -56,6 +56,7 @@ class Size:
     delay_steps: int
     data_parallel: tuple[float, ...]
     diloco: tuple[Outer, ...]
+    four_workers: tuple[Outer, ...]
     long_rounds: tuple[int, ...]
     delays: tuple[int, ...]
 
@@ -75,35 +76,44 @@ FULL = Size(
         Outer(2e-3, 0.7, 0.9),
         Outer(4e-3, 0.7, 0.5),
     ),
+    four_workers=(Outer(1e-3, 0.7, 0.5), Outer(1e-3, 1.0, 0.5), Outer(2e-3, 0.7, 0.5), Outer(2e-3, 1.0, 0.5)),
     long_rounds=(50, 200),
     delays=(0, 1, 5, 10, 50),
 )
-SMALL = Size(200, 100, 60, 100, (2e-3,), (Outer(1e-3, 0.7, 0.5), Outer(2e-3, 1.0, 0.0)), (50,), (0, 5))
+SMALL = Size(
+    200, 100, 60, 100, (2e-3,), (Outer(1e-3, 0.7, 0.5), Outer(2e-3, 1.0, 0.0)), (Outer(1e-3, 0.7, 0.5),), (50,), (0, 5)
+)
 
 FEW_ROUNDS = ((1.0, 0.0), (0.7, 0.5), (0.5, 0.8), (0.7, 0.9))
 """Outer rates and momenta for the short runs, at the inner rate that was best."""
 
 
-def sweep(runs: Runs, size: Size) -> tuple[float, Outer]:
-    """The best learning rate of data parallelism; the best rates and momentum of DiLoCo."""
+def sweep(runs: Runs, size: Size) -> tuple[float, dict[int, Outer]]:
+    """The best learning rate of data parallelism; the best rates and momentum of DiLoCo, by the number of workers."""
     seeds, steps = [SWEEP_SEED], size.sweep_steps
     by_rate = {rate: runs.outcome(data_parallel(rate, steps), seeds).loss for rate in size.data_parallel}
-    by_outer = {tuned: runs.outcome(tuned.arm(steps), seeds).loss for tuned in size.diloco}
-    rate, tuned = min(by_rate, key=by_rate.__getitem__), min(by_outer, key=by_outer.__getitem__)
+    swept = {2: size.diloco, 4: size.four_workers}
+    by_outer = {m: {s: runs.outcome(s.arm(steps, workers=m), seeds).loss for s in settings} for m, settings in swept.items()}
+    rate = min(by_rate, key=by_rate.__getitem__)
+    tuned = {workers: min(losses, key=losses.__getitem__) for workers, losses in by_outer.items()}
     runs.report.data["sweep"] = {
         "seed": SWEEP_SEED,
         "steps": steps,
         "rounds": steps // EVERY,
         "data parallelism": {f"{lr:g}": loss for lr, loss in by_rate.items()},
-        "diloco": {str(settings): {"loss": loss, "gap": loss / by_rate[rate] - 1} for settings, loss in by_outer.items()},
-        "best": {"data parallelism": rate, "diloco": str(tuned)},
+        "diloco": {
+            workers: {str(settings): {"loss": loss, "gap": loss / by_rate[rate] - 1} for settings, loss in losses.items()}
+            for workers, losses in by_outer.items()
+        },
+        "best": {"data parallelism": rate} | {f"{workers} workers": str(settings) for workers, settings in tuned.items()},
     }
     return rate, tuned
 
 
-def few_rounds(runs: Runs, size: Size, rate: float, tuned: Outer) -> dict[str, float]:
+def few_rounds(runs: Runs, size: Size, tuned: Outer) -> dict[str, float]:
     """Gaps of outer settings in runs too short for many rounds, as the quickstart is."""
-    baseline = runs.outcome(data_parallel(rate, size.few_steps), [SWEEP_SEED])
+    arms = [data_parallel(rate, size.few_steps) for rate in size.data_parallel[:3]]
+    baseline = min((runs.outcome(arm, [SWEEP_SEED]) for arm in arms), key=lambda outcome: outcome.loss)
     settings = [Outer(tuned.inner_lr, lr, momentum) for lr, momentum in FEW_ROUNDS]
     return {f"{s.lr:g}/{s.momentum:g}": gap(runs.outcome(s.arm(size.few_steps), [SWEEP_SEED]), baseline) for s in settings}
 
@@ -153,11 +163,12 @@ def main() -> None:
     options = arguments.parse_args()
     report, size = Report("quality", options), SMALL if options.small else FULL
     runs, seeds = Runs(report, options.files), list(range(options.seeds))
-    lr, tuned = sweep(runs, size)
+    lr, by_workers = sweep(runs, size)
+    tuned = by_workers[2]
     baseline = runs.outcome(data_parallel(lr, size.steps), seeds)
-    judged = {workers: runs.outcome(tuned.arm(size.steps, workers=workers), seeds) for workers in (2, 4)}
+    judged = {w: runs.outcome(best.arm(size.steps, workers=w), seeds) for w, best in by_workers.items()}
     studies: dict[str, Any] = {
-        "few rounds": few_rounds(runs, size, lr, tuned),
+        "few rounds": few_rounds(runs, size, tuned),
         "long rounds": long_rounds(runs, size, lr, tuned),
         "SPARTA and DiLoCo": sparse_and_full(runs, size, tuned, [SWEEP_SEED, *seeds[1:]]),
         "SPARTA's delay": delays(runs, size, tuned),

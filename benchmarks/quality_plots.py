@@ -22,7 +22,7 @@ def draw(report: Report, baseline: Outcome, arms: dict[str, Outcome], every: int
     for name, gaps in report.data["long rounds"].items():
         axes[0, 2].plot(list(gaps), [100 * share for share in gaps.values()], marker=".", label=name)
     axes[0, 2].set(xlabel="H (inner steps per round)", ylabel="gap to data parallelism, %", title="longer rounds", xscale="log")
-    swept = {name: entry["gap"] for name, entry in report.data["sweep"]["diloco"].items()}
+    swept = {name: entry["gap"] for name, entry in report.data["sweep"]["diloco"][2].items()}
     bars(axes[1, 0], swept, f"outer settings, {report.data['sweep']['rounds']} rounds: gap, %")
     bars(axes[1, 1], report.data["few rounds"], "outer settings, few rounds: gap, %")
     delayed = report.data["SPARTA's delay"]

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +26,10 @@ from distmerge.checkpoints.foreign import as_safetensors, is_foreign, newest_tag
 from distmerge.errors import UserError
 from distmerge.files.header import FLOATS
 from distmerge.files.models import TOKENIZER_FILES, Model, check_recorded, open_model
-from distmerge.files.output import RECORD, refuse_existing
+from distmerge.files.output import RECORD, Digests, refuse_existing
+from distmerge.files.publish import Report, write_model
 from distmerge.files.sources import Maps, OnDisk
-from distmerge.files.stream import Job, Report, Settings, Stream, write_model
+from distmerge.files.stream import Job, Settings, Stream
 from distmerge.rules.linear import Linear, Same, Scaled
 
 SHARD_BYTES = 5 * 10**9
@@ -160,8 +162,8 @@ def write(
         return small | {RECORD: as_json(record | {"inputs": report.inputs, "outputs": report.outputs})}
 
     settings = Settings(options.threads or len(os.sched_getaffinity(0)), options.chunk)
-    with Stream(jobs, settings) as stream:
-        write_model(stream, out, identity(record, members, options.dtype), SHARD_BYTES, close)
+    with Stream(jobs, settings) as stream, closing(Digests(settings.threads)) as digests:
+        write_model(stream, out, identity(record, members, options.dtype), SHARD_BYTES, close, digests)
 
 
 def job_of(name: str, members: list[Member], c: list[float], maps: Maps, dtype: str | None) -> Job:

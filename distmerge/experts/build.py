@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from distmerge.errors import UserError
@@ -53,6 +55,15 @@ def job(
     if recipe.method == "slerp" and base is not None:
         members, base = (base, *members), None
     return Job(pairing.name, pairing.shape, DTYPES[out] if out else first, rule, members, base)
+
+
+def observed(job: Job, pairing: Pairing, maps: Maps) -> Job:
+    """The job with an origin for a report: the recipe's base, though the method has no use for it, or else the first member."""
+    if job.base is not None or job.shape != pairing.shape:
+        return job
+    if pairing.origin is None:
+        return replace(job, origin=job.members[0])
+    return replace(job, origin=open_source(pairing.origin, maps)) if pairing.origin.stored.shape == job.shape else job
 
 
 def open_source(item: Input, maps: Maps) -> Source:

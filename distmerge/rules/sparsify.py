@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from distmerge.rules.counter import HALF, chance, draws
-from distmerge.rules.rule import Measured, Tally, wide
+from distmerge.rules.rule import INTEGERS, Measured, Tally
 from distmerge.rules.threshold import FINE, LOW_BITS, Cut, histogram, levels, locate, patterns, refine, value_of
 
 
@@ -31,9 +32,9 @@ class Keep(NamedTuple):
     last_high: int
 
 
-ALL = Keep(-1, 0, 0, 1 << 31, 0)
-NONE = Keep((1 << 31) - 1, 0, 0, 1 << 31, 0)
 ENDLESS = 1 << 62
+ALL = Keep(-1, 0, ENDLESS, 1 << 31, 0)
+NONE = Keep((1 << 31) - 1, 0, ENDLESS, 1 << 31, 0)
 
 
 class Trim(NamedTuple):
@@ -178,8 +179,13 @@ class ByMagnitude:
 
 def equal_to_ends(bits: Tensor, keep: Keep) -> list[int]:
     """How many of ``bits [n]`` equal each end of the interval, where it matters."""
-    low = int((bits == keep.low).sum()) if keep.first > 0 or keep.last < ENDLESS else 0
-    return [low, int((bits == keep.high).sum()) if keep.last_high < ENDLESS and keep.high < 1 << 31 else 0]
+    low = count(bits, keep.low) if keep.first > 0 or keep.last < ENDLESS else 0
+    return [low, count(bits, keep.high) if keep.last_high < ENDLESS and keep.high < 1 << 31 else 0]
+
+
+def count(bits: Tensor, value: int) -> int:
+    """How many of ``bits [n]`` are ``value``; on a CPU by numpy, which is ten times as fast."""
+    return int(np.count_nonzero(bits.numpy() == value)) if bits.device.type == "cpu" else int((bits == value).sum())
 
 
 class AtRandom:
@@ -202,8 +208,8 @@ class AtRandom:
 
 
 def keep_bits(row: Tensor, mask: Tensor) -> None:
-    """Set a float32 or float64 row to 0 where the int32 mask is 0, in place."""
-    bits = torch.int32 if row.dtype == torch.float32 else torch.int64
+    """Set a row to 0 where the int32 mask is 0, in place."""
+    bits = INTEGERS[row.dtype]
     row.view(bits).bitwise_and_(mask.to(bits))
 
 
@@ -226,7 +232,7 @@ class Magprune:
         rank = torch.arange(columns).to(working) + 1
         # A row of one element has no order: 0/0 counts as the lowest.
         share = ((rank - rank[0]) / (rank[-1] - rank[0])).nan_to_num_(0.0).clamp_(0, 1)
-        self.odds = [((one - width) + share * 2 * width).to(wide(dtype)) for one, width in zip(density, half, strict=True)]
+        self.odds = [((one - width) + share * 2 * width) for one, width in zip(density, half, strict=True)]
 
     def thin(self, delta: Tensor, start: int, inverse: bool) -> Tensor:
         """``delta [M, n]`` from offset ``start`` on, in place, with what is not drawn set to 0; the rest is divided by its
