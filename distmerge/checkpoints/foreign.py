@@ -91,4 +91,5 @@ def read_zero(path: Path) -> dict[str, Tensor]:
         state = get_fp32_state_dict_from_zero_checkpoint(root, tag)
     except (OSError, ValueError, AssertionError) as error:
         raise UserError(f"cannot read the DeepSpeed checkpoint {path}: {error}") from None
+    assert state is not None, "it is None only where tensors are asked for lazily"
     return {name: tensor.contiguous() for name, tensor in state.items()}

@@ -55,7 +55,6 @@ def lay_out(kind: str, mesh: Any) -> tuple[Any, Any, int]:
     if kind == "zero 2":
         import deepspeed
 
-        deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})  # not the helper that takes minutes to compile
         config = {
             "train_micro_batch_size_per_gpu": 16,
             "zero_optimization": {"stage": 2},
@@ -164,7 +163,6 @@ def by_parameter(stage: int) -> tuple[bool, bool]:
 
     from distmerge.engine.masters import PublicMasters, master_parameters
 
-    deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
     both = init_device_mesh("cpu", (2,)).get_group()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
