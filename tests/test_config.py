@@ -216,7 +216,7 @@ def test_overrides_that_are_wrong(path: str, arguments: str, message: str) -> No
         ("--seed 3", ["seed"]),
         ("--merge.0.every 3 --optimizer.betas 0.1 0.2", ["merge.0.every", "optimizer.betas"]),
         ("--merge.1.kind none", ["merge.1.kind"]),
-        ("--model.config.hidden-size 32 --train.batch-size 9", ["model.config.hidden_size", "train.batch_size"]),
+        ("--model.config.hidden-size 32 --train.gradient-clip 9", ["model.config.hidden_size", "train.gradient_clip"]),
     ],
 )
 def test_differing_keys(path: str, overrides: str, keys: list[str]) -> None:

@@ -49,6 +49,7 @@ def check(path: Any, old: dict[str, Any], config: TrainConfig, mesh: Mesh) -> No
         UserError: what does not fit, and what would.
     """
     new = layout(config, mesh)
+    old = {"engine": "torch"} | old
     if old["workers"] != new["workers"]:
         raise UserError(
             f"{path} was written by {old['world']} ranks in {old['workers']} workers, got {new['world']} ranks in "

@@ -16,7 +16,7 @@ from distmerge.config import TrainConfig
 from distmerge.config_engine import trainers_values
 from distmerge.engine.engine import Engine, StepResult, gather_whole, names_beside
 from distmerge.engine.masters import FlatMasters, PublicMasters, ShardedMasters, master_parameters
-from distmerge.engine.ops import OFFLOAD, build_ops, import_deepspeed
+from distmerge.engine.ops import build_ops, import_deepspeed
 from distmerge.engine.optimizers import parameter_groups
 from distmerge.errors import UserError
 from distmerge.mesh import Mesh, alone
@@ -32,7 +32,7 @@ class ZeroEngine(Engine):
         model = model.to(mesh.device)
         self.offloads = config.engine.offloads
         if self.offloads:
-            mesh.lead_first("DeepSpeed's helpers", lambda: build_ops(OFFLOAD))
+            mesh.lead_first("DeepSpeed's helper", build_ops)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer(model, config),
@@ -138,6 +138,7 @@ class WorkerRanks:
     """
 
     def __init__(self, inside: dist.ProcessGroup):
+        import_deepspeed(inside_device(inside))
         self.inside, self.alone = inside, alone()
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
@@ -161,6 +162,11 @@ class WorkerRanks:
     get_tensor_model_parallel_group = get_pipeline_model_parallel_group = get_model_parallel_group
     get_tensor_model_parallel_rank = get_pipeline_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_pipeline_model_parallel_world_size = get_model_parallel_world_size
+
+
+def inside_device(group: dist.ProcessGroup) -> str:
+    """The type of device that a group's ranks compute on."""
+    return "cuda" if "nccl" in dist.get_backend(group) else "cpu"
 
 
 def deepspeed_table(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:

@@ -17,34 +17,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distmerge.errors import UserError
 
-EVERY_RUN = ("deepspeed_shm_comm",)
-"""Compiled by deepspeed.init_distributed in a user's own loop on CPUs; the trainer goes without."""
 
-OFFLOAD = ("cpu_adam",)
-"""Compiled where the optimizer is offloaded."""
+def build_ops() -> bool:
+    """Build and load what the offloaded optimizer needs, DeepSpeedCPUAdam's helper. Minutes at first, then a second.
 
-
-def build_ops(names: tuple[str, ...] = EVERY_RUN + OFFLOAD) -> list[str]:
-    """Build and load DeepSpeed's helpers for the CPU; those that were compiled now. Minutes at first, then a second.
+    Returns:
+        whether it was compiled now.
 
     Raises:
         UserError: where DeepSpeed is not installed.
     """
-    import_deepspeed("cpu")
-    from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
+    import_deepspeed("cuda" if torch.cuda.is_available() else "cpu")
+    from deepspeed.ops.op_builder import CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]
     from torch.utils.cpp_extension import _get_build_directory
 
-    builders = {builder.NAME: builder for builder in (ShareMemCommBuilder, CPUAdamBuilder)}
-    built: list[str] = []
-    for name in names:
-        folder = Path(_get_build_directory(name, verbose=False))
-        with one_builder(folder):
-            fresh = not (folder / f"{name}.so").exists()
-            builders[name]().load(verbose=False)
-        built += [name] * fresh
-    return built
+    folder = Path(_get_build_directory(CPUAdamBuilder.NAME, verbose=False))
+    with one_builder(folder):
+        fresh = not (folder / f"{CPUAdamBuilder.NAME}.so").exists()
+        CPUAdamBuilder().load(verbose=False)
+    return fresh
 
 
 @contextmanager
@@ -69,8 +64,7 @@ def working_in(folder: Path) -> bool:
 
 def main() -> None:
     """``distmerge build-ops``."""
-    built = build_ops()
-    print(f"built {', '.join(built)}" if built else "everything that DeepSpeed compiles here is built", file=sys.stderr)
+    print("compiled DeepSpeed's helper" if build_ops() else "DeepSpeed's helper was compiled before", file=sys.stderr)
 
 
 def import_deepspeed(device_type: str) -> Any:
@@ -85,6 +79,6 @@ def import_deepspeed(device_type: str) -> Any:
     except ImportError:
         raise UserError('config.engine.kind "deepspeed" needs DeepSpeed: pip install distmerge[deepspeed]') from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Its reductions through shared memory are for inference; compiling them here would take minutes.
+    # Ranks on CPUs would each compile and load its reductions through shared memory, which are for inference.
     deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
     return deepspeed
