@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from report import Report, parser
+from report import RECORDS, Report, parser
 
 RATE = "100mbit"
 NODES = ((f"dm{os.getpid()}a", "10.231.77.1"), (f"dm{os.getpid()}b", "10.231.77.2"))
@@ -99,23 +99,7 @@ def network() -> Iterator[None]:
             call("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "link0")
             call("ip", "-n", name, "link", "set", "link0", "up")
             call("ip", "-n", name, "link", "set", "lo", "up")
-            call(
-                "tc",
-                "-n",
-                name,
-                "qdisc",
-                "add",
-                "dev",
-                "link0",
-                "root",
-                "tbf",
-                "rate",
-                RATE,
-                "burst",
-                "64kb",
-                "latency",
-                "200ms",
-            )
+            call("tc", "-n", name, *f"qdisc add dev link0 root tbf rate {RATE} burst 64kb latency 200ms".split())
         yield
     finally:
         for name in names:
@@ -201,7 +185,8 @@ def run(arm: Arm, report: Report, files: list[str], repetition: int) -> dict[str
     return result
 
 
-def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def plot(results: dict[str, list[dict[str, Any]]], report: Report) -> None:
+    """Loss against wall-clock."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -213,7 +198,8 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes.set(xlabel=f"training seconds, two workers on {RATE}", ylabel="eval loss (nats/token)", xscale="log")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    for folder in (report.out, *([RECORDS] if report.recording else [])):
+        figure.savefig(folder / "network.png", dpi=100)
 
 
 def main() -> None:
@@ -230,15 +216,15 @@ def main() -> None:
 
 
 def measure(report: Report, options: Any) -> None:
-    steps, repetitions = (100, 1) if options.small else (300, 3)
+    steps, repetitions = (100, 1) if options.small else (120, 3)
     chosen = arms(steps)
     results: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in chosen}
     for repetition in range(repetitions):
         for arm in chosen:
             if repetition == 0 or arm.name in ("no communication", "streaming int4"):
                 results[arm.name].append(run(arm, report, options.files, repetition))
-    waiting = {arm.name: run(arm, report, options.files, 0) for arm in overlap_arms(60)}
-    plot(results, report.out / "network.png")
+    waiting = {arm.name: run(arm, report, options.files, 0) for arm in overlap_arms(30)}
+    plot(results, report)
     report.data |= {"rate": RATE, "arms": results, "overlap": waiting}
     speeds = {name: statistics.median(r["tokens_per_second"] for r in runs) for name, runs in results.items()}
     report.data["tokens_per_second"] = speeds

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from quality import Arm, Runs, diloco
+from arms import Arm, Runs, diloco
 from ranks import on_ranks
 from report import Report, parser, spread
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -29,6 +30,7 @@ COSTS: dict[str, Callable[[float, tuple], float]] = {
     "broadcast": lambda share, tensors: share * size(tensors[0]),
     "all_gather": lambda share, tensors: share * size(tensors[0]),
     "all_gather_into_tensor": lambda share, tensors: share * size(tensors[0]),
+    "all_gather_single": lambda share, tensors: share * size(tensors[0]),
     "reduce_scatter_tensor": lambda share, tensors: share * size(tensors[1]),
     "all_to_all_single": lambda share, tensors: share * size(tensors[1]),
     "isend": lambda share, tensors: size(tensors[0]),
@@ -55,6 +57,6 @@ def counted(group: dist.ProcessGroup | None = None) -> Iterator[Traffic]:
         return call
 
     with contextlib.ExitStack() as stack:
-        for name in COSTS:
+        for name in filter(partial(hasattr, dist), COSTS):
             stack.enter_context(mock.patch.object(dist, name, spied(name, getattr(dist, name))))
         yield traffic

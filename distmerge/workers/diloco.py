@@ -35,10 +35,10 @@ from distmerge.buffers import Policy, buffer_policies
 from distmerge.config_file import checked
 from distmerge.flat import FlatParameters, flatten
 from distmerge.rules.mean import token_weight
-from distmerge.rules.radial import radial_mean
 from distmerge.workers.flight import AllReduce, Exchange, Flight, InFlight, share_numel, total_weight
-from distmerge.workers.fragments import Bucket, cut_fragments, segments
+from distmerge.workers.fragments import Bucket, cut_fragments
 from distmerge.workers.outer_state import OuterState, own_shares, share_slices
+from distmerge.workers.radial import RadialMean
 from distmerge.workers.report import MergeReport, Spread
 from distmerge.workers.total import Peers
 from distmerge.workers.wire import WIRES
@@ -96,7 +96,8 @@ class DiLoCo:
         self.peers = Peers(group)
         self.flat = flatten(model)
         self.policies = buffer_policies(self.flat.model, buffers)
-        self.fragments = cut_fragments(self.flat, fragments, fragment_order, bucket_bytes // 4)
+        bucket_numel = self.flat.vector.numel() if rule == "radial" else bucket_bytes // 4
+        self.fragments = cut_fragments(self.flat, fragments, fragment_order, bucket_numel)
         self.wire = WIRES[wire]
         self.weight = 1.0
         self.round = 0
@@ -150,13 +151,10 @@ class DiLoCo:
         self.flat.pull()
         steps, weight = self._begin_round(number)
         spread = Spread(self.flat.vector.device)
-        if self.settings.rule == "radial":
-            self._merge_radial(weight, mix, spread)
-        else:
-            for bucket in self.fragments[number]:
-                flight = self._send(bucket, self._shared_message(bucket), weight, spread)
-                self._receive(bucket, flight, weight, mix, spread)
-                waited += flight.waited
+        for bucket in self.fragments[number]:
+            flight = self._send(bucket, self._shared_message(bucket), weight, spread)
+            self._receive(bucket, flight, weight, mix, spread)
+            waited += flight.waited
         return self._report(number, steps, weight, spread, began, waited, full)
 
     @torch.no_grad()
@@ -200,6 +198,8 @@ class DiLoCo:
                     message[place].copy_(theta[part])
                 else:
                     spread.add_own(self.outer.delta(theta[part], part, out=message[place]))
+        if self.settings.rule == "radial":
+            return RadialMean(self.peers, self.flat, message, weight)
         if sharded:
             return Exchange(self.peers, message, weight, self.wire, owner=self._owner(bucket, spread))
         if self.wire.name == "fp32":
@@ -220,23 +220,6 @@ class DiLoCo:
                 spread.add_merged(mean)
                 anchor = self.outer.step(mean, part)
             theta.copy_(anchor) if mix == 0 else theta.lerp_(anchor, 1 - mix)
-
-    def _merge_radial(self, weight: float, mix: float, spread: Spread) -> None:
-        """The same for a rule that needs whole tensors: all of theta in one message."""
-        assert self.outer is not None
-        theta, whole = self.flat.vector, slice(0, self.flat.vector.numel())
-        delta = torch.zeros_like(theta)
-        if weight > 0:
-            spread.add_own(self.outer.delta(theta, whole, out=delta))
-        here = [list(segments([slot], self.flat.start, theta.numel())) for slot in self.flat.layout]
-        tensors = [runs[0] if runs else slice(0, 0) for runs in here]
-        plain = [any(word in slot.name for word in EMBEDDINGS) for slot in self.flat.layout]
-        weights = torch.full((1, 1), weight, device=theta.device)
-        total = lambda x: self.peers.total(x.sum(0))  # noqa: E731
-        d = radial_mean(delta[None], weights, total, tensors, plain, self.flat.sum_over_shards)
-        spread.add_merged(d)
-        anchor = self.outer.step(d, whole)
-        theta.copy_(anchor) if mix == 0 else theta.lerp_(anchor, 1 - mix)
 
     def _begin_round(self, number: int) -> tuple[int, float]:
         """Inner steps since this fragment was last sent, and this worker's weight."""
@@ -341,7 +324,3 @@ class DiLoCo:
         self.flying = None if state["flying"] is None else InFlight.from_state(state["flying"], self.flat.vector.device)
         self.peers.ledger.load_state_dict(state["ledger"])
         self._reported = (self.peers.ledger.collectives, self.peers.ledger.bytes_sent)
-
-
-EMBEDDINGS = ("embed", "wte", "wpe", "lm_head")
-"""Parts of the names of embeddings and heads, whose rows are tensors of their own: the radial rule averages them plainly."""

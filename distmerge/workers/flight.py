@@ -104,7 +104,9 @@ class Exchange:
         encoded = self._encode(mean, 1)
         self._incoming = encoded.new_empty(self.peers.size, encoded.numel())
         self.peers.ledger.gather(self._incoming.numel(), payload=False)
-        self._work = dist.all_gather_into_tensor(self._incoming.view(-1), encoded, group=self.peers.group, async_op=True)
+        # torch 2.13 renamed it, and warns at each use of the old name.
+        gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+        self._work = gather(self._incoming.view(-1), encoded, group=self.peers.group, async_op=True)
         self._outgoing = encoded
         self._stage = 2
 

@@ -36,10 +36,14 @@ from distmerge.workers.wire import WIRES
 
 @dataclass
 class Round:
-    """A round in flight: its number, the step it was sent at, this worker's own values then."""
+    """A round in flight: its number, the step it was sent at, this worker's own values then.
+
+    Indices are kept only where they are used again at once; a delayed round computes them once more.
+    """
 
     number: int
     sent_at: int
+    indices: Tensor | None
     own: Tensor | None
     flight: Flight
 
@@ -144,7 +148,8 @@ class SPARTA:
             flight = AllReduce(self.peers, message, self.weight)
         else:
             flight = Exchange(self.peers, message, self.weight, self.wire)
-        self.rounds.append(Round(self.round, self.steps, own, flight))
+        kept = None if self.settings.delay else indices
+        self.rounds.append(Round(self.round, self.steps, kept, own, flight))
         self.round += 1
 
     def _apply(self, sparse: Round, began: float) -> MergeReport:
@@ -152,7 +157,7 @@ class SPARTA:
         sparse.flight.finish()
         message = sparse.flight.message
         mean = message[:-1].div_(total_weight(sparse.flight))
-        indices = self.indices(sparse.number)
+        indices = self.indices(sparse.number) if sparse.indices is None else sparse.indices
         if sparse.own is None:
             self.flat.vector.index_copy_(0, indices, mean)
         else:
@@ -200,7 +205,7 @@ class SPARTA:
         if self.smoothed is not None:
             self.smoothed.copy_(state["smoothed"])
         self.rounds = deque(
-            Round(number, sent_at, None if own is None else own.to(device), Landed(message.to(device)))
+            Round(number, sent_at, None, None if own is None else own.to(device), Landed(message.to(device)))
             for number, sent_at, own, message in state["rounds"]
         )
         self.average.load_state_dict(state["average"])
