@@ -14,7 +14,7 @@ import torch
 from distmerge import config_file
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate_directory
-from distmerge.experts.ptm_config import PtmConfig
+from distmerge.experts.ptm_config import PtmConfig, read
 from distmerge.experts.ptm_report import hits, knee
 from distmerge.experts.texts import KINDS, kinds_here, write_parts
 from tests.checkpoints.runs import BASE, parameters
@@ -133,6 +133,13 @@ def test_parts_share_no_piece(tmp_path: Path) -> None:
 
 def test_the_knee_is_where_the_curve_bends() -> None:
     assert knee([(0.0, 1.0, 3.0), (0.2, 1.02, 2.0), (0.4, 1.1, 1.2), (0.6, 2.0, 1.1), (1.0, 3.0, 1.0)]) == 0.4
+
+
+def test_the_shipped_file_is_read() -> None:
+    config = read(str(Path(__file__).parents[2] / "configs" / "ptm" / "stdlib.toml"), {"seeds": [7]})
+    run = config.run(7, "expert-code", config.steps.skill, ["code.txt"], "base", expert={"skill": "code"})
+    assert (run.run_dir, run.seed, run.steps, run.optimizer.lr) == ("runs/ptm/seed-7/expert-code", 7, 200, 1e-3)
+    assert run.model.path == "base" and run.expert and run.expert.skill == "code"
 
 
 def test_hits_are_counted() -> None:
