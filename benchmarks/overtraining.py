@@ -52,7 +52,7 @@ FULL = (
     Arm("vit", "full", 512, 16),
 )
 SMALL = (Arm("text-48", "full", 16, 4), Arm("vit", "full", 32, 8))
-TRACKED = 128
+TRACKED = 64
 
 
 def powers(steps: int) -> list[int]:

@@ -135,22 +135,22 @@ def text_task(width: int, seed: int, base_steps: int, folder: Path) -> Task:
 
 
 def text_ids(folder: Path) -> dict[str, Tensor]:
-    """``[1792, LENGTH]`` bytes of each kind, in an order of its own; kept in ``folder``."""
+    """``[1632, LENGTH]`` bytes of each kind, in an order of its own; kept in ``folder``."""
     path = folder / "texts.pt"
     if not path.exists():
         found = {}
         for name, read in KINDS.items():
             text = np.frombuffer(read().encode(), dtype=np.uint8)
             rows = text[: len(text) // LENGTH * LENGTH].reshape(-1, LENGTH)
-            order = np.random.Generator(np.random.Philox(0)).permutation(len(rows))[:1792]
+            order = np.random.Generator(np.random.Philox(0)).permutation(len(rows))[:1632]
             found[name] = torch.from_numpy(rows[np.sort(order)][np.argsort(np.argsort(order))].astype(np.int64))
         torch.save(found, path)
     return torch.load(path, weights_only=True)
 
 
 def text_skill(rows: Tensor) -> tuple[Skill, Tensor]:
-    """512 rows to train on, 64 to validate, 128 to test; and 1024 that the base trains on."""
-    train, validation, test, pretraining = rows[:512], rows[512:576], rows[576:704], rows[704:1728]
+    """512 rows to train on, 32 to validate, 64 to test; and 1024 that the base trains on."""
+    train, validation, test, pretraining = rows[:512], rows[512:544], rows[544:608], rows[608:1632]
     return Skill(Split(train, train), Split(validation, validation), Split(test, test)), pretraining
 
 
@@ -187,7 +187,7 @@ def digits_task(seed: int, base_steps: int, noise: float = 0.15) -> Task:
 
 
 def turned(pixels: Tensor, target: Tensor, noise: float) -> dict[str, Skill]:
-    """A skill for each turn: 700 images to train on, 150 to validate, 400 to test. The noise is the same for all seeds."""
+    """A skill for each turn: 700 images to train on, 100 to validate, 300 to test. The noise is the same for all seeds."""
     skills = {}
     for turn in range(4):
         seen = torch.rot90(pixels, turn, (2, 3))
@@ -196,7 +196,7 @@ def turned(pixels: Tensor, target: Tensor, noise: float) -> dict[str, Skill]:
         wrong = torch.rand(700, generator=generator) < noise
         given[wrong] = (given[wrong] + torch.randint(1, 10, (int(wrong.sum()),), generator=generator)) % 10
         skills[f"turn {90 * turn}"] = Skill(
-            Split(seen[:700], given), Split(seen[700:850], target[700:850]), Split(seen[850:1250], target[850:1250]), wrong
+            Split(seen[:700], given), Split(seen[700:800], target[700:800]), Split(seen[800:1100], target[800:1100]), wrong
         )
     return skills
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -10,13 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
-from distmerge.config import TrainConfig
-from distmerge.config_experts import Stopping
+from distmerge import config_file
+from distmerge.config import Model, TrainConfig
+from distmerge.config_experts import Lora, Stopping
+from distmerge.data import open_corpus
+from distmerge.evaluate import evaluate
+from distmerge.experts.adapt import Theta, with_lora
 from distmerge.experts.flat_merge import merge, read_model
 from distmerge.experts.stopping import Peak, Plateau, member_at, published_steps
+from distmerge.flat import FlatParameters
+from distmerge.model import build_model, load_model, load_tokenizer
 from tests import jobs
-from tests.checkpoints.runs import forget_after, lines, parameters, run, same, write_text
+from tests.checkpoints.runs import BASE, forget_after, lines, parameters, run, same, write_text
 from tests.ranks import Ranks, command
 
 
@@ -151,6 +159,50 @@ def test_the_merge_is_watched_and_the_best_step_kept(base: Path) -> None:
         torch.testing.assert_close(by_vector, whole[name], rtol=1e-6, atol=1e-7)
 
 
+def test_adapters_are_merged_as_whole_models(base: Path) -> None:
+    lora = {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "down_proj"]}
+    section = {"expert": {"skill": "own", "lora": lora}, "optimizer": {"lr": 3.0}}
+    made = merged(base, "adapters", **section)
+    losses = {event["step"]: event["mean"] for event in lines(made, "events.jsonl") if event["event"] == "merged"}
+    best = min(losses, key=losses.__getitem__)
+    assert best < max(losses)  # the rate is so high that the merge gets worse, and the run goes back
+    kept, final = (
+        load_file(path / "adapter_model.safetensors") for path in (made / "steps" / f"step-{best:08}", made / "final")
+    )
+    assert same(kept, final)
+    # The loss that it saw: of base + B A + the sibling's task vector.
+    origin = str(base / "final")
+    parts = [read_model(str(path), origin) for path in (base / "final", made / "final", base.parent / "sibling" / "final")]
+    model = load_model(origin)
+    theta = Theta(model, FlatParameters(model))
+    vectors = [theta.of(part) for part in parts]
+    theta.write(merge("task_arithmetic", vectors[0], vectors[1:]))
+    config = config_file.read(str(made / "config.toml"), [])
+    by_hand = evaluate(model, open_corpus(config.data).held_out, 4, 4).loss
+    assert losses[best] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_an_adapted_model_is_a_vector_and_holds_one() -> None:
+    plain = build_model(Model.model_validate(BASE["model"]), load_tokenizer("bytes"), 0)
+    ids = torch.arange(12)[None]
+    untouched = {name: value.detach().clone() for name, value in plain.named_parameters()}
+    flat = Theta(plain, FlatParameters(plain))
+    base, before = flat.read(), plain.eval()(input_ids=ids).logits.detach()
+    adapted = with_lora(copy.deepcopy(plain), Lora(rank=2, targets=["v_proj", "up_proj"]), 0).eval()
+    theta = Theta(adapted, FlatParameters(adapted))
+    assert list(theta.parameters) == list(untouched) and torch.equal(theta.read(), base)
+    for name, value in adapted.named_parameters():
+        if "lora_B" in name:
+            value.data.normal_(generator=torch.Generator().manual_seed(1))
+    whole, bits = theta.read(), [value.detach().clone() for value in adapted.parameters()]
+    flat.write(whole)
+    torch.testing.assert_close(plain(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    with theta.holding(base):
+        assert torch.equal(adapted(input_ids=ids).logits, before)
+    assert all(torch.equal(a, b) for a, b in zip(bits, adapted.parameters(), strict=True))
+    assert torch.equal(theta.of(untouched), base)
+
+
 @pytest.mark.parametrize("rule", ["merged", "plateau"])
 def test_a_stopped_run_resumes_bitwise(base: Path, rule: str) -> None:
     more: dict[str, Any] = {} if rule == "merged" else {"stopping": {"rule": "plateau"}, "evaluate": {"every": 2, "batches": 4}}
@@ -168,7 +220,7 @@ def test_a_stopped_run_resumes_bitwise(base: Path, rule: str) -> None:
 
 def decide(config: str, places: list[float]) -> tuple[int, str | None]:
     """One rank whose own evaluation, left to itself, would decide otherwise than the others'."""
-    from distmerge import config_file, train
+    from distmerge import train
     from distmerge.experts.training import ExpertTraining
     from distmerge.launch import Place
 
@@ -192,8 +244,6 @@ def decide(config: str, places: list[float]) -> tuple[int, str | None]:
 
 
 def test_ranks_agree_on_the_end(base: Path, ranks: Ranks) -> None:
-    from tests.checkpoints.runs import BASE
-
     table = BASE | {
         "run_dir": str(base.parent / "agreed"),
         "steps": 40,
