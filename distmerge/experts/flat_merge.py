@@ -82,7 +82,7 @@ def diagnose(base: Tensor, members: list[Tensor], names: list[str]) -> dict[str,
     tally = Tally()
     for index, (start, stop) in enumerate(spans(base.numel(), 1)):
         tally.add(index, similarity.measure(torch.stack([member[start:stop] - base[start:stop] for member in members])))
-    report = summarise({"theta": similarity.settle(tally) | {"rounding": [0.0, 1.0]}}, names)
+    report = summarise({"theta": similarity.settle(tally) | {"rounding": [0.0, 1.0]}}, names, "the base")
     return report["whole"] | {"recommendation": report["recommendation"]}
 
 
