@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 METHODS = {"linear": 3.0, "task_arithmetic": 3.0, "ties": 8.0, "dare_ties": 8.0}
 """How many times faster than mergekit, at least."""
 
-WORK = "import sys; from distmerge import cli; sys.exit(cli.run(sys.argv[1:]))"
+OURS = [sys.executable, "-m", "distmerge", "merge"]
 
 
 class Size(NamedTuple):
@@ -172,7 +172,7 @@ def take_turn(method: str, root: Path, peer: str | None, with_peer: bool = True)
     floor_seconds(inputs, root / "floor")
     os.sync()
     turn: dict[str, Any] = {"floor": floor_seconds(inputs, root / "floor")}
-    commands = {"ours": [sys.executable, "-c", WORK, "merge", str(recipe), "--out", str(out)]}
+    commands = {"ours": [*OURS, str(recipe), "--out", str(out)]}
     if peer and with_peer:
         commands["mergekit"] = [peer, "-m", "mergekit.scripts.run_yaml", str(recipe), str(out), "--no-copy-tokenizer"]
     for name, command in commands.items():

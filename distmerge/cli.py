@@ -23,7 +23,10 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROF
 def main() -> None:
     arguments = sys.argv[1:]
     try:
-        sys.exit(run(arguments))
+        status = run(arguments)
+        if arguments[:1] == ["merge"]:
+            leave(status)
+        sys.exit(status)
     except UserError as error:
         fail(str(error))
     except OSError as error:
@@ -35,6 +38,13 @@ def main() -> None:
             sys.exit(130)
         print("\ninterrupted; start the same command again to resume from the newest checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def leave(status: int) -> NoReturn:
+    """End without tearing torch down, which takes half a second: a merge has made durable all that it wrote."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def fail(message: str) -> None:
