@@ -39,6 +39,9 @@ from distmerge.train import train
 PREFIX = 140
 """Steps that all runs of a seed share."""
 
+FIRST_SEED = 10
+"""The detector was designed on the losses of seeds 0 to 4."""
+
 AT = 150
 """The first injected step, counted from 1."""
 
@@ -178,20 +181,21 @@ def start(arm: Arm, place: Place, out: Path, port: int = 0) -> int:
 def main() -> None:
     options = parser(__doc__, seeds=5).parse_args()
     report = Report("recovery", options)
-    steps, watched, seeds = (180, 180, 1) if options.small else (200, 1000, options.seeds)
-    clean = [Arm("", 1, "rollback", seed, length) for seed in range(seeds) for length in sorted({steps, watched})]
+    steps, watched, count = (180, 180, 1) if options.small else (200, 1000, options.seeds)
+    seeds = range(FIRST_SEED, FIRST_SEED + count)
+    clean = [Arm("", 1, "rollback", seed, length) for seed in seeds for length in sorted({steps, watched})]
     arms = [
         Arm(injection, merge_last, optimizer, seed, steps)
-        for seed in range(seeds)
+        for seed in seeds
         for injection in INJECTIONS
         for merge_last in (1, 3)
         for optimizer in OPTIMIZERS
         if not (optimizer == "average" and merge_last == 1)
     ]
-    pairs = [Arm(injection, 1, "rollback", seed, steps, workers=2) for seed in range(seeds) for injection in ("", "nan")]
+    pairs = [Arm(injection, 1, "rollback", seed, steps, workers=2) for seed in seeds[:2] for injection in ("", "nan")]
     open_corpus(config_file.validate(table(arms[0], report.out)).data)  # fills the cache once
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(prepare, range(seeds), [report.out] * seeds))
+        list(pool.map(prepare, seeds, [report.out] * count))
         results = list(pool.map(measure, [*clean, *arms], [report.out] * (len(clean) + len(arms))))
     judge(report, results[: len(clean)], results[len(clean) :], steps)
     judge_pairs(report, [measure(arm, report.out) for arm in pairs])

@@ -69,10 +69,11 @@ class Preview(Section):
 class Recovery(Section):
     enabled: bool = False
     """Watch for spikes, and go back before one. Reads the loss of each step, for which a GPU must be waited."""
-    threshold: float = Field(default=8.0, gt=0)
-    """Robust standard deviations above the median of the last steps, of loss or log gradient norm."""
+    threshold: float = Field(default=7.0, gt=0)
+    """Robust standard deviations by which the mean of four steps must lie above the level, of loss or log gradient norm; one
+    step alone must lie twice as far above."""
     window: int = Field(default=128, ge=16)
-    """Steps whose median and median absolute deviation a step is held against."""
+    """Steps whose scatter a step is held against."""
     margin: int = Field(default=5, ge=0)
     """Steps before its detection at which a spike may have begun: no checkpoint is trusted from then on."""
     keep_optimizer: Literal["keep", "reset", "average", "rollback"] = "rollback"

@@ -45,6 +45,33 @@ def test_a_spike_is_one_at_once_and_stays_out_of_the_statistics(loss: float, nor
     assert detector.check(*samples[200]) is None
 
 
+def test_a_creeping_divergence_is_found_and_one_hard_batch_is_none() -> None:
+    detector = Detector(128, 7.0)
+    samples = clean(400, 3)
+    for sample in samples[:200]:
+        assert detector.check(*sample) is None
+    loss, norm = samples[200]
+    assert detector.check(loss + 0.5, norm * 8) is None  # 10 sigma, once
+    for sample in samples[201:210]:
+        assert detector.check(*sample) is None
+    creeping = [detector.check(loss + 0.05 * step, norm) for step, (loss, norm) in enumerate(samples[210:220])]
+    assert 3 <= next(step for step, reason in enumerate(creeping) if reason) <= 8  # by 8 sigma
+    higher = Detector(128, 7.0)
+    for sample in samples[:200]:
+        higher.check(*sample)
+    sudden = [higher.check(loss + 0.3, norm) for loss, norm in samples[200:206]]  # 6 sigma, and it stays
+    assert "loss" in str(next(reason for reason in sudden[:5] if reason))
+
+
+def test_a_falling_loss_does_not_blind() -> None:
+    """As early in training: the loss falls by more than the spike rises."""
+    detector = Detector(128, 7.0)
+    generator = random.Random(0)
+    for step in range(150):
+        assert detector.check(5 - 2.5 * step / 150 + generator.gauss(0, 0.1), 0.5) is None
+    assert "loss" in str([detector.check(3.4, 0.5) for _ in range(4)])
+
+
 def test_quiet_after_a_roll_back_but_not_for_nan() -> None:
     detector = Detector(32, 6.0)
     for sample in clean(100, 1):
