@@ -234,7 +234,7 @@ class DiLoCo:
     ) -> MergeReport:
         self.flat.push()
         if full or number == len(self.fragments) - 1:
-            self.peers.merge_buffers(self.flat.model, self.policies, full)
+            self.peers.merge_buffers(self.flat, self.policies, full)
         divergence, correlation = spread.finish(self.peers, self.flat, weight, anchored=self.anchor is not None)
         self.round += 1
         ledger = self.peers.ledger
