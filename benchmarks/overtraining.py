@@ -49,7 +49,7 @@ class Arm(NamedTuple):
 
 FULL = (
     *(Arm(f"text-{width}", kind, 256, 16) for width in (48, 96) for kind in ("full", "lora")),
-    Arm("vit", "full", 512, 16),
+    Arm("vit", "full", 1024, 32),
 )
 SMALL = (Arm("text-48", "full", 16, 4), Arm("vit", "full", 32, 8))
 TRACKED = 64
@@ -62,7 +62,7 @@ def powers(steps: int) -> list[int]:
 def task_of(arm: Arm, seed: int, folder: Path) -> Task:
     small = arm.steps < 64
     if arm.model == "vit":
-        return digits_task(seed, 10 if small else 60)
+        return digits_task(seed, 40 if small else 400)
     return text_task(int(arm.model.rpartition("-")[2]), seed, 20 if small else 300, folder)
 
 
@@ -101,8 +101,9 @@ def on_plateau(task: Task, arm: Arm, skill: Skill, seed: int, judge: Theta) -> t
 
 def stopped_by_merge(task: Task, arm: Arm, base: Tensor, found: Trajectories, judge: Theta) -> dict[str, int]:
     """The step that each expert keeps under the rule "merged", side by side at powers of two: each merges its step with what
-    the others are then, a stopped one being its kept step."""
-    rules = {name: Peak(Stopping(rule="merged", merge_with=["siblings"])) for name in found.steps}
+    the others are then, a stopped one being its kept step. One look without progress is forgiven: early ones are noise."""
+    section = Stopping(rule="merged", merge_with=["siblings"], patience=2)
+    rules = {name: Peak(section) for name in found.steps}
     running = set(rules)
     seen: dict[tuple[int, ...], float] = {}
     for step in powers(arm.steps):

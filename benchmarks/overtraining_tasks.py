@@ -178,7 +178,7 @@ def digits_task(seed: int, base_steps: int, noise: float = 0.15) -> Task:
         num_channels=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     config.num_labels = 10
-    task = Task(turned(pixels, target, noise), ViTForImageClassification(config), classes, 32, 2e-3, None)
+    task = Task(turned(pixels, target, noise), ViTForImageClassification(config), classes, 32, 3e-3, None)
     pretraining = Split(torch.cat([torch.rot90(pixels[1400:], turn, (2, 3)) for turn in range(4)]), target[1400:].repeat(4))
     base = Trainee(task, whole(pretraining), "full", seed)
     for step in range(base_steps):
