@@ -1,4 +1,4 @@
-"""The examples of the READMEs, as they stand there, in real ranks."""
+"""The examples of the README, as they stand there, in real ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from tests.ranks import Ranks
 ROOT = Path(__file__).parent.parent
 
 EXAMPLES = {
-    f"{path.stem} {index}": code
-    for path in sorted(ROOT.glob("README*.md"))
-    for index, code in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(), re.S | re.M))
+    f"example {index}": code
+    for index, code in enumerate(re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M))
 }
 
 
