@@ -5,6 +5,7 @@ gradient norm (whose scatter is multiplicative), the level is the median of the 
 between successive steps, which a loss that falls does not widen as it widens the median absolute deviation; of the gradient
 norm, whose level wanders in well runs, the larger of the two. A step is held against them together with the three before it:
 one hard batch is not enough, unless it is beyond all measure, and a divergence that creeps is found before it is far away.
+The loss counts alone and together with the gradient norm, which alone is high for some steps in well runs, too.
 Samples that were called a spike stay out of the statistics: one NaN in a rolling window would blind it.
 """
 
@@ -60,8 +61,10 @@ class Detector:
             return f"loss {loss}, gradient norm {grad_norm}"
         values = {"loss": loss, "gradient norm": math.log(max(grad_norm, 1e-30))}
         excesses = {name: self._excess(name, value) for name, value in values.items()}
-        found = {name: (sum(self.recent[name]) + excess) / math.sqrt(TOGETHER) for name, excess in excesses.items()}
-        reasons = [f"{name} {z:.1f} robust sigma above its median" for name, z in found.items() if z > self.threshold]
+        of_four = {name: (sum(self.recent[name]) + excess) / math.sqrt(TOGETHER) for name, excess in excesses.items()}
+        both = sum(of_four.values()) / math.sqrt(len(of_four))
+        found = {"loss": of_four["loss"], "loss with gradient norm": both}
+        reasons = [f"{name} {z:.1f} robust sigma above the last steps" for name, z in found.items() if z > self.threshold]
         if reasons and not self.quiet:
             self._forget_recent()
             return f"{' and '.join(reasons)} (loss {loss:.4g}, gradient norm {grad_norm:.4g})"

@@ -32,7 +32,7 @@ def test_no_false_alarm(seed: int) -> None:
         (math.nan, 1.0, "nan"),
         (3.0, math.inf, "inf"),
         (9.0, 0.4, "loss"),
-        (2.5, 400.0, "gradient norm"),
+        (3.1, 4000.0, "gradient norm"),
     ],
 )
 def test_a_spike_is_one_at_once_and_stays_out_of_the_statistics(loss: float, norm: float, words: str) -> None:
