@@ -46,7 +46,8 @@ class Mesh:
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # transformers may import deepspeed, which looks once
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world))
         timeout = timedelta(seconds=section.timeout_seconds)
-        self.store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
+        store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
+        self.store = PrefixStore(attempt(), store)
         self.crowding = crowding(self.device, place)
         # NCCL wants a GPU for each rank; ranks that share one talk over gloo.
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" and self.crowding is None else "gloo"
@@ -149,6 +150,15 @@ class Mesh:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def attempt() -> str:
+    """A name of this attempt at the job: torchrun's agent may give a restarted job the store of the one that failed.
+
+    Agents of several nodes count restarts apart; there, launch/torchrun.sh has a store made for each attempt.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}" if shared else "attempt"
 
 
 def alone() -> dist.ProcessGroup:
