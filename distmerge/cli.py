@@ -63,11 +63,12 @@ def run(arguments: list[str]) -> int:
     parser = Parser(
         prog="distmerge", description="Training in which merging is an event: across workers, checkpoints and experts."
     )
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it, here or
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     train = verbs.add_parser("train", help="train a run, or resume it", add_help=False, allow_abbrev=False)
     train.add_argument("config", nargs="?", metavar="CONFIG.toml")
     train.add_argument("--ranks", type=int, help="ranks to launch on this machine (default: mesh.workers)")
-    train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # after the verb
     train.add_argument("-h", "--help", action="store_true")
     evaluate = verbs.add_parser("eval", help="the loss of a model directory on text", allow_abbrev=False)
     evaluate.add_argument("model", metavar="MODEL_DIR")

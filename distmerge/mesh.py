@@ -49,7 +49,7 @@ class Mesh:
         timeout = timedelta(seconds=section.timeout_seconds)
         store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
         self.side_by_side = bool(place.name)
-        self.store = PrefixStore(place.name, store) if place.name else store
+        self.store = PrefixStore(f"{place.name}/{attempt()}", store)
         self.crowding = crowding(self.device, place)
         # NCCL wants a GPU for each rank; ranks that share one talk over gloo.
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" and self.crowding is None else "gloo"
@@ -152,6 +152,15 @@ class Mesh:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def attempt() -> str:
+    """A name of this attempt at the job: torchrun's agent may give a restarted job the store of the one that failed.
+
+    Agents of several nodes count restarts apart; there, launch/torchrun.sh has a store made for each attempt.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}" if shared else "attempt"
 
 
 def alone() -> dist.ProcessGroup:

@@ -4,6 +4,8 @@
 # A job that loses a rank is started again RESTARTS times, and goes on from its newest checkpoint. GRACE: seconds that ranks
 # have to commit a checkpoint when they are told to leave.
 set -euo pipefail
+# A restarted job must not meet the addresses of the ranks that died: a rendezvous store for each attempt.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "${PYTHON:-python3}" -m torch.distributed.run \
     --nnodes "${NODES:-1}" \
     --node-rank "${NODE_RANK:-0}" \

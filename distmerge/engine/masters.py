@@ -185,7 +185,7 @@ class PublicMasters(ReplicatedParameters):
 
     @torch.no_grad()
     def _copy(self, into_model: bool) -> None:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 
         for (name, view), parameter in zip(self.named_views(), self._parameters, strict=True):
             if not into_model:
@@ -193,6 +193,10 @@ class PublicMasters(ReplicatedParameters):
                 assert master is not None, f"DeepSpeed has no master of {name}"
                 view.copy_(master.view(view.shape))
                 continue
-            safe_set_full_fp32_param(parameter, view)
+            if hasattr(parameter, "ds_id"):  # at stage 3 its setter of whole values fails where the ranks don't divide them
+                even = nn.functional.pad(view.reshape(-1), (0, -view.numel() % len(self.shares)))
+                safe_set_local_fp32_param(parameter, even.chunk(len(self.shares))[dist.get_rank(self.inside)])
+            else:
+                safe_set_full_fp32_param(parameter, view)
             with self._zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(view)
