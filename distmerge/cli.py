@@ -20,13 +20,19 @@ from distmerge.launch import LAUNCHED
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def main() -> None:
-    arguments = sys.argv[1:]
+def program() -> None:
+    """The command: the process ends with it."""
     try:
-        status = run(arguments)
-        if arguments[:1] == ["merge"]:
-            leave(status)
-        sys.exit(status)
+        main()
+    except SystemExit as end:
+        if sys.argv[1:2] == ["merge"] and isinstance(end.code, int):
+            leave(end.code)
+        raise
+
+
+def main() -> None:
+    try:
+        sys.exit(run(sys.argv[1:]))
     except UserError as error:
         fail(str(error))
     except OSError as error:
