@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +66,6 @@ class ExpertTraining:
         self.plateau = Plateau(self.section) if self.section.rule == "plateau" else None
         self.peak = Peak(self.section) if self.section.rule == "merged" else None
         self.stopped: str | None = None
-        self.theta = Theta(run.engine.model, run.engine.parameters)
         self.rows = np.empty(0, dtype=np.int64)
         if isinstance(run.batches, IndexedBatches) and config.examples.track:
             self.rows = tracked_rows(len(run.batches.data), config.examples.count, config.seed)
@@ -75,6 +75,11 @@ class ExpertTraining:
         if self.peak is not None:
             self.base = self._vector(self.origin)
             self.texts = {name: open_corpus(section).held_out for name, section in self.section.skills.items()}
+
+    @cached_property
+    def theta(self) -> Theta:
+        """The trained parameters as the vector that merges are of; only where this rank holds whole tensors."""
+        return Theta(self.run.engine.model, self.run.engine.parameters)
 
     @property
     def origin(self) -> str:
