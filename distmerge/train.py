@@ -70,8 +70,13 @@ def train_here(config: TrainConfig, ranks: int) -> None:
         UserError: when the job failed; it has said why.
     """
     if ranks == 1:
+        before = dict(os.environ)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
-        train(config, Place(0, 1, 0, 1), sys.argv)
+        try:
+            train(config, Place(0, 1, 0, 1), sys.argv)
+        finally:  # what is started from here later is no rank
+            os.environ.clear()
+            os.environ.update(before)
         return
     path = Path(config.run_dir).with_suffix(".toml")
     write_atomically(path, config_file.dump(config))

@@ -82,7 +82,9 @@ def diagnose(base: Tensor, members: list[Tensor], names: list[str]) -> dict[str,
     tally = Tally()
     for index, (start, stop) in enumerate(spans(base.numel(), 1)):
         tally.add(index, similarity.measure(torch.stack([member[start:stop] - base[start:stop] for member in members])))
-    report = summarise({"theta": similarity.settle(tally) | {"rounding": [0.0, 1.0]}}, names, "the base")
+    report = summarise(
+        {"theta": similarity.settle(tally) | {"rounding": [0.0, 1.0], "each": [0.0] * len(members)}}, names, "the base"
+    )
     return report["whole"] | {"recommendation": report["recommendation"]}
 
 
