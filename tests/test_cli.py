@@ -15,7 +15,8 @@ from distmerge.rundir import Lock, RunDirectory
 from tests import jobs
 from tests.ranks import Outcome, Ranks, command
 
-VERBS = ("train", "eval", "merge", "diagnose", "sweep", "window", "anneal", "recover", "verify", "experts", "examples", "ptm")
+VERBS = ("train", "eval", "build-ops", "merge", "diagnose", "sweep", "window", "anneal", "recover", "verify")
+VERBS += ("experts", "examples", "ptm")
 
 
 @pytest.fixture(scope="module")
