@@ -147,7 +147,7 @@ def start(config, ranks: int, arguments: list[str]) -> int:
     lock.release()
     summary = directory.finished(config.steps)
     if summary is not None:
-        from distmerge.train import table
+        from distmerge.metrics import table
 
         print(f"{directory.path} has finished its {summary['steps']} steps")
         print(table(directory, summary))
