@@ -7,17 +7,21 @@ CONFIG ?= configs/quickstart.toml
 
 setup: .venv/.installed
 
-# torch first and alone: it is pinned, so that no other package's range picks another build of it.
+# torch first and alone: it is pinned, so that no other package's range picks another build of it, and DeepSpeed's build
+# wants it installed, for which builds are not isolated.
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,bench,deepspeed]'
 	touch $@
 
 train: setup
 	$(BIN)/distmerge train $(CONFIG)
 
+# What DeepSpeed compiles is compiled before any rank could wait for it: minutes at first, then a second.
 test: setup
+	$(BIN)/distmerge build-ops
 	$(BIN)/python -m pytest
 
 lint: setup

@@ -3,6 +3,9 @@
 mergekit runs in an environment of its own: ``--mergekit PYTHON``, or else one that this script makes in OUT. Both tools get the
 same YAML recipe, whole processes are timed with a warm cache, and anonymous memory is sampled while they run. DARE draws
 different masks in the two; how many elements are kept is the same. A base and two models near it: linear merges the two.
+
+Measurements are kept in OUT turn by turn, and so are the models: with ``--minutes`` a run stops in time, and the same command
+goes on. A turn is, one after the other, the floor, distmerge and mergekit.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import sys
 import time
 import venv
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from report import Report, parser, spread
@@ -24,7 +27,7 @@ from safetensors.torch import save_file
 METHODS = {"linear": 3.0, "task_arithmetic": 3.0, "ties": 8.0, "dare_ties": 8.0}
 """How many times faster than mergekit, at least."""
 
-WORK = "import sys; from distmerge import cli; sys.exit(cli.run(sys.argv[1:]))"
+OURS = [sys.executable, "-m", "distmerge", "merge"]
 
 
 class Size(NamedTuple):
@@ -142,33 +145,59 @@ def mergekit_python(given: str | None, out: Path, report: Report) -> str | None:
     return str(python) if done.returncode == 0 else None
 
 
-def repeat(report: Report, method: str, root: Path, peer: str | None, repeats: int) -> None:
-    """One method in both tools and on the floor, in turn, ``repeats`` times; its bars."""
+class Turns:
+    """What was measured so far, in a file: a list of turns for each model size and method."""
+
+    def __init__(self, path: Path, minutes: float | None):
+        self.path, self.deadline = path, None if minutes is None else time.monotonic() + 60 * minutes
+        self.done: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def add(self, key: str, turn: dict[str, Any]) -> None:
+        self.done.setdefault(key, []).append(turn)
+        self.path.write_text(json.dumps(self.done, indent=1))
+
+    def count(self, key: str) -> int:
+        return len(self.done.get(key, []))
+
+    @property
+    def late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def take_turn(method: str, root: Path, peer: str | None, with_peer: bool = True) -> dict[str, Any]:
+    """The floor, distmerge and mergekit, each with its inputs in the page cache and nothing left to be written."""
     recipe, out = write_recipe(root, method), root / "out"
+    shutil.rmtree(out, ignore_errors=True)
     inputs = [root / name / "model.safetensors" for name in (("a", "b") if method == "linear" else ("base", "a", "b"))]
-    ours: list[Run] = []
-    theirs: list[Run] = []
-    floors: list[float] = []
-    for _ in range(repeats):
-        floors.append(floor_seconds(inputs, root / "floor"))
-        ours.append(measure([sys.executable, "-c", WORK, "merge", str(recipe), "--out", str(out)]))
+    floor_seconds(inputs, root / "floor")
+    os.sync()
+    turn: dict[str, Any] = {"floor": floor_seconds(inputs, root / "floor")}
+    commands = {"ours": [*OURS, str(recipe), "--out", str(out)]}
+    if peer and with_peer:
+        commands["mergekit"] = [peer, "-m", "mergekit.scripts.run_yaml", str(recipe), str(out), "--no-copy-tokenizer"]
+    for name, command in commands.items():
+        os.sync()
+        run = measure(command)
+        turn |= {name: run.seconds, f"{name}_anonymous": run.anonymous}
+        if name == "ours":
+            turn["work"] = float(run.said.rsplit(" s by ", 1)[0].rsplit(" ", 1)[1])
         shutil.rmtree(out)
-        if peer:
-            theirs.append(measure([peer, "-m", "mergekit.scripts.run_yaml", str(recipe), str(out), "--no-copy-tokenizer"]))
-            shutil.rmtree(out)
-    work = [float(run.said.rsplit(" s by ", 1)[0].rsplit(" ", 1)[1]) for run in ours]
-    report.data[method] = {
-        "ours": spread([run.seconds for run in ours]), "work": spread(work), "floor": spread(floors),
-        "anonymous": max(run.anonymous for run in ours),
-        "mergekit": spread([run.seconds for run in theirs]) if theirs else None,
-        "mergekit_anonymous": max((run.anonymous for run in theirs), default=None),
-    }  # fmt: skip
-    report.bar(f"{method}: anonymous memory in bytes", report.data[method]["anonymous"], "<=", 300e6)
+    return turn
+
+
+def judge(report: Report, method: str, turns: list[dict[str, Any]]) -> None:
+    """One method's bars."""
+    found: dict[str, Any] = {
+        name: spread([turn[name] for turn in turns]) for name in ("ours", "work", "floor", "mergekit") if name in turns[0]
+    }
+    found |= {name: max(turn[name] for turn in turns) for name in turns[0] if name.endswith("_anonymous")}
+    report.data[method] = found
+    report.bar(f"{method}: anonymous memory in bytes", found["ours_anonymous"], "<=", 300e6)
     if method in ("linear", "task_arithmetic"):
-        ratio = report.data[method]["work"]["median"] / report.data[method]["floor"]["median"]
+        ratio = found["work"]["median"] / found["floor"]["median"]
         report.bar(f"{method}: work after imports over the floor", ratio, "<=", 2.5)
-    if theirs:
-        ratio = report.data[method]["mergekit"]["median"] / report.data[method]["ours"]["median"]
+    if "mergekit" in found:
+        ratio = found["mergekit"]["median"] / found["ours"]["median"]
         report.bar(f"{method}: times faster than mergekit, whole processes", ratio, ">=", METHODS[method], quality=True)
 
 
@@ -176,6 +205,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--mergekit", metavar="PYTHON", help="a Python that has mergekit 0.1.5")
     arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--minutes", type=float, help="stop after the turn in which they are over; start again to go on")
     options = arguments.parse_args()
     report = Report("merge_speed", options)
     peer = mergekit_python(options.mergekit, report.out, report)
@@ -183,21 +213,27 @@ def main() -> None:
         report.say("mergekit cannot be installed here: its bars are not judged")
     size = SMALL if options.small else FULL
     report.data["size"] = size._asdict()
-    root = report.out / "models"
-    shutil.rmtree(root, ignore_errors=True)
-    make_models(root / "one", size)
+    turns = Turns(report.out / "turns.json", options.minutes)
+    large = size._replace(layers=4 * size.layers, vocabulary=4 * size.vocabulary)
+    wanted = [("one", size, method, options.repeats) for method in METHODS]
+    wanted += [] if options.small else [("four", large, method, 1) for method in METHODS]
+    for name, shape, method, repeats in wanted:
+        root = report.out / "models" / name
+        if not (root / "b" / "config.json").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            make_models(root, shape)
+        while turns.count(f"{name} {method}") < repeats:
+            if turns.late:
+                report.say(f"stopped before a turn of {method}; the same command goes on")
+                return
+            turns.add(f"{name} {method}", take_turn(method, root, peer, with_peer=name == "one"))
     for method in METHODS:
-        repeat(report, method, root / "one", peer, options.repeats)
-    if not options.small:
-        make_models(root / "four", size._replace(layers=4 * size.layers, vocabulary=4 * size.vocabulary))
-        for method in METHODS:
-            run = measure(
-                [sys.executable, "-c", WORK, "merge", str(write_recipe(root / "four", method)), "--out", str(root / "out")]
-            )
-            shutil.rmtree(root / "out")
-            ratio = run.anonymous / report.data[method]["anonymous"]
-            report.bar(f"{method}: anonymous memory for a model four times as large, over this one's", ratio, "<=", 1.2)
-    shutil.rmtree(root)
+        judge(report, method, turns.done[f"one {method}"])
+    for method in [] if options.small else METHODS:
+        ratio = turns.done[f"four {method}"][0]["ours_anonymous"] / report.data[method]["ours_anonymous"]
+        report.bar(f"{method}: anonymous memory for a model four times as large, over this one's", ratio, "<=", 1.2)
+    shutil.rmtree(report.out / "models")
+    turns.path.unlink()
     report.finish()
 
 

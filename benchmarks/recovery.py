@@ -31,7 +31,8 @@ from report import Report, parser, remembered, spread
 from distmerge import config_file
 from distmerge.checkpoints.recovery import Recovery
 from distmerge.data import open_corpus
-from distmerge.engine.torch import StepResult, TorchEngine
+from distmerge.engine.engine import StepResult
+from distmerge.engine.torch import TorchEngine
 from distmerge.launch import Place
 from distmerge.train import train
 

@@ -14,22 +14,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distmerge.engine.deepspeed import WorkerRanks
+    from distmerge.engine.flatten import flatten
     from distmerge.errors import UserError
-    from distmerge.flat import FlatParameters, flatten
+    from distmerge.flat import FlatParameters
     from distmerge.presets import PRESETS
+    from distmerge.workers.compose import compose
     from distmerge.workers.diloco import DiLoCo
     from distmerge.workers.report import MergeReport
     from distmerge.workers.sparta import SPARTA
 
-__all__ = ["PRESETS", "SPARTA", "DiLoCo", "FlatParameters", "MergeReport", "UserError", "flatten"]
+__all__ = [
+    "PRESETS", "SPARTA", "DiLoCo", "FlatParameters", "MergeReport", "UserError", "WorkerRanks", "compose", "flatten",
+]  # fmt: skip
 
 ROOMS = {
     "DiLoCo": "distmerge.workers.diloco",
     "SPARTA": "distmerge.workers.sparta",
+    "compose": "distmerge.workers.compose",
+    "WorkerRanks": "distmerge.engine.deepspeed",
     "PRESETS": "distmerge.presets",
     "MergeReport": "distmerge.workers.report",
     "FlatParameters": "distmerge.flat",
-    "flatten": "distmerge.flat",
+    "flatten": "distmerge.engine.flatten",
     "UserError": "distmerge.errors",
 }
 

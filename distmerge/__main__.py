@@ -1,6 +1,6 @@
 """``python -m distmerge``: the same as the ``distmerge`` command."""
 
-from distmerge.cli import main
+from distmerge.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

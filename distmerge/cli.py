@@ -6,21 +6,33 @@ import argparse
 import errno
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from distmerge.checkpoints import verbs as checkpoints
 from distmerge.errors import UserError
+from distmerge.experts import skill_verbs as skills
 from distmerge.experts import verbs as experts
 from distmerge.launch import LAUNCHED
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def main() -> None:
-    arguments = sys.argv[1:]
+def program() -> None:
+    """The command: the process ends with it."""
     try:
-        sys.exit(run(arguments))
+        main()
+    except SystemExit as end:
+        if sys.argv[1:2] == ["merge"] and isinstance(end.code, int):
+            leave(end.code)
+        raise
+
+
+def main() -> None:
+    try:
+        sys.exit(run(sys.argv[1:]))
     except UserError as error:
         fail(str(error))
     except OSError as error:
@@ -32,6 +44,13 @@ def main() -> None:
             sys.exit(130)
         print("\ninterrupted; start the same command again to resume from the newest checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def leave(status: int) -> NoReturn:
+    """End without tearing torch down, which takes half a second: a merge has made durable all that it wrote."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def fail(message: str) -> None:
@@ -50,29 +69,48 @@ def run(arguments: list[str]) -> int:
     parser = Parser(
         prog="distmerge", description="Training in which merging is an event: across workers, checkpoints and experts."
     )
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it, here or
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     train = verbs.add_parser("train", help="train a run, or resume it", add_help=False, allow_abbrev=False)
     train.add_argument("config", nargs="?", metavar="CONFIG.toml")
     train.add_argument("--ranks", type=int, help="ranks to launch on this machine (default: mesh.workers)")
-    train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # after the verb
     train.add_argument("-h", "--help", action="store_true")
     evaluate = verbs.add_parser("eval", help="the loss of a model directory on text", allow_abbrev=False)
     evaluate.add_argument("model", metavar="MODEL_DIR")
     evaluate.add_argument("--files", nargs="+", metavar="GLOB", help="text files (default: the held-out standard library)")
     evaluate.add_argument("--sequence-length", type=int, default=128)
     evaluate.add_argument("--batches", type=int, default=32, help="batches of 8 sequences")
+    verbs.add_parser("build-ops", help="compile what DeepSpeed needs, once, in one process", allow_abbrev=False)
     experts.add_parsers(verbs)
     checkpoints.add_parsers(verbs)
+    skills.add_parsers(verbs)
     options, overrides = parser.parse_known_args(arguments)
     if options.verb == "train":
         return train_verb(options, overrides, arguments)
+    if options.verb == "experts":
+        return experts_verb(options, overrides, arguments)
     if overrides:
         raise UserError(f"unknown argument {overrides[0]}; distmerge {options.verb} --help lists them")
     if options.verb in ("merge", "diagnose", "sweep"):
         return experts.run(options)
     if options.verb == "eval":
         return eval_verb(options)
+    if options.verb in skills.VERBS:
+        return skills.run(options, train_one)
+    if options.verb == "build-ops":
+        from distmerge.engine import ops
+
+        ops.main()
+        return 0
     return checkpoints.run(options, lambda config, command: start(config, config.mesh.workers, command))
+
+
+def train_one(config, ranks: int) -> None:
+    """One run of an experiment, to its end."""
+    from distmerge.train import train_here
+
+    train_here(config, ranks)
 
 
 def train_verb(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
@@ -115,7 +153,54 @@ def start(config, ranks: int, arguments: list[str]) -> int:
         print(table(directory, summary))
         return 0
     check_sources(config)
+    if config.engine.kind == "deepspeed":
+        prepare_deepspeed(config)
     return launch(ranks, arguments)
+
+
+def experts_verb(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
+    """Several experts: this process is a rank of their job, or launches one, or one after another."""
+    from distmerge import config_file, launch
+    from distmerge.experts import several
+    from distmerge.rundir import RunDirectory, write_atomically
+    from distmerge.sources import check_sources
+
+    here = launch.place()
+    plan = several.read(options.config, overrides)
+    if options.dry_run:
+        from distmerge.experts.dry_run import describe
+
+        print(describe(plan))
+        return 0
+    if here is not None and plan.mode == "side-by-side":
+        from distmerge.train import train
+
+        launch.die_with_parent()
+        train(*plan.place_of(here), ["distmerge", *arguments])
+        return 0
+    if here is not None:
+        raise UserError('mode must be "side-by-side" under a launcher; in turn, each expert is a job that distmerge launches')
+    for run in plan.runs:
+        check_sources(run)
+        RunDirectory(run.run_dir).check(run)
+    if plan.mode == "side-by-side":
+        return launch.launch(sum(plan.ranks), arguments)
+    for run, ranks in zip(plan.runs, plan.ranks, strict=True):
+        path = f"{run.run_dir}.toml"
+        write_atomically(Path(path), config_file.dump(run))
+        if status := start(run, ranks, ["train", path]):
+            return status
+    return 0
+
+
+def prepare_deepspeed(config) -> None:
+    """Refuse a run whose engine is not installed, and compile what it needs in a process of its own, before any rank."""
+    from importlib.util import find_spec
+
+    if find_spec("deepspeed") is None:
+        raise UserError('config.engine.kind "deepspeed" needs DeepSpeed: pip install distmerge[deepspeed]')
+    if config.engine.offloads:
+        subprocess.run([sys.executable, "-m", "distmerge", "build-ops"], check=True, stdout=subprocess.DEVNULL)
 
 
 def train_help() -> int:

@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from distmerge.config_checkpoints import Checkpoint, Preview, Recovery, Window
+from distmerge.config_data import Data
+from distmerge.config_engine import Engine, check_engine
+from distmerge.config_experts import Examples, Expert, Stopping
 from distmerge.errors import UserError
 from distmerge.presets import PRESETS
 from distmerge.section import Section, given
@@ -38,38 +41,6 @@ class Model(Section):
             raise UserError("path must be given exactly when config is not, got " + given(self.config, self.path))
         if self.config is not None and "model_type" not in self.config:
             raise UserError('config must have model_type, such as "llama"')
-        return self
-
-
-class Data(Section):
-    source: Literal["stdlib", "files", "hub"] = "stdlib"
-    """stdlib: the source text of Python's standard library on this machine; files: the files below; hub: a data set of
-    the Hugging Face hub or its cache."""
-    files: list[str] = Field(default=[])
-    """Globs of .txt, .jsonl or .parquet files (source files). One text file is cut into pieces at line ends."""
-    dataset: str | None = None
-    """The data set's name (source hub)."""
-    name: str | None = None
-    """The data set's configuration (source hub)."""
-    split: str = "train"
-    """The data set's split (source hub)."""
-    column: str = "text"
-    """The column that holds the text, in .jsonl and .parquet files and hub data sets."""
-    streaming: bool = False
-    """Read as a stream, in order, without an index: for corpora that do not fit the disk."""
-    tokenizer: str = "bytes"
-    """bytes, or a tokenizer's directory or hub id."""
-    sequence_length: int = Field(default=128, ge=2)
-    """Tokens per sequence; documents are packed end to end."""
-    eval_fraction: float = Field(default=0.02, gt=0, lt=1)
-    """Share of the documents held out for evaluation; at least one."""
-
-    @model_validator(mode="after")
-    def complete(self) -> Data:
-        if (self.source == "files") != bool(self.files):
-            raise UserError(f'files must be given exactly when data.source is "files", got {self.files}')
-        if (self.source == "hub") != (self.dataset is not None):
-            raise UserError(f'dataset must be given exactly when data.source is "hub", got {self.dataset}')
         return self
 
 
@@ -223,11 +194,6 @@ class NoMerge(Section):
 Merge = Annotated[DiLoCo | StreamingDiLoCo | Average | SPARTA | NoMerge, Field(discriminator="kind")]
 
 
-class Engine(Section):
-    kind: Literal["torch"] = "torch"
-    """How one worker computes and stores its parameters: plain torch, with DDP where it has several ranks."""
-
-
 class Evaluate(Section):
     every: int = Field(default=100, ge=1)
     """Steps between evaluations; there is one at the start and one at the end anyway."""
@@ -264,6 +230,9 @@ class TrainConfig(Section):
     preview: Preview | None = None
     recovery: Recovery = Recovery()
     log: Log = Log()
+    expert: Expert | None = None
+    stopping: Stopping = Stopping()
+    examples: Examples = Examples()
 
     @model_validator(mode="after")
     def consistent(self) -> TrainConfig:
@@ -289,6 +258,24 @@ class TrainConfig(Section):
             raise UserError(
                 f"recovery.merge_last must be <= checkpoint.keep = {self.checkpoint.keep}, got {self.recovery.merge_last}"
             )
+        check_engine(self)
         if self.schedule.name == "wsd" and self.schedule.decay == 0:
             raise UserError('schedule.decay must be >= 1 for schedule.name "wsd", got 0')
+        self.consistent_expert()
         return self
+
+    def consistent_expert(self) -> None:
+        if self.examples.track and (self.checkpoint.at is None or self.data.streaming):
+            raise UserError("checkpoint.at must be given, and data.streaming be false, for examples.track = true")
+        if self.expert is None:
+            if self.stopping.rule == "merged":
+                raise UserError('expert must be given for stopping.rule "merged", got none')
+            return
+        if self.model.path is None:
+            raise UserError("model.path must be given with an [expert], which starts from a trained model, got none")
+        if self.stopping.rule == "merged" and self.checkpoint.at is None:
+            raise UserError('checkpoint.at must be given for stopping.rule "merged", which looks at those steps, got none')
+        if self.stopping.rule == "merged" and self.mesh.workers > 1:
+            raise UserError(f'mesh.workers must be 1 for stopping.rule "merged", got {self.mesh.workers}')
+        if self.expert.lora is not None and self.window is not None:
+            raise UserError("window must not be given with expert.lora: its blocks are whole models")

@@ -17,6 +17,9 @@ class Checkpoint(Section):
     """Steps between checkpoints; there is one at the end anyway."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints to keep."""
+    at: Literal["powers-of-two", "every"] | None = None
+    """Steps at which the model itself is published, too, to be merged: 1, 2, 4, ..., or those of every. Model directories
+    in RUN_DIR/steps, all of which are kept."""
     asynchronous: bool = Field(default=False, alias="async")
     """In TOML: async. Copy the state and write it in the background, while training goes on; one copy more of the state
     in memory."""

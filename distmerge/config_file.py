@@ -17,7 +17,10 @@ from distmerge.errors import UserError
 
 S = TypeVar("S", bound=Section)
 
-MAY_CHANGE = ("run_dir", "steps", "train.threads", "log", "evaluate", "checkpoint", "preview", "recovery")
+LAYOUT = ("engine.kind", "engine.reshard_after_forward", "train.batch_size", "train.gradient_accumulation")
+"""Keys of the layout: a checkpoint can be read in another one, whose steps have as many sequences."""
+
+MAY_CHANGE = ("run_dir", "steps", "train.threads", "log", "evaluate", "checkpoint", "preview", "recovery", *LAYOUT)
 """Keys, or whole sections, that may differ when a run is resumed. run_dir: a run may be moved."""
 
 MERGE_KINDS: dict[str, type[Section]] = {
@@ -27,20 +30,29 @@ MERGE_KINDS: dict[str, type[Section]] = {
 
 def read(path: str, overrides: list[str]) -> TrainConfig:
     """The configuration in the TOML file ``path`` with command line overrides such as ``["--mesh.workers", "4"]``."""
-    try:
-        table = tomllib.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+    table = read_table(path)
     for key, values in parse_overrides(overrides):
         put(table, key, values)
     return validate(table)
 
 
-def validate(table: dict[str, Any]) -> TrainConfig:
+def read_table(path: str) -> dict[str, Any]:
     try:
-        return TrainConfig.model_validate(table)
+        return tomllib.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def validate(table: dict[str, Any]) -> TrainConfig:
+    return validate_as(TrainConfig, table)
+
+
+def validate_as(section: type[S], table: dict[str, Any]) -> S:
+    """The table as a configuration of another kind than a run's, such as an experiment's."""
+    try:
+        return section.model_validate(table)
     except ValidationError as error:
         raise UserError(explain(error.errors()[0])) from None
 
@@ -116,7 +128,7 @@ def descend(place: Any, name: str, key: str) -> Any:
 
 def coerce(parents: list[str], last: str, key: str, values: list[str]) -> Any:
     """Strings are left to the schema; only lists and the model's free table need a hand."""
-    if parents[:2] == ["model", "config"]:
+    if parents[:2] in (["model", "config"], ["engine", "config"]):
         value = " ".join(values)
         try:
             return tomllib.loads(f"value = {value}")["value"]

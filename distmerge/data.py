@@ -1,12 +1,13 @@
 """Text in, batches of token ids out: read and cached by ``datasets``, packed, held out, dealt to ranks.
 
-Indexed data: the position is a function of (seed, step, mesh), so there is nothing to save. Streams: see
-:mod:`distmerge.stream`.
+Packed text, or examples one a row (:mod:`distmerge.instructions`). Indexed data: the position is a function of (seed, step,
+mesh), so there is nothing to save. Streams: see :mod:`distmerge.stream`.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import datasets
@@ -14,11 +15,12 @@ import numpy as np
 import torch
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
-from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from distmerge.config import Data
 from distmerge.errors import UserError
-from distmerge.model import first_line, load_tokenizer
+from distmerge.instructions import example_rows
+from distmerge.model import first_line, load_tokenizer, token_ids
 from distmerge.sources import data_files
 
 datasets.disable_progress_bars()
@@ -40,24 +42,40 @@ class Corpus(NamedTuple):
 
 def open_corpus(section: Data) -> Corpus:
     """Read, cut, hold out, tokenize and pack; every step is cached on disk by ``datasets``."""
-    pieces = read_pieces(section)
+    instructions = section.format != "text"
+    pieces = load_documents(section) if instructions else read_pieces(section)
     if len(pieces) < 2:
         raise UserError(f"config.data must hold at least 2 pieces of text, one of them held out, got {len(pieces)}")
     # A fixed seed: runs of different seeds are judged by the same text.
     order = np.random.Generator(np.random.Philox(0)).permutation(len(pieces))
     count = min(len(pieces) - 1, max(1, round(section.eval_fraction * len(pieces))))
     held_out, train = np.sort(order[:count]), np.sort(order[count:])
-    corpus = Corpus(*(packed(pieces.select(rows), section) for rows in (train, held_out)))
+    sequences = example_rows if instructions else packed
+    corpus = Corpus(*(sequences(pieces.select(rows), section) for rows in (train, held_out)))
     if len(corpus.held_out) == 0:
         raise UserError(
             f"config.data.eval_fraction must hold out at least one sequence of {section.sequence_length} tokens, "
             f"got {section.eval_fraction} of {len(pieces)} pieces"
         )
-    return corpus
+    return corpus if section.replay is None else corpus._replace(train=with_replay(corpus.train, section))
+
+
+def with_replay(train: datasets.Dataset, section: Data) -> datasets.Dataset:
+    """The training sequences with as many of another text among them as make up its share; drawn again where it is short."""
+    assert section.replay is not None
+    other = section.model_copy(update={"source": "files", "files": section.replay.files, "replay": None})
+    drawn = open_corpus(other).train
+    count = round(section.replay.share / (1 - section.replay.share) * len(train))
+    if len(drawn) == 0 or count == 0:
+        raise UserError(f"config.data.replay must give at least one sequence, got {count} of {len(drawn)}")
+    order = np.random.Generator(np.random.Philox(1)).permutation(len(drawn))
+    return datasets.concatenate_datasets([train, drawn.select(np.resize(order, count))]).with_format("numpy")
 
 
 def packed_text(section: Data) -> datasets.Dataset:
     """All of the text, packed, with nothing held out: what ``distmerge eval --files`` reads."""
+    if section.format != "text":
+        return example_rows(load_documents(section), section)
     return packed(read_pieces(section), section)
 
 
@@ -145,10 +163,7 @@ cached_tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], ends: list[bool]) -> np.ndarray:
     """Token ids of all texts as one int32 vector, an end-of-text after each document."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if isinstance(tokenizer, ByT5Tokenizer):  # ids are bytes + 3; its own loop over characters takes minutes
-        ids = [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int32) + 3 for text in texts]
-    else:
-        ids = [np.asarray(row, dtype=np.int32) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]  # pyright: ignore
+    ids = token_ids(tokenizer, texts)
     tail = np.asarray(end, dtype=np.int32)
     return np.concatenate([part for row, last in zip(ids, ends, strict=True) for part in (row, tail if last else tail[:0])])
 
@@ -174,13 +189,29 @@ class IndexedBatches:
 
     def batch(self, step: int) -> Tensor:
         """``[micro_steps, batch_size, length]`` int64 token ids of inner step ``step``, counted from 0."""
+        start = self._start(step) + self.rank * self.own
+        rows = self.data[self._order[start : start + self.own]]["input_ids"]
+        return torch.from_numpy(np.asarray(rows, dtype=np.int64)).view(*self.shape, -1)
+
+    def _start(self, step: int) -> int:
+        """Where the global batch of a step begins in its epoch's order, which is drawn."""
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(len(self.data))
-        start = position * self.together + self.rank * self.own
-        rows = self.data[self._order[start : start + self.own]]["input_ids"]
-        return torch.from_numpy(np.asarray(rows, dtype=np.int64)).view(*self.shape, -1)
+        return position * self.together
+
+    def count_tokens(self, steps: Iterable[int]) -> int:
+        """Tokens that are no padding, of all ranks, in the batches of ``steps``."""
+        if "tokens" not in self.data.column_names:
+            length = len(self.data[:1]["input_ids"][0])
+            return sum(self.together * length for _ in steps)
+        counts = np.asarray(self.data["tokens"], dtype=np.int64)
+        total = 0
+        for step in steps:
+            start = self._start(step)
+            total += int(counts[self._order[start : start + self.together]].sum())
+        return total
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -15,6 +15,7 @@ from transformers import ByT5Tokenizer
 from distmerge.config import Data
 from distmerge.data import open_corpus, packed_text
 from distmerge.errors import UserError
+from distmerge.labels import ids_and_labels, predicted
 from distmerge.model import load_model, load_tokenizer
 
 
@@ -31,20 +32,24 @@ def evaluate(
 ) -> Evaluation:
     """The mean loss over the first ``batches`` batches of ``data``, dealt to the ranks.
 
-    With several ranks it is a collective over all of them; each evaluates its own model on its batches. The model's mode
-    and all generators are left as they were.
+    With several ranks it is a collective over all of them; each evaluates its own model on its batches, and all take as many
+    forward passes, which are collectives where a model is sharded. The model's mode and all generators are left as they were.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    count = min(batches, math.ceil(len(data) / batch_size))
+    last = min(batches, math.ceil(len(data) / batch_size))
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for index in range(rank, count, world):
-        rows: Any = data[index * batch_size : (index + 1) * batch_size]["input_ids"]
+    for turn in range(math.ceil(last / world)):
+        index = turn * world + rank
+        beyond = index >= last
+        start = 0 if beyond else index * batch_size
+        rows: Any = data[start : start + batch_size]["input_ids"]
         batch = torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(device)
-        predicted = batch.shape[0] * (batch.shape[1] - 1)
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        sums += torch.stack([loss.double() * predicted, torch.tensor(float(predicted), dtype=torch.float64, device=device)])
+        ids, labels = ids_and_labels(batch)
+        count = torch.zeros((), dtype=torch.int64, device=device) if beyond else predicted(batch)
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        sums += torch.stack([torch.where(count > 0, loss.double() * count, 0.0), count.double()])
     if world > 1:
         dist.all_reduce(sums)
     model.train(was_training)

@@ -1,11 +1,12 @@
 """Theta as one vector.
 
 A worker's trainable parameters become one contiguous float32 vector, and the model's parameters views of it. A merge, a
-fragment, a sparse subset, a snapshot or a running mean is then one operation on a vector or a slice of it.
+fragment, a sparse subset, a snapshot or a running mean is then one operation on a vector or a slice of it. Where a worker
+spans ranks, each has a vector of its own: contiguous parts of the flattened parameters, see :mod:`distmerge.engine`.
 
-    flat = flatten(model)      # idempotent
-    flat.pull()                # before reading flat.vector
-    flat.push()                # after writing it
+    flat = FlatParameters(model)   # idempotent
+    flat.pull()                    # before reading flat.vector
+    flat.push()                    # after writing it
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from distmerge.errors import UserError
@@ -25,19 +28,37 @@ from distmerge.errors import UserError
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one parameter lies in the vector."""
+    """Where one parameter, or a part of it, lies in the vector.
+
+    Attributes:
+        shape: of the whole parameter.
+        first: the part's first element in the flattened parameter.
+        part: how many elements it has; None for the whole.
+    """
 
     name: str
     shape: tuple[int, ...]
     offset: int
+    first: int = 0
+    part: int | None = None
 
     @property
     def numel(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) if self.part is None else self.part
 
     @property
     def stop(self) -> int:
         return self.offset + self.numel
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank's vector holds of a parameter: elements [first, first + numel) of it, flattened, from ``offset`` on."""
+
+    name: str
+    first: int
+    numel: int
+    offset: int
 
 
 class FlatParameters:
@@ -50,8 +71,13 @@ class FlatParameters:
     Attributes:
         vector: ``[n]`` float32, what this rank merges.
         start: where the vector begins in the layout.
-        layout: a slot for each parameter, in the model's own order.
+        layout: a slot for each parameter, in the model's own order; empty ones included.
+        inside: process group of the ranks that hold theta together; None where this one holds it alone.
     """
+
+    inside: Any = None
+    in_place = True
+    """Whether the model's parameters may become views."""
 
     def __init__(self, model: nn.Module):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -62,7 +88,7 @@ class FlatParameters:
         self.layout = tuple(Slot(name, tuple(p.shape), at) for (name, p), at in zip(named, offsets, strict=False))
         self.model = model
         self._parameters = [p for _, p in named]
-        self._views = all(p.dtype == torch.float32 for p in self._parameters)
+        self._views = self.in_place and all(p.dtype == torch.float32 for p in self._parameters)
         laid_out = self._laid_out()
         self.whole = self._lay_out(offsets[-1]) if laid_out is None else laid_out
         self.vector, self.start = self.whole, 0
@@ -91,7 +117,27 @@ class FlatParameters:
             self.push()
 
     def sum_over_shards(self, scalars: Tensor) -> None:
-        """Complete sums over this rank's part of theta to sums over all of it, in place. Here the part is the whole."""
+        """Complete sums over this rank's part of theta to sums over all of it, in place."""
+        if self.inside is not None:
+            dist.all_reduce(scalars, group=self.inside)
+
+    def parts(self) -> list[Part]:
+        """What lies where in this rank's vector, in the layout's order."""
+        found: list[Part] = []
+        for slot in self.layout:
+            low, high = max(slot.offset, self.start), min(slot.stop, self.start + self.vector.numel())
+            if low < high:
+                found.append(Part(slot.name, slot.first + low - slot.offset, high - low, low - self.start))
+        return found
+
+    def named_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that lie in the layout, as the model and its optimizer know them."""
+        return zip((slot.name for slot in self.layout), self._parameters, strict=True)
+
+    @property
+    def numel(self) -> int:
+        """Elements of theta, over all ranks that hold it."""
+        return sum(math.prod(slot.shape) for slot in self.layout)
 
     def check(self) -> None:
         """Refuse a model whose parameters no longer lie where they were laid out."""
@@ -109,7 +155,7 @@ class FlatParameters:
     @cached_property
     def manifest(self) -> int:
         """63 bits that two models share only if names, shapes and order of what merges agree, and the buffers' types."""
-        parameters = [(slot.name, slot.shape) for slot in self.layout]
+        parameters = [(slot.name, slot.shape, slot.first, slot.numel) for slot in self.layout]
         buffers = [(name, tuple(buffer.shape), str(buffer.dtype)) for name, buffer in self.model.named_buffers()]
         text = repr((parameters, buffers))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -140,11 +186,6 @@ class FlatParameters:
     def _copy(self, into_model: bool) -> None:
         for (_, view), parameter in zip(self.named_views(), self._parameters, strict=True):
             parameter.copy_(view) if into_model else view.copy_(parameter)
-
-
-def flatten(model: nn.Module | FlatParameters) -> FlatParameters:
-    """The model's parameters as one vector. Laying out twice gives the same vector."""
-    return model if isinstance(model, FlatParameters) else FlatParameters(model)
 
 
 def check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:

@@ -15,6 +15,9 @@ import threading
 import time
 from dataclasses import dataclass
 
+REQUEUE = 75
+"""The exit status that asks to be started again: EX_TEMPFAIL of sysexits.h."""
+
 LAUNCHED = "DISTMERGE_LAUNCHED"
 """Set in the environment of ranks whose launcher is ours: it speaks for them when they are interrupted."""
 
@@ -25,6 +28,8 @@ class Place:
     world: int
     local_rank: int
     local_world: int
+    name: str = ""
+    """Where a job trains several experts side by side: this one's. Rank and world are then those in it."""
 
 
 def place() -> Place | None:
@@ -92,7 +97,8 @@ def launch(ranks: int, arguments: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         run_id=f"distmerge-{os.getpid()}",
         max_restarts=0,
-        shutdown_timeout=5,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        shutdown_timeout=60,  # ranks that are told to leave finish their round and commit a checkpoint
     )
     os.environ[LAUNCHED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; the trainer sets its threads itself
@@ -102,7 +108,8 @@ def launch(ranks: int, arguments: list[str]) -> int:
         return explain_failure(error)
     except SignalException as error:
         print("\ninterrupted; start the same command again to resume from the newest checkpoint", file=sys.stderr)
-        return 128 + int(error.sigval)
+        preempted = error.sigval in (signal.SIGTERM, signal.SIGUSR1)
+        return REQUEUE if preempted else 128 + int(error.sigval)
     return 0
 
 
@@ -111,6 +118,8 @@ def explain_failure(error) -> int:
     statuses = {rank: failure.exitcode for rank, failure in error.failures.items()}
     if 2 in statuses.values():
         return 2  # a user's error: the rank has printed its line
+    if REQUEUE in statuses.values():
+        return REQUEUE
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name

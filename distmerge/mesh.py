@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -33,6 +34,7 @@ class Mesh:
         inside: process group of this worker's ranks.
         files: process group of all ranks, on the CPU, for what a thread writes while training goes on.
         device: where this rank computes.
+        side_by_side: whether other experts of the same job train beside this one.
         crowding: what the ranks share, in words, where there are more of them than devices.
     """
 
@@ -42,9 +44,12 @@ class Mesh:
         self.workers, self.shards = section.workers, place.world // section.workers
         self.worker, self.shard = divmod(place.rank, self.shards)
         self.device = choose_device(section.device, place)
+        os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # transformers may import deepspeed, which looks once
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world))
         timeout = timedelta(seconds=section.timeout_seconds)
-        self.store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
+        store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
+        self.side_by_side = bool(place.name)
+        self.store = PrefixStore(f"{place.name}/{attempt()}", store)
         self.crowding = crowding(self.device, place)
         # NCCL wants a GPU for each rank; ranks that share one talk over gloo.
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" and self.crowding is None else "gloo"
@@ -60,6 +65,10 @@ class Mesh:
         group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timeout)
         assert isinstance(group, dist.ProcessGroup)
         return group
+
+    def shard_axis(self) -> DeviceMesh:
+        """This worker's ranks as an axis to shard over."""
+        return DeviceMesh.from_group(self.inside, self.device.type, mesh_dim_names=("shard",))
 
     @property
     def leads(self) -> bool:
@@ -143,6 +152,22 @@ class Mesh:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def attempt() -> str:
+    """A name of this attempt at the job: torchrun's agent may give a restarted job the store of the one that failed.
+
+    Agents of several nodes count restarts apart; there, launch/torchrun.sh has a store made for each attempt.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}" if shared else "attempt"
+
+
+def alone() -> dist.ProcessGroup:
+    """A process group of this rank alone; made by all ranks together."""
+    group, _ = dist.new_subgroups_by_enumeration([[rank] for rank in range(dist.get_world_size())])
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def check_world(workers: int, world: int) -> None:

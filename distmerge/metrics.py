@@ -16,7 +16,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from distmerge.engine.torch import StepResult
+from distmerge.engine.engine import StepResult
 from distmerge.rundir import RunDirectory
 from distmerge.workers.report import MergeReport
 

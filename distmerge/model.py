@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
@@ -34,6 +36,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ) from None
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
+    """The int32 ids of each text, without special tokens."""
+    if isinstance(tokenizer, ByT5Tokenizer):  # ids are bytes + 3; its own loop over characters takes minutes
+        return [np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int32) + 3 for text in texts]
+    return [np.asarray(row, dtype=np.int32) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]  # pyright: ignore
+
+
 def build_model(section: Model, tokenizer: PreTrainedTokenizerBase, seed: int) -> nn.Module:
     """The model in float32 on the CPU; weights that are not loaded are drawn from the seed, the same on all ranks."""
     torch.manual_seed(seed)
@@ -59,6 +68,8 @@ def check_fits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequence_le
 
 def load_model(path: str) -> nn.Module:
     check_directory("config.model.path", path)
+    # transformers imports deepspeed where it is installed, and that says on standard output which device it found.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
@@ -89,18 +100,26 @@ def build_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> An
         raise UserError(f"config.model.config is not valid for {model_type}: {first_line(error)}") from None
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: str | None = None) -> None:
+def save_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    dtype: str | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Write an HF model directory. The parameters may be views of one vector, so copies of them are written.
 
     Args:
         dtype: of the floating-point tensors in the files, such as "bfloat16"; by default the model's.
+        state: what to write, where the model does not hold it whole.
     """
+    given = model.state_dict() if state is None else state
     target = getattr(torch, dtype) if dtype else None
     copies: dict[int, Tensor] = {}  # by address: tied weights stay tied, and are written once
-    for tensor in model.state_dict().values():
+    for tensor in given.values():
         copy = tensor.detach().cpu().clone()
         copies[tensor.data_ptr()] = copy.to(target) if target and copy.is_floating_point() else copy
-    state = {name: copies[tensor.data_ptr()].view(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = {name: copies[tensor.data_ptr()].view(tensor.shape) for name, tensor in given.items()}
     model.save_pretrained(directory, state_dict=state)  # pyright: ignore[reportCallIssue]
     if dtype is not None:  # say what the files hold, so that a reader does not widen them
         written = json.loads((directory / "config.json").read_text())

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 class RunDirectory:
-    """``RUN_DIR``: config.toml, environment.json, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/, window/, final/,
-    summary.json."""
+    """``RUN_DIR``: config.toml, environment.json, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/, window/, steps/,
+    final/, summary.json."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -66,11 +66,11 @@ class RunDirectory:
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
     def finished(self, steps: int) -> dict[str, Any] | None:
-        """The summary of a run that has reached ``steps``; None while there is work to do."""
+        """The summary of a run that has reached ``steps``, or was stopped before; None while there is work to do."""
         if not self.summary.exists() or not self.final.exists():
             return None
         summary = json.loads(self.summary.read_text())
-        return summary if summary["steps"] >= steps else None
+        return summary if summary["steps"] >= steps or summary.get("stopped") else None
 
     def publish_final(self, temporary: Path) -> None:
         """Put a complete model directory in place of ``final``."""

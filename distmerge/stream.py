@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import datasets
@@ -49,6 +49,10 @@ class StreamBatches:
         tokens = np.concatenate(parts)
         self.left = tokens[wanted:]
         return torch.from_numpy(tokens[:wanted].astype(np.int64)).view(*self.shape, length)
+
+    def count_tokens(self, steps: Iterable[int]) -> int:
+        """Tokens of this rank in as many steps."""
+        return sum(self.shape[0] * self.shape[1] * self.section.sequence_length for _ in steps)
 
     def state_dict(self) -> dict[str, Any]:
         return {"documents": self.documents.state_dict(), "left": torch.from_numpy(self.left.copy())}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +17,26 @@ import torch
 from torch import Tensor
 
 from distmerge import config as sections
-from distmerge.checkpoints.durable import guarded, reader
+from distmerge import config_file
+from distmerge.checkpoints import relayout
+from distmerge.checkpoints.durable import guarded, read_manifest, reader
 from distmerge.checkpoints.preview import Preview
 from distmerge.checkpoints.recovery import Recovery
 from distmerge.checkpoints.store import Store
 from distmerge.checkpoints.window import Window
 from distmerge.config import TrainConfig
 from distmerge.data import IndexedBatches, open_corpus
-from distmerge.engine.torch import TorchEngine
+from distmerge.engine.build import build_engine
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate
+from distmerge.experts.adapt import with_lora
+from distmerge.experts.training import ExpertTraining
 from distmerge.flat import FlatParameters, fingerprint
-from distmerge.launch import Place
+from distmerge.launch import REQUEUE, Place, launch
 from distmerge.mesh import Mesh
 from distmerge.metrics import Meter, MetricsLog, table
-from distmerge.model import build_model, check_fits, load_tokenizer, save_model
+from distmerge.model import build_model, check_fits, load_tokenizer
+from distmerge.preemption import Preemption
 from distmerge.rundir import RunDirectory, take_lock, write_atomically
 from distmerge.schedule import lr_factor
 from distmerge.stream import StreamBatches, stream_corpus
@@ -44,24 +52,51 @@ def train(config: TrainConfig, place: Place, command: list[str]) -> None:
         lock = take_lock(directory, config, mesh, command)
         run = Run(config, mesh, directory)
         run.resume()
-        loop(run)
-        run.close()
+        finished = loop(run)
+        run.close() if finished else run.leave()
+        run.preemption.close()
         lock.release()
     except RuntimeError as error:
         raise mesh.name_dead_peers(error) from error
     mesh.close()
+    if not finished:
+        raise SystemExit(REQUEUE)
 
 
-def loop(run: Run) -> None:
+def train_here(config: TrainConfig, ranks: int) -> None:
+    """Train one run of many, such as an experiment's: in this process, or with several ranks as a job of its own.
+
+    Raises:
+        UserError: when the job failed; it has said why.
+    """
+    if ranks == 1:
+        before = dict(os.environ)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+        try:
+            train(config, Place(0, 1, 0, 1), sys.argv)
+        finally:  # what is started from here later is no rank
+            os.environ.clear()
+            os.environ.update(before)
+        return
+    path = Path(config.run_dir).with_suffix(".toml")
+    write_atomically(path, config_file.dump(config))
+    if launch(ranks, ["train", str(path)]):
+        raise UserError(f"the run {config.run_dir} failed")
+
+
+def loop(run: Run) -> bool:
+    """Train to the end: True. False where the job was told to leave before it."""
     config, meter, recovery = run.config, run.meter, run.recovery
     if run.step == 0:
         run.write_line(run.evaluate())
-    while run.step < config.steps:
-        lr = config.optimizer.lr * lr_factor(config.schedule, run.step, config.steps) * recovery.lr_factor(run.step)
+    while run.step < config.steps and not run.expert.stopped:
+        factor = lr_factor(config.schedule, run.step, config.steps) * recovery.lr_factor(run.step) * run.expert.lr_factor
+        lr = config.optimizer.lr * factor
         result = run.engine.train_step(run.next_batch(), lr)
         if recovery.needed(run.step + 1, result):  # before a merge or a block can take in sick values
             recovery.roll_back(run.step + 1)
             continue
+        meeting = run.meets()
         merges = [report for merger in run.mergers if (report := merger.step())]  # across workers
         run.step += 1
         recovery.cure(run.step, merges)
@@ -70,10 +105,15 @@ def loop(run: Run) -> None:
         meter.observe(result, lr, merges)
         evaluating = run.due(config.evaluate.every) and run.step < config.steps
         previewing = config.preview is not None and run.due(config.preview.every)
+        loss = run.evaluate() if evaluating else None
         if evaluating or previewing or run.due(config.log.every):
-            run.write_line(run.evaluate() if evaluating else None, run.preview_loss() if previewing else None)
+            run.write_line(loss, run.preview_loss() if previewing else None)
+        run.expert.observe(run.step, loss)  # publishes steps to be merged, stops where the rule says so
         if run.due(config.checkpoint.every) and not recovery.blocks_commit(run.step):
             run.commit()
+        if run.preemption.due(run.step, meeting):
+            return False
+    return True
 
 
 class Run:
@@ -85,14 +125,17 @@ class Run:
             self.tokenizer = load_tokenizer(config.data.tokenizer)
             model = build_model(config.model, self.tokenizer, config.seed)
             check_fits(model, self.tokenizer, config.data.sequence_length)
+            if config.expert is not None and config.expert.lora is not None:
+                model = with_lora(model, config.expert.lora, config.seed)
         with mesh.together():
             self.batches, self.held_out = mesh.lead_first("data", self._open_data)
-        self.engine = TorchEngine(model, config, mesh)
+        mesh.check_same("the parameters that they start from", torch.stack([fingerprint(p) for p in model.parameters()]).sum())
+        self.engine = build_engine(model, config, mesh)
         with mesh.together():
             self.mergers: list[DiLoCo | SPARTA] = build_mergers(config, self.engine.parameters, mesh)
-        mesh.check_same("the parameters that they start from", fingerprint(self.engine.parameters.whole))
         torch.manual_seed(config.seed * 1_000_003 + mesh.rank)  # dropout draws apart on each rank
-        self.store = Store(directory.checkpoints, mesh, config.checkpoint.keep, config.checkpoint.asynchronous)
+        section = config.checkpoint
+        self.store = Store(directory.checkpoints, mesh, section.keep, section.asynchronous, relayout.layout(config, mesh))
         self.meter = Meter(mesh.device, self.tokens_per_step)
         self.log: MetricsLog | None = None
         self.path, self.step = directory.path, 0
@@ -101,6 +144,10 @@ class Run:
             self.window = self._open_window()
             self.preview = self._open_preview()
         self.recovery = Recovery(config.recovery, self)
+        with mesh.together():
+            self.expert = ExpertTraining(config, self)
+        lead = max((max(getattr(m.settings, "overlap", 0), getattr(m.settings, "delay", 0)) for m in self.mergers), default=0)
+        self.preemption = Preemption(mesh, lead)
 
     def _open_window(self) -> Window | None:
         section, root, flat = self.config.window, self.directory.window, self.engine.parameters
@@ -125,6 +172,12 @@ class Run:
         rows = self.config.train.batch_size * self.config.train.gradient_accumulation
         return rows * self.config.data.sequence_length * self.mesh.world
 
+    def meets(self) -> bool:
+        """Whether all ranks meet in a collective of the step that ends next."""
+        step, config = self.step + 1, self.config
+        meetings = any(step % every == 0 for every in (config.evaluate.every, config.checkpoint.every))
+        return self.mesh.workers == 1 or meetings or any(merger.due() for merger in self.mergers)
+
     def due(self, every: int) -> bool:
         return self.step % every == 0
 
@@ -144,7 +197,9 @@ class Run:
         """Go on from the newest valid checkpoint, if there is one."""
         self.store.open()
         self.recovery.finish_tainting()
-        path, rejections = self.store.newest_valid()
+        path, rejections = self.store.newest_valid(
+            lambda path: relayout.check(path, read_manifest(path), self.config, self.mesh)
+        )
         if path is not None:
             state = self.load_checkpoint(path)
             self.recovery.load_state_dict(state["recovery"])
@@ -153,8 +208,9 @@ class Run:
             self.window.open(self.step)
         if self.mesh.leads:
             self.log = MetricsLog(self.directory, self.meter.log_bytes, self.config.steps)
-            if self.mesh.crowding is not None:
-                self.log.say(self.mesh.crowding)
+            for note in [self.mesh.crowding, *self.engine.notes]:
+                if note is not None:
+                    self.log.say(note)
             for rejection in rejections:
                 self.log.say(f"rejected checkpoint {rejection.path}: {rejection.reason}")
             if path is not None:
@@ -173,28 +229,38 @@ class Run:
         cuda = self.mesh.device.type == "cuda"
         return {
             "step": self.step,
+            "parts": [dataclasses.astuple(part) for part in self.engine.parameters.parts()],
             "mergers": [merger.state_dict() for merger in self.mergers],
             "batches": self.batches.state_dict(),
             "generators": [torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None],
             "window": self.window and self.window.state_dict(),
+            "expert": self.expert.state_dict(),
             "recovery": self.recovery.state_dict(),
             "meter": self.meter.state_dict(),
         }
 
     def load_checkpoint(self, path: Path) -> dict[str, Any]:
         """The state of a checkpoint, but for the recovery and the meter, which remember what was later."""
-        read = reader(path)
-        self.engine.load_state_files(read)
-        state = read(f"rank-{self.mesh.rank:05}.pt")
+        read, written = reader(path), read_manifest(path)
+        if relayout.same(written, self.store.about):
+            self.engine.load_state_files(read)
+            state = read(f"rank-{self.mesh.rank:05}.pt")
+        else:
+            with self.mesh.together():
+                state = relayout.load(self, read, written)
         self.step = self.committed = state["step"]
         if self.window is not None:
             self.window.load_state_dict(state["window"])
         for merger, merger_state in zip(self.mergers, state["mergers"], strict=True):
             merger.load_state_dict(merger_state)
         self.batches.load_state_dict(state["batches"])
-        torch.set_rng_state(state["generators"][0])
-        if state["generators"][1] is not None:
-            torch.cuda.set_rng_state(state["generators"][1])
+        self.expert.load_state_dict(state["expert"])
+        if state["generators"] is None:  # of another layout: draws go on apart, from the step
+            torch.manual_seed((self.config.seed * 1_000_003 + self.mesh.rank) * 1_000_003 + self.step)
+        else:
+            torch.set_rng_state(state["generators"][0])
+            if state["generators"][1] is not None:
+                torch.cuda.set_rng_state(state["generators"][1])
         return state
 
     def write_line(self, eval_loss: float | None = None, preview_loss: float | None = None) -> None:
@@ -214,14 +280,21 @@ class Run:
     def bytes_sent(self) -> float:
         return sum(merger.bytes_sent for merger in self.mergers)
 
-    def evaluate(self) -> float:
-        """The loss of what the workers share: the anchor, once a merger has moved it; else each worker's own part."""
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """A stretch in which the model is what the workers share: the anchor, once a merger has moved it; else each
+        worker's own part."""
         flat = self.engine.parameters
         anchor = next((merger.anchor for merger in self.mergers if merger.anchor is not None and merger.round), None)
         with self.meter.paused(), contextlib.nullcontext() if anchor is None else flat.borrowed():
             if anchor is not None:
                 flat.vector.copy_(anchor)
                 flat.push()
+            yield
+
+    def evaluate(self) -> float:
+        """The loss of what the workers share."""
+        with self.shared():
             loss = self._loss()
         if self.meter.first_eval is None:
             self.meter.first_eval = loss
@@ -239,6 +312,16 @@ class Run:
         place = (self.mesh.rank, self.mesh.world)
         return evaluate(self.engine.model, self.held_out, self.config.train.batch_size, section.batches, *place).loss
 
+    def leave(self) -> None:
+        """Keep the state for whoever starts the run again."""
+        if self.committed != self.step:
+            self.commit()
+        self.store.wait()
+        if self.log is not None:
+            self.log.say(f"told to leave: checkpoint of step {self.step} committed, status {REQUEUE} asks for a requeue")
+            self.log.close()
+        self.engine.close()
+
     def close(self) -> None:
         """Keep the last state, merge what is left to merge, publish the model, and say what came out."""
         if self.committed != self.step:
@@ -246,22 +329,26 @@ class Run:
         self.store.wait()
         for merger in self.mergers:
             merger.finish()
+        step = self.expert.finish()
         loss = self.evaluate()
         self.write_line(loss)
+        whole = self.engine.whole_state()
         with self.mesh.together():
             if self.log is not None:
                 self.log.close()
                 temporary = self.directory.path / ".final"
                 shutil.rmtree(temporary, ignore_errors=True)
-                guarded(temporary, lambda: save_model(self.engine.model, self.tokenizer, temporary))
+                guarded(temporary, lambda: self.expert.save(temporary, step, whole))
                 self.directory.publish_final(temporary)
                 write_atomically(self.directory.summary, json.dumps(self.summary(loss), indent=2) + "\n")
                 print(table(self.directory, self.summary(loss)), flush=True)
+        self.engine.close()
 
     def summary(self, loss: float) -> dict[str, Any]:
-        numel, ranks, tokens = self.engine.parameters.whole.numel(), self.mesh.world, self.step * self.tokens_per_step
+        numel, ranks, tokens = self.engine.parameters.numel, self.mesh.world, self.step * self.tokens_per_step
         return {
             "steps": self.step,
+            "stopped": self.expert.stopped,
             "workers": self.mesh.workers,
             "ranks": ranks,
             "parameters": numel,

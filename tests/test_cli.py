@@ -15,7 +15,8 @@ from distmerge.rundir import Lock, RunDirectory
 from tests import jobs
 from tests.ranks import Outcome, Ranks, command
 
-VERBS = ("train", "eval", "merge", "diagnose", "sweep", "window", "anneal", "recover", "verify")
+VERBS = ("train", "eval", "build-ops", "merge", "diagnose", "sweep", "window", "anneal", "recover", "verify")
+VERBS += ("experts", "examples", "ptm")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,8 @@ def test_the_run_directory_of_another_configuration(folder: Path, tmp_path: Path
     said = error_of(command(["train", str(folder / "config.toml"), "--run-dir", str(tmp_path), "--merge.0.every", "3"]))
     assert said == (
         f"config.run_dir {tmp_path} belongs to a run of another configuration; differing keys: merge.0.every, optimizer.lr; "
-        "take another --run-dir, or only change steps, train.threads, log, evaluate, checkpoint, preview, recovery"
+        "take another --run-dir, or only change steps, train.threads, log, evaluate, checkpoint, preview, recovery, "
+        "engine.kind, engine.reshard_after_forward, train.batch_size, train.gradient_accumulation"
     )
 
 

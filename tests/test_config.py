@@ -84,7 +84,7 @@ def test_shipped_configurations_survive_their_own_dump(shipped: Path, tmp_path: 
         ("step = 3", 'config.step is not a known key; did you mean "steps"?'),
         ("[train]\nbatch_sise = 3", 'config.train.batch_sise is not a known key; did you mean "batch_size"?'),
         ("[[merge]]\nkind = \"diloco\"\nevry = 3", 'config.merge[1].evry is not a known key; did you mean "every"?'),
-        ("[engine]\nxyzzy = 3", "config.engine.xyzzy is not a known key; known: kind"),
+        ("[engine]\nxyzzy = 3", "config.engine.xyzzy is not a known key; known: config, kind, reshard_after_forward"),
         ('steps = "many"', "config.steps must be an integer, got 'many'"),
         ("steps = 2.5", "config.steps must be an integer, got 2.5"),
         ("steps = 0", "config.steps must be >= 1, got 0"),
@@ -216,7 +216,7 @@ def test_overrides_that_are_wrong(path: str, arguments: str, message: str) -> No
         ("--seed 3", ["seed"]),
         ("--merge.0.every 3 --optimizer.betas 0.1 0.2", ["merge.0.every", "optimizer.betas"]),
         ("--merge.1.kind none", ["merge.1.kind"]),
-        ("--model.config.hidden-size 32 --train.batch-size 9", ["model.config.hidden_size", "train.batch_size"]),
+        ("--model.config.hidden-size 32 --train.gradient-clip 9", ["model.config.hidden_size", "train.gradient_clip"]),
     ],
 )
 def test_differing_keys(path: str, overrides: str, keys: list[str]) -> None:

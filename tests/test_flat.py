@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distmerge.engine.flatten import flatten
 from distmerge.errors import UserError
-from distmerge.flat import FlatParameters, fingerprint, flatten, pieces
+from distmerge.flat import FlatParameters, fingerprint, pieces
 
 
 class Mixed(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distmerge.engine.torch import StepResult
+from distmerge.engine.engine import StepResult
 from distmerge.metrics import Meter, MetricsLog, megabytes, shown, table
 from distmerge.rundir import RunDirectory
 from distmerge.workers.diloco import MergeReport

@@ -131,7 +131,8 @@ def test_a_run_of_other_ranks_is_refused(ranks: Ranks, config: str, tmp_path: Pa
     said = [line for outcome in outcomes for line in outcome.stderr.splitlines()]
     newest = tmp_path / "run" / "checkpoints" / "step-00000006"
     assert said == [
-        f"error: {newest} was written by 2 ranks in 2 workers, got 4 ranks in 2; resume with as many, or take another --run-dir"
+        "error: config.train.batch_size x gradient_accumulation x 4 ranks must be 4, the sequences of a step in "
+        f"{newest}, got 8"
     ]
 
 

@@ -9,12 +9,12 @@ import contextlib
 import io
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from distmerge.checkpoints.durable import guarded, write_file
 from distmerge.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIX = ".converted"
 
@@ -40,16 +40,18 @@ def newest_tag(path: Path) -> str | None:
 
 
 def as_safetensors(path: Path, allow_pickle: bool) -> Path:
-    """Convert, once, into ``PATH.converted``; that directory.
+    """Convert into ``PATH.converted``; that directory. It is kept, and made anew when the checkpoint has changed since.
 
     Raises:
         UserError: unless pickles are allowed, or where the checkpoint cannot be read.
     """
     converted = path.with_name(path.name + SUFFIX)
-    if converted.is_dir():
+    if converted.is_dir() and converted.stat().st_mtime_ns >= max(file.stat().st_mtime_ns for file in path.rglob("*")):
         return converted
     if not allow_pickle:
         raise UserError(f"{path} is a DCP or DeepSpeed checkpoint, pickles that can run code; allow it by --allow-pickle")
+    from distmerge.checkpoints.durable import guarded
+
     tensors = read_dcp(path) if is_dcp(path) else read_zero(path)
     guarded(converted, lambda: keep(path, tensors, converted))
     return converted
@@ -57,6 +59,8 @@ def as_safetensors(path: Path, allow_pickle: bool) -> Path:
 
 def keep(path: Path, tensors: dict[str, Tensor], converted: Path) -> None:
     """Write ``tensors``, with the small files beside the checkpoint in ``path``, as ``converted``."""
+    from distmerge.checkpoints.durable import write_file
+
     temporary = path.with_name(f".{path.name}{SUFFIX}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -64,11 +68,13 @@ def keep(path: Path, tensors: dict[str, Tensor], converted: Path) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if (path / name).is_file():
             shutil.copy(path / name, temporary / name)
+    shutil.rmtree(converted, ignore_errors=True)
     temporary.rename(converted)
 
 
 def read_dcp(path: Path) -> dict[str, Tensor]:
     """The model's tensors of a DCP directory: all, or those under ``model.`` beside an optimizer's."""
+    from torch import Tensor
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -102,15 +108,17 @@ def read_zero(path: Path) -> dict[str, Tensor]:
     root, tag = (str(path), None) if tagged else (str(path.parent), path.name)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress, and which accelerator it takes
-            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # pyright: ignore[reportMissingImports]
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
             state = get_fp32_state_dict_from_zero_checkpoint(root, tag)
     except ImportError:
-        raise UserError("a DeepSpeed checkpoint needs deepspeed to be read; pip install deepspeed") from None
+        raise UserError("a DeepSpeed checkpoint needs deepspeed to be read; pip install distmerge[deepspeed]") from None
     except Exception as error:  # whatever a damaged pickle comes to
         raise UserError(f"cannot read the DeepSpeed checkpoint {path}: {first_line(error)}") from None
-    return {name: tensor.contiguous() for name, tensor in (state or {}).items()}
+    if not state:
+        raise UserError(f"the DeepSpeed checkpoint {path} holds no tensors")
+    return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

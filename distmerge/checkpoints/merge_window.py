@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +22,14 @@ from distmerge.checkpoints import gate
 from distmerge.checkpoints.block import RECORD as BLOCK_RECORD
 from distmerge.checkpoints.block import legible, mergeable, published_blocks
 from distmerge.checkpoints.curves import effective_count, implied_curve, token_shares, weights
-from distmerge.checkpoints.durable import read_manifest
 from distmerge.checkpoints.foreign import as_safetensors, is_foreign, newest_tag
 from distmerge.errors import UserError
 from distmerge.files.header import FLOATS
-from distmerge.files.models import TOKENIZER_FILES, Model, open_model
-from distmerge.files.output import RECORD, refuse_existing
+from distmerge.files.models import TOKENIZER_FILES, Model, check_recorded, open_model
+from distmerge.files.output import RECORD, Digests, refuse_existing
+from distmerge.files.publish import Report, write_model
 from distmerge.files.sources import Maps, OnDisk
-from distmerge.files.stream import Job, Report, Settings, Stream, write_model
+from distmerge.files.stream import Job, Settings, Stream
 from distmerge.rules.linear import Linear, Same, Scaled
 
 SHARD_BYTES = 5 * 10**9
@@ -41,7 +42,6 @@ class Member(NamedTuple):
     step: int | None
     start: float
     end: float | None
-    hashes: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -103,13 +103,12 @@ def member_of(reference: str, position: int, allow_pickle: bool) -> Member:
     model = open_model(reference)
     if (path / BLOCK_RECORD).exists():
         block = legible(path)
-        hashes = read_manifest(path, BLOCK_RECORD)["files"]
         if block.kind == "mean":
-            return Member(model, block.last_step, block.first_token, block.last_token, hashes)
-        return Member(model, block.last_step, block.last_token, None, hashes)
+            return Member(model, block.last_step, block.first_token, block.last_token)
+        return Member(model, block.last_step, block.last_token, None)
     number = re.search(r"(\d+)$", newest_tag(path) or path.name)
     step = int(number.group(1)) if number else None
-    return Member(model, step, float(position if step is None else step), None, {})
+    return Member(model, step, float(position if step is None else step), None)
 
 
 def chosen(members: list[Member], last: int | None, span: tuple[int, int] | None) -> list[Member]:
@@ -156,15 +155,15 @@ def write(
     dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(options.dtype)
 
     def close(report: Report) -> dict[str, bytes]:
-        check_hashes(members, report)
+        check_recorded((member.model for member in members), report.inputs)
         small = newest.carried(("generation_config.json", *TOKENIZER_FILES))
         if newest.config:
             small["config.json"] = as_json(newest.config | ({"dtype": dtype} if dtype else {}))
         return small | {RECORD: as_json(record | {"inputs": report.inputs, "outputs": report.outputs})}
 
     settings = Settings(options.threads or len(os.sched_getaffinity(0)), options.chunk)
-    with Stream(jobs, settings) as stream:
-        write_model(stream, out, identity(record, members, options.dtype), SHARD_BYTES, close)
+    with Stream(jobs, settings) as stream, closing(Digests(settings.threads)) as digests:
+        write_model(stream, out, identity(record, members, options.dtype), SHARD_BYTES, close, digests)
 
 
 def job_of(name: str, members: list[Member], c: list[float], maps: Maps, dtype: str | None) -> Job:
@@ -183,15 +182,6 @@ def job_of(name: str, members: list[Member], c: list[float], maps: Maps, dtype: 
     if policy == "equal":
         return Job(name, entries[0].shape, entries[0].dtype, Same(), sources)
     raise UserError(f"buffer {name} ({entries[0].dtype}) has no merge policy, and is no floating-point parameter")
-
-
-def check_hashes(members: list[Member], report: Report) -> None:
-    """Blocks must be what their records say, or nothing is published."""
-    for member in members:
-        for file in member.model.files:
-            stored = member.hashes.get(file.name)
-            if stored is not None and stored != report.inputs[str(file)]:
-                raise UserError(f"{file} does not have the SHA-256 that {BLOCK_RECORD} says; nothing was published")
 
 
 def gram(members: list[Member], maps: Maps) -> np.ndarray:

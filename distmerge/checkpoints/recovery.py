@@ -24,7 +24,7 @@ from distmerge.checkpoints.plan import Plan, batch_index, finish_tainting, read_
 from distmerge.checkpoints.spike import Detector
 from distmerge.checkpoints.store import Store, step_of
 from distmerge.checkpoints.window import Window
-from distmerge.engine.torch import StepResult, TorchEngine
+from distmerge.engine.engine import Engine, StepResult
 from distmerge.errors import UserError
 from distmerge.mesh import Mesh
 
@@ -34,7 +34,7 @@ class Recoverable(Protocol):
 
     step: int
     mesh: Mesh
-    engine: TorchEngine
+    engine: Engine
     mergers: list[Any]
     store: Store
     window: Window | None

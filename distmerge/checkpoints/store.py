@@ -12,6 +12,7 @@ import math
 import os
 import queue
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,13 +45,15 @@ class Store:
     Every public method is a collective.
 
     Args:
+        about: what a manifest says of the run beside its files, such as who wrote it.
         keep: newest checkpoints to keep.
         asynchronous: copy the state and write it in a thread, which has a process group of its own: the protocol is the
             same, and training goes on after the copy.
     """
 
-    def __init__(self, root: Path, mesh: Mesh, keep: int, asynchronous: bool = False):
+    def __init__(self, root: Path, mesh: Mesh, keep: int, asynchronous: bool = False, about: dict[str, Any] | None = None):
         self.root, self.mesh, self.keep = root, mesh, keep
+        self.about = about or {"world": mesh.world, "workers": mesh.workers}
         self.staging = Staging(mesh.device) if asynchronous else None
         self.todo: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
         self.written = threading.Event()
@@ -114,8 +117,7 @@ class Store:
             if self.mesh.leads:
                 manifest = {
                     "step": step,
-                    "world": self.mesh.world,
-                    "workers": self.mesh.workers,
+                    **self.about,
                     "files": {file: entry for part in gathered for file, entry in sorted(part.items())},
                 }
                 guarded(published, lambda: publish(temporary, published, manifest))
@@ -135,13 +137,17 @@ class Store:
                 for path in doomed[0]:
                     guarded(path, lambda path=path: remove(path))
 
-    def newest_valid(self) -> tuple[Path | None, list[Rejection]]:
+    def newest_valid(self, fits: Callable[[Path], None] | None = None) -> tuple[Path | None, list[Rejection]]:
         """The newest checkpoint that verifies, and those that were rejected on the way to it.
 
         Rejected ones are set aside as ``step-N.rejected``, so that the step can be published again.
 
+        Args:
+            fits: raises where the run cannot go on from the newest one, before anything is set aside; by default where it
+                is of another mesh.
+
         Raises:
-            UserError: when there are checkpoints but all are damaged, or the newest valid one is of another mesh.
+            UserError: when there are checkpoints but all are damaged, or the newest valid one does not fit.
         """
         accepted, rejections = self.valid(1)
         with self.mesh.together():
@@ -149,7 +155,7 @@ class Store:
                 reasons = "; ".join(f"{rejection.path.name}: {rejection.reason}" for rejection in rejections)
                 raise UserError(f"every checkpoint in {self.root} is damaged ({reasons}); move them away to start anew")
             if accepted:
-                self._check_mesh(accepted[0])
+                (fits or self._check_mesh)(accepted[0])
             if self.mesh.leads:
                 for rejection in rejections:
                     guarded(rejection.path, lambda path=rejection.path: set_aside(path, "rejected"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from distmerge.errors import UserError
@@ -18,7 +20,7 @@ from distmerge.rules.linear import Linear, Same, Scaled
 from distmerge.rules.rule import Rule
 from distmerge.rules.slerp import Nuslerp, Slerp
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune
-from distmerge.rules.task import Combine, GlobalTrim, Ptm, Sparsifier, TaskVectors, rescaling_dtype
+from distmerge.rules.task import Combine, GlobalTrim, Ptm, Sparsifier, TaskArithmetic, TaskVectors, rescaling_dtype
 
 
 def build(
@@ -55,6 +57,15 @@ def job(
     return Job(pairing.name, pairing.shape, DTYPES[out] if out else first, rule, members, base)
 
 
+def observed(job: Job, pairing: Pairing, maps: Maps) -> Job:
+    """The job with an origin for a report: the recipe's base, though the method has no use for it, or else the first member."""
+    if job.base is not None or job.shape != pairing.shape:
+        return job
+    if pairing.origin is None:
+        return replace(job, origin=job.members[0])
+    return replace(job, origin=open_source(pairing.origin, maps)) if pairing.origin.stored.shape == job.shape else job
+
+
 def open_source(item: Input, maps: Maps) -> Source:
     """The input's tensor, with its adapter."""
     base = OnDisk(item.stored, maps)
@@ -82,7 +93,7 @@ def rule_of(recipe: Recipe, form: dict[str, str], pairing: Pairing, dtype: torch
         case "nuslerp":
             return Nuslerp(share_of_second(pairing), *vectors_of(pairing), dtype)
         case "wise_ft":
-            return TaskVectors([each[0]["omega"]], Combine(), None, "none", wide, 0)
+            return TaskArithmetic([each[0]["omega"]], Combine(), wide)
         case "ptm":
             return Ptm([skill["omega"] for skill in each[1:]], wide)
         case "model_stock":
@@ -107,6 +118,8 @@ def task_vectors(recipe: Recipe, form: dict[str, str], pairing: Pairing, dtype: 
             raise UserError('rescale needs trim = "tensor": a global trim is not rescaled')
         return GlobalTrim(weights, combine, thresholds)
     thin, unit = sparsifier(recipe, form, pairing, dtype)
+    if thin is None and combine.elect == "none":
+        return TaskArithmetic(weights, combine, dtype)
     return TaskVectors(weights, combine, thin, rescale, dtype, numel_of(pairing), unit)
 
 

@@ -21,30 +21,34 @@ SPREAD_OUT = 0.5
 
 
 class Similarity:
-    """An observer of task vectors. Looks only at floating point tensors that have a base and more than one member."""
+    """An observer of task vectors. Looks only at floating point tensors that have a base, or an origin in place of one."""
 
     def measure(self, job: Job, block: Block, merged: Tensor, written: Tensor) -> Measured:
         if block.base is None or not merged.is_floating_point():
             return Measured()
         base = block.base.float()
-        delta = torch.stack([member.float() - base for member in block.members])
+        members = [one for one, source in zip(block.members, job.members, strict=True) if source is not job.origin]
+        delta = torch.stack([member.float() - base for member in members])
         found = similarity.measure(delta)
         exact = merged.float()
         lost = torch.stack([(written.float() - exact).square().sum(), (exact - base).square().sum()])
-        return Measured(found.added, found.kept | {"rounding": lost})
+        each = torch.stack([(member.to(written.dtype).float() - member.float()).square().sum() for member in members])
+        return Measured(found.added, found.kept | {"rounding": lost, "each": each})
 
     def settle(self, job: Job, tally: Tally) -> Any:
         if "live" not in tally.added:
             return None
-        return similarity.settle(tally) | {"rounding": tally.total("rounding").tolist()}
+        return similarity.settle(tally) | {name: tally.total(name).tolist() for name in ("rounding", "each")}
 
 
-def summarise(notes: dict[str, Any], models: list[str]) -> dict[str, Any]:
+def summarise(notes: dict[str, Any], models: list[str], origin: str, based: bool = True) -> dict[str, Any]:
     """The report: over all tensors, over each layer, over each kind of tensor.
 
     Args:
         notes: what ``Similarity`` settled for each tensor; None where it saw nothing.
         models: the members, in order.
+        origin: what their task vectors start from.
+        based: whether that is what they were trained from; without a base nothing can be recommended.
     """
     seen = {name: note for name, note in notes.items() if note is not None}
     layers: dict[str, list[Any]] = {}
@@ -56,11 +60,12 @@ def summarise(notes: dict[str, Any], models: list[str]) -> dict[str, Any]:
         kinds.setdefault(LAYER.sub(".*.", name, count=1), []).append(note)
     whole = added(list(seen.values()))
     return {
+        "origin": origin,
         "models": models,
         "whole": whole,
         "layers": {name: added(found) for name, found in layers.items()},
         "kinds": {name: added(found) for name, found in kinds.items()},
-        "recommendation": recommend(whole),
+        "recommendation": recommend(whole) if based and len(models) > 1 else None,
     }
 
 
@@ -70,7 +75,8 @@ def added(notes: list[Any]) -> dict[str, Any]:
     Returns:
         cosines [M][M], norms [M], the share of elements with members of both signs (``conflict_count``, of those where any
         is not 0), the share of mass that cancels ``1 - |sum|/sum||`` (``conflict_mass``), ``concentration`` [M], and
-        ``lost_to_rounding``, the norm of the rounding over that of the merged task vector.
+        ``lost_to_rounding``, the norm of the rounding over that of the merged task vector, and ``each_lost_to_rounding`` [M],
+        that of each member, were it stored in the output's dtype, over its task vector's.
     """
     sums = {key: np.sum([np.asarray(note[key], dtype=np.float64) for note in notes], axis=0) for key in notes[0]}
     gram, mass = sums["gram"], sums["mass"]
@@ -87,6 +93,7 @@ def added(notes: list[Any]) -> dict[str, Any]:
         "conflict_mass": float(mass[0] / mass[1]) if mass[1] > 0 else 0.0,
         "concentration": spread.tolist(),
         "lost_to_rounding": float(np.sqrt(lost / merged)) if merged > 0 else 0.0,
+        "each_lost_to_rounding": np.divide(np.sqrt(sums["each"]), norms, out=np.zeros_like(norms), where=norms > 0).tolist(),
     }
 
 
@@ -130,6 +137,9 @@ def table(report: dict[str, Any]) -> str:
     if "subspaces" in report:
         mean = np.mean([entry["overlap"] for entry in report["subspaces"]]) if report["subspaces"] else 0.0
         lines.append(f"overlap of the leading subspaces: {mean:.3f} (mean over matrices and pairs)")
+    if "adapters" in report:
+        lines.append("cosines between adapters, from their factors alone:")
+        lines += ["  " + "  ".join(f"{value:7.4f}" for value in row) for row in report["adapters"]["cosines"]]
     for key, title in (("barriers", "loss barrier"), ("divergences", "KL divergence")):
         lines += [f"{title} {entry['pair'][0]}-{entry['pair'][1]}: {entry['value']:.4f} nats" for entry in report.get(key, [])]
     chosen = report["recommendation"]

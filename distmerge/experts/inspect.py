@@ -10,11 +10,11 @@ from typing import Any
 from distmerge.errors import UserError
 from distmerge.experts.build import build, open_source
 from distmerge.experts.diagnose import Similarity, summarise, table
-from distmerge.experts.lora import leading_factors
+from distmerge.experts.lora import leading_factors, similarity
 from distmerge.experts.members import open_all
 from distmerge.experts.pairing import Pairing, check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice
-from distmerge.experts.run import settings_of
+from distmerge.experts.run import roles, settings_of
 from distmerge.files.models import Model
 from distmerge.files.sources import Maps
 from distmerge.files.stream import Settings, Stream, in_memory
@@ -30,10 +30,14 @@ def run(options: argparse.Namespace) -> int:
     recipe = mean_of(options.base, options.models)
     models = open_all(recipe, options.allow_pickle)
     report = diagnose(recipe, models, settings_of(options), subspaces=True)
+    adapters = [models[reference].factors for reference in options.models]
+    if all(adapters):
+        report["adapters"] = similarity(adapters, Maps())
     if options.files:
         from distmerge.experts.barrier import on_data
 
-        report |= on_data([options.base, *options.models], options.files, options.sequence_length, options.batches)
+        directories = [directory_of(models[reference]) for reference in (options.base, *options.models)]
+        report |= on_data(directories, options.files, options.sequence_length, options.batches)
     print(json.dumps(report) if options.json else table(report))
     if options.plot:
         from distmerge.experts.plots import draw
@@ -44,6 +48,13 @@ def run(options: argparse.Namespace) -> int:
 
         to_tensorboard(report, Path(options.tensorboard))
     return 0
+
+
+def directory_of(model: Model) -> str:
+    """Where a whole model lies, to be loaded as one."""
+    if model.factors:
+        raise UserError(f"--files needs whole models, {model.reference} is an adapter: merge it with its base first")
+    return str(model.directory)
 
 
 def mean_of(base: str, models: list[str]) -> Recipe:
@@ -59,8 +70,7 @@ def diagnose(recipe: Recipe, models: dict[str, Model], settings: Settings, subsp
     maps = Maps()
     with Stream(build(recipe, pairings, maps, []), settings, observer=Similarity()) as stream:
         notes = in_memory(stream, lambda job, offset, elements: None)
-    members = [item.model for item in pairings[0].members]
-    report = summarise(notes, members)
+    report = summarise(notes, *roles(pairings[0]))
     if subspaces:
         report["subspaces"] = [entry for pairing in pairings for entry in overlaps(pairing, maps)]
     return report

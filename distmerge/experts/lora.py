@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from distmerge.errors import UserError
+from distmerge.experts.members import open_any
 from distmerge.experts.methods import checked
 from distmerge.experts.recipe import Entry, Recipe
 from distmerge.experts.record import as_json
-from distmerge.files.adapters import CONFIG, PREFIX, WEIGHTS, Adapter, is_adapter, read_adapter
+from distmerge.files.adapters import CONFIG, PREFIX, WEIGHTS, Adapter, Factors, is_adapter, read_adapter
 from distmerge.files.layout import shard
-from distmerge.files.models import open_model
 from distmerge.files.output import RECORD, Digests, Output
 from distmerge.files.sources import NAMES, Maps, OnDisk, Source
 from distmerge.rules.counter import key_of, uniform
@@ -66,13 +66,16 @@ def combine(adapters: list[Adapter], weights: list[float], maps: Maps) -> dict[s
         sides: list[Pair] = []
         for adapter, weight in zip(adapters, weights, strict=True):
             if name in adapter.factors:
-                factors = adapter.factors[name]
-                a, b = (whole(OnDisk(part, maps)) for part in (factors.a, factors.b))
-                sides.append((b * (factors.scale * weight), a))
+                sides.append(loaded(adapter.factors[name], maps, weight))
         if len({(b.shape[0], a.shape[1]) for b, a in sides}) > 1:
             raise UserError(f"{name} has different shapes in {', '.join(str(adapter.path) for adapter in adapters)}")
         found[name] = torch.cat([b for b, _ in sides], 1), torch.cat([a for _, a in sides], 0)
     return found
+
+
+def loaded(factors: Factors, maps: Maps, weight: float = 1.0) -> Pair:
+    a, b = (whole(OnDisk(part, maps)) for part in (factors.a, factors.b))
+    return b * (factors.scale * weight), a
 
 
 def whole(source: OnDisk) -> Tensor:
@@ -99,11 +102,19 @@ def inner_products(adapters: list[dict[str, Pair]]) -> Tensor:
     return gram
 
 
+def similarity(adapters: list[dict[str, Factors]], maps: Maps) -> dict[str, Any]:
+    """Norms of the adapters' changes and cosines between them, from r x r matrices."""
+    gram = inner_products([{name: loaded(factors, maps) for name, factors in one.items()} for one in adapters])
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    cosines = gram / (norms.unsqueeze(1) * norms).clamp(min=torch.finfo(torch.float64).tiny)
+    return {"norms": norms.tolist(), "cosines": cosines.tolist()}
+
+
 def extract(recipe: Recipe, entries: list[Entry], options: argparse.Namespace, maps: Maps) -> dict[str, Pair]:
     """The adapter of the rank that is nearest to ``model - base``, for every matrix in a layer."""
     if recipe.base is None or len(entries) != 1:
         raise UserError("extract needs a base and one model")
-    base, model = (open_model(reference, options.allow_pickle) for reference in (recipe.base, entries[0].model))
+    base, model = (open_any(reference, options.allow_pickle) for reference in (recipe.base, entries[0].model))
     found: dict[str, Pair] = {}
     for name, stored in base.tensors.items():
         if name not in model.tensors or model.tensors[name].shape != stored.shape:

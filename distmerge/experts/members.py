@@ -1,9 +1,11 @@
-"""The models that a recipe names, opened: directories, and adapters that stand for a base with them on."""
+"""The models that a recipe names, opened: directories, others' checkpoints, and adapters that stand for a base with them on."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from distmerge.checkpoints.foreign import as_safetensors, is_foreign
 from distmerge.errors import UserError
 from distmerge.experts.recipe import Recipe
 from distmerge.files.adapters import is_adapter, read_adapter
@@ -16,14 +18,22 @@ def open_all(recipe: Recipe, allow_pickle: bool) -> dict[str, Model]:
     for reference in recipe.references:
         whole, plus, adapter = reference.rpartition("+")
         if plus and not Path(reference).exists():
-            models[reference] = adapted(open_model(whole, allow_pickle), reference, Path(adapter))
+            models[reference] = adapted(open_any(whole, allow_pickle), reference, Path(adapter))
         elif is_adapter(Path(reference)):
             if recipe.base is None or reference == recipe.base:
                 raise UserError(f"{reference} is an adapter, which needs a base: write it as BASE+{reference}")
             models[reference] = adapted(models[recipe.base], reference, Path(reference))
         else:
-            models[reference] = open_model(reference, allow_pickle)
+            models[reference] = open_any(reference, allow_pickle)
     return models
+
+
+def open_any(reference: str, allow_pickle: bool) -> Model:
+    """A model's directory or hub id, or a DCP or DeepSpeed checkpoint, which is converted beside it."""
+    path = Path(reference).expanduser()
+    if path.is_dir() and is_foreign(path):
+        return replace(open_model(str(as_safetensors(path, allow_pickle))), reference=reference)
+    return open_model(reference, allow_pickle)
 
 
 def adapted(base: Model, reference: str, adapter: Path) -> Model:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from distmerge.experts.pairing import check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice
 from distmerge.experts.record import identity, small_files
 from distmerge.files.models import Model
-from distmerge.files.output import refuse_existing
+from distmerge.files.output import Digests, refuse_existing
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)?", re.IGNORECASE)
 AUTO = "auto"
@@ -38,19 +40,19 @@ def merge(recipe: Recipe, out: Path, options: argparse.Namespace) -> None:
     if recipe.method == AUTO:
         recipe = recommended(recipe, options)
     check_structure(recipe)
-    if options.report and (recipe.base is None or recipe.method in ("linear", "slerp", "passthrough")):
-        raise UserError(
-            f"--report looks at task vectors, which need a base; {recipe.method} has none here: use distmerge diagnose"
-        )
+    if options.report and (recipe.method == "passthrough" or len(recipe.references) < 2):
+        raise UserError(f"--report compares models, got {recipe.method} of one at a time")
     models = open_all(recipe, options.allow_pickle)
     recipe = with_omegas(recipe, models)
     pairings = pair(recipe, models)
     small = small_files(recipe, models, out_layers(recipe), recipe.out_dtype or recipe.dtype)
 
-    from distmerge.experts.run import run  # imports torch, and all that can fail without it has been tried
-
     more = {"shards": shard_bytes, "stochastic": options.stochastic, "report": options.report}
-    run(recipe, models, pairings, out, identity(recipe, models, more), shard_bytes, small, options)
+    with closing(Digests(options.threads or len(os.sched_getaffinity(0)))) as digests:
+        digests.begin(dict.fromkeys(item.stored.file for pairing in pairings for item in pairing.inputs))
+        from distmerge.experts.run import run  # imports torch, and all that can fail without it has been tried
+
+        run(recipe, models, pairings, out, identity(recipe, models, more), shard_bytes, small, options, digests)
 
 
 def recommended(recipe: Recipe, options: argparse.Namespace) -> Recipe:

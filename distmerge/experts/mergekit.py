@@ -29,11 +29,13 @@ def parse(text: str) -> Recipe:
     import yaml
 
     try:
-        table = yaml.safe_load(text)
+        documents = list(yaml.safe_load_all(text))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"the recipe is not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    if len(documents) > 1:
+        raise UserError("several recipes in one file are not supported; write one file each")
     try:
-        return from_table(table, text)
+        return from_table(documents[0] if documents else None, text)
     except RecursionError:
         raise UserError("the recipe refers to itself") from None
 

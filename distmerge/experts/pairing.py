@@ -38,6 +38,7 @@ class Pairing(NamedTuple):
         shared: parameters of the tensor.
         each: parameters of each member.
         vocabulary: whether the rows are tokens.
+        origin: the base's tensor where the method has no use for a base: reports start from it.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Pairing(NamedTuple):
     shared: dict[str, Any]
     each: tuple[dict[str, Any], ...]
     vocabulary: bool = False
+    origin: Input | None = None
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -211,7 +213,11 @@ def joined(recipe: Recipe, form: Method, site: Site, models: dict[str, Model]) -
     same_shapes(everything, recipe.tokenizer is not None and vocabulary)
     shared, each = parameters(recipe, form, site, [entry for entry, _ in members], [item.name for _, item in members])
     check_values(recipe, form, site.name, shared, each)
-    return Pairing(site.name, everything[0].stored.shape, tuple(item for _, item in members), origin, shared, each, vocabulary)
+    shape, unused = everything[0].stored.shape, None
+    if origin is None and base is not None and site.name in models[base].tensors:
+        unused = take(models[base], site.name)
+    inputs_of = tuple(item for _, item in members)
+    return Pairing(site.name, shape, inputs_of, origin, shared, each, vocabulary, unused)
 
 
 def check_values(recipe: Recipe, form: Method, name: str, shared: dict[str, Any], each: tuple[dict[str, Any], ...]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from distmerge.experts.build import build
+from distmerge.experts.build import build, observed
 from distmerge.experts.diagnose import Similarity, summarise
 from distmerge.experts.methods import METHODS, variants
 from distmerge.experts.pairing import Pairing
@@ -18,18 +18,19 @@ from distmerge.experts.recipe import Recipe
 from distmerge.experts.record import as_json, card, record
 from distmerge.experts.survey import ThresholdSurvey
 from distmerge.experts.vocabulary import Alignment
-from distmerge.files.models import Model
-from distmerge.files.output import RECORD
+from distmerge.files.models import Model, check_recorded
+from distmerge.files.output import RECORD, Digests
+from distmerge.files.publish import Report, write_model
 from distmerge.files.rounding import Rounding
 from distmerge.files.sources import Maps
-from distmerge.files.stream import Report, Settings, Stream, check_device, write_model
+from distmerge.files.stream import Settings, Stream, check_device
 
 
 def run(
     recipe: Recipe, models: dict[str, Model], pairings: list[Pairing], out: Path, identity: str, shard_bytes: int,
-    small: dict[str, bytes], options: argparse.Namespace,
+    small: dict[str, bytes], options: argparse.Namespace, digests: Digests,
 ) -> Report:  # fmt: skip
-    """Merge the pairings into ``out``, with the files ``small`` beside them."""
+    """Merge the pairings into ``out``, with the files ``small`` beside them; ``digests`` have begun with the inputs."""
     started = time.monotonic()
     settings = settings_of(options)
     maps = Maps()
@@ -40,19 +41,28 @@ def run(
         config = json.loads(small["config.json"]) | {"vocab_size": alignment.size}
         small = alignment.files | small | {"config.json": as_json(config)}
     observer = Similarity() if options.report else None
+    if observer is not None:
+        jobs = [observed(job, pairing, maps) for job, pairing in zip(jobs, pairings, strict=True)]
     with Stream(jobs, settings, survey, observer) as stream:
         stream.rounding = Rounding(options.stochastic)
 
         def close(report: Report) -> dict[str, bytes]:
+            check_recorded(models.values(), report.inputs)
             said = {RECORD: as_json(record(recipe, report.outputs, report.inputs)), "README.md": card(recipe, out.name)}
             if options.report:
-                said["report.json"] = as_json(summarise(report.notes, [item.model for item in pairings[0].members]))
+                said["report.json"] = as_json(summarise(report.notes, *roles(pairings[0])))
             return small | said
 
-        report = write_model(stream, out, identity, shard_bytes, close)
+        report = write_model(stream, out, identity, shard_bytes, close, digests)
     size = sum(entry["bytes"] for entry in report.outputs.values())
     print(f"{out}: {len(jobs)} tensors, {size / 1e6:.1f} MB in {time.monotonic() - started:.1f} s by {recipe.method}")
     return report
+
+
+def roles(pairing: Pairing) -> tuple[list[str], str, bool]:
+    """The models whose task vectors a report looks at, the one that they start from, and whether it is their base."""
+    origin, members = pairing.base or pairing.origin, [item.model for item in pairing.members]
+    return (members, origin.model, True) if origin else (members[1:], members[0], False)
 
 
 def settings_of(options: argparse.Namespace) -> Settings:

@@ -22,26 +22,36 @@ from distmerge.errors import UserError
 from distmerge.evaluate import evaluate
 from distmerge.experts import native
 from distmerge.experts.build import build
-from distmerge.experts.members import open_all
+from distmerge.experts.members import open_all, open_any
 from distmerge.experts.merge import merge, with_omegas
 from distmerge.experts.methods import PARAMETERS
 from distmerge.experts.pairing import check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice, is_number
 from distmerge.experts.run import settings_of, survey_of
+from distmerge.experts.skill_verbs import named
 from distmerge.experts.verbs import table_of
-from distmerge.files.sources import Maps
+from distmerge.files.sources import DTYPES, InMemory, Maps
 from distmerge.files.stream import Job, Stream, in_memory
 from distmerge.model import load_model, load_tokenizer
+from distmerge.rules.task import GlobalTrim, TaskArithmetic, TaskVectors
 
 SOUP = "greedy_soup"
 
 
+FROM_TASK_VECTORS = (TaskArithmetic, TaskVectors, GlobalTrim)
+"""Rules whose result is the base plus something that depends on the task vectors alone."""
+
+
 class Judge:
-    """The loss of merged models, which are built in memory inside one model of the same shape."""
+    """The loss of merged models, which are built in memory inside one model of the same shape.
+
+    Task vectors are computed once, for the first of the recipes that ask for them, and kept in float32.
+    """
 
     def __init__(self, donor: str, skills: dict[str, list[str]], options: argparse.Namespace):
         from transformers import ByT5Tokenizer
 
+        donor = str(open_any(donor, options.allow_pickle).directory)
         kind = "bytes" if isinstance(load_tokenizer(donor), ByT5Tokenizer) else donor
         length = options.sequence_length
         self.texts = {
@@ -54,31 +64,49 @@ class Judge:
         self.model: nn.Module = load_model(donor)
         self.batches, self.settings, self.allow_pickle = options.batches, settings_of(options), options.allow_pickle
         self.places = {name: value.view(-1) for name, value in self.model.state_dict().items()}
+        self._vectors: dict[str, tuple[InMemory, ...]] = {}
+        self._bases: dict[str, Tensor] = {}
 
     def losses(self) -> dict[str, float]:
         """The loss on every skill of what is in the model now."""
         return {name: evaluate(self.model, text, 8, self.batches).loss for name, text in self.texts.items()}
 
     def put(self, recipe: Recipe) -> None:
-        """Merge the recipe into the model."""
+        """Merge the recipe into the model. All recipes of one judge have the same base and members, in one order."""
         check_structure(recipe)
         models = open_all(recipe, self.allow_pickle)
         pairings = pair(with_omegas(recipe, models), models)
         survey = survey_of(recipe, pairings)
-        jobs = build(recipe, pairings, Maps(), survey.thresholds if survey else [])
+        built = build(recipe, pairings, Maps(), survey.thresholds if survey else [])
+        dtypes = {job.name: DTYPES[job.dtype] for job in built}
 
         def keep(job: Job, offset: int, elements: Tensor) -> None:
             if job.name not in self.places:
                 raise UserError(f"{job.name} is no tensor of the model that {recipe.donor}'s config.json describes")
-            self.places[job.name][offset : offset + elements.numel()].copy_(elements)
+            stop = offset + elements.numel()
+            if job.name in self._bases and isinstance(job.rule, FROM_TASK_VECTORS):
+                elements = (elements + self._bases[job.name][offset:stop]).to(dtypes[job.name])
+            self.places[job.name][offset:stop].copy_(elements)
 
-        with Stream(jobs, self.settings, survey) as stream:
+        with Stream([self.from_vectors(job) for job in built], self.settings, survey) as stream:
             in_memory(stream, keep)
+
+    def from_vectors(self, job: Job) -> Job:
+        """The job on task vectors in memory and a base of zeros, where its rule allows that."""
+        if not isinstance(job.rule, FROM_TASK_VECTORS) or job.base is None or job.base.dtype == torch.float64:
+            return job
+        if job.name not in self._vectors:
+            base = self._bases[job.name] = job.base.read(0, job.numel).float()
+            self._vectors[job.name] = tuple(InMemory(member.read(0, job.numel).float() - base) for member in job.members)
+        zeros = InMemory(torch.zeros(1).expand(job.numel))
+        return replace(job, dtype="F32", members=self._vectors[job.name], base=zeros)
 
 
 def run(options: argparse.Namespace) -> int:
     """Sweep; print a table, plot, and write the best model if it is to be picked."""
-    skills = named_skills(options.skill)
+    if not options.skill:
+        raise UserError("distmerge sweep needs at least one --skill NAME=GLOB")
+    skills = named(options.skill)
     if options.pick and not options.out:
         raise UserError("--pick needs --out DIR")
     soup = options.method == SOUP
@@ -99,18 +127,6 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def named_skills(given: list[str] | None) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for item in given or []:
-        name, equals, pattern = item.partition("=")
-        if not name or not equals or not pattern:
-            raise UserError(f"--skill must be NAME=GLOB, got {item}")
-        found.setdefault(name, []).append(pattern)
-    if not found:
-        raise UserError("distmerge sweep needs at least one --skill NAME=GLOB")
-    return found
-
-
 def grid_of(given: str | None) -> tuple[str, list[float]]:
     key, _, values = (given or "").partition("=")
     numbers = values.split(",")
@@ -120,23 +136,13 @@ def grid_of(given: str | None) -> tuple[str, list[float]]:
 
 
 def over_grid(recipe: Recipe, skills: dict[str, list[str]], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A point for each value. Along lambda the merged task vector is computed once: the model moves on its line."""
+    """A point for each value."""
     key, values = grid_of(options.grid)
     recipes = [replace(recipe, parameters=recipe.parameters | {key: value}) for value in values]
     judge = Judge(recipe.donor, skills, options)
-    start: dict[str, Tensor] | None = None
-    moved: dict[str, Tensor] = {}
-    if key == "lambda" and recipe.dtype is None and recipe.out_dtype is None:
-        start = {name: value.clone() for name, value in judge.places.items()}
-        judge.put(replace(recipe, parameters=recipe.parameters | {key: 1.0}, dtype="float32"))
-        moved = {name: value - start[name] for name, value in judge.places.items() if value.is_floating_point()}
     points = []
     for value, one in zip(values, recipes, strict=True):
-        if start is None:
-            judge.put(one)
-        for name, change in moved.items():
-            assert start is not None
-            torch.add(start[name], change, alpha=value, out=judge.places[name])
+        judge.put(one)
         points.append({"name": f"{key} = {value:g}", "losses": judge.losses(), "recipe": one, "kept": True})
     return points
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from distmerge.errors import UserError
 from distmerge.files.header import Stored, read_header, shown
 
 INDEX = "model.safetensors.index.json"
+BLOCK_RECORD = "block.json"
 JSON_LIMIT_BYTES = 64 << 20
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -34,6 +36,7 @@ class Model:
         tensors: all that its files hold, by name, in file order.
         config: config.json, {} without one.
         factors: a LoRA adapter's factors on top of the tensors, by the tensor's name.
+        recorded: size and SHA-256 of its files, by name, where a window's block says them.
     """
 
     reference: str
@@ -41,6 +44,7 @@ class Model:
     tensors: dict[str, Stored]
     config: dict[str, Any] = field(default_factory=dict)
     factors: dict[str, Any] = field(default_factory=dict)
+    recorded: dict[str, Any] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
@@ -70,7 +74,8 @@ def open_model(reference: str, allow_pickle: bool = False) -> Model:
     if not tensors:
         raise UserError(f"{reference} holds no tensors")
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
-    return Model(reference, path, tensors, config)
+    recorded = read_json(path / BLOCK_RECORD).get("files", {}) if (path / BLOCK_RECORD).exists() else {}
+    return Model(reference, path, tensors, config, recorded=recorded)
 
 
 def with_adapter(base: Model, reference: str, factors: dict[str, Any]) -> Model:
@@ -87,7 +92,23 @@ def with_adapter(base: Model, reference: str, factors: dict[str, Any]) -> Model:
             raise UserError(
                 f"{reference}: {name} has shape {list(shape)}, but {list(base.tensors[name].shape)} in {base.reference}"
             )
-    return Model(reference, base.path, base.tensors, base.config, factors)
+    return Model(reference, base.path, base.tensors, base.config, factors, base.recorded)
+
+
+def check_recorded(models: Iterable[Model], found: dict[str, Any]) -> None:
+    """Blocks must be what their records say.
+
+    Args:
+        found: size and SHA-256 of every file that was read, by path.
+
+    Raises:
+        UserError: naming the first file that is not.
+    """
+    for model in models:
+        for file in model.files:
+            said = model.recorded.get(file.name)
+            if said is not None and found.get(str(file), said) != said:
+                raise UserError(f"{file} does not have the SHA-256 that {BLOCK_RECORD} says; nothing was published")
 
 
 def locate(reference: str) -> Path:

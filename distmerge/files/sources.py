@@ -72,6 +72,18 @@ class OnDisk:
         return torch.frombuffer(self._buffer, dtype=self.dtype, count=count, offset=at)
 
 
+class InMemory:
+    """A tensor that has no file."""
+
+    stored = ()
+
+    def __init__(self, values: Tensor):
+        self.shape, self.dtype, self._flat = tuple(values.shape), values.dtype, values.reshape(-1)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self._flat[start:stop]
+
+
 class Cast:
     """A source whose elements are first rounded to a dtype."""
 

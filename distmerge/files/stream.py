@@ -11,15 +11,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from distmerge.errors import UserError
-from distmerge.files.layout import Shard, index_of, lay_out
-from distmerge.files.output import Digests, Output, refuse_existing
+from distmerge.files.allocator import keep_freed_memory
 from distmerge.files.rounding import Rounding
 from distmerge.files.sources import DTYPES, Source
 from distmerge.rules.rule import BLOCK, Block, Measured, Rule, Tally, spans
@@ -36,6 +34,7 @@ class Job:
 
     Attributes:
         dtype: safetensors' name of the output's dtype.
+        origin: what an observer takes task vectors from where the rule has no base.
     """
 
     name: str
@@ -44,6 +43,7 @@ class Job:
     rule: Rule
     members: tuple[Source, ...]
     base: Source | None = None
+    origin: Source | None = None
 
     @property
     def numel(self) -> int:
@@ -51,23 +51,25 @@ class Job:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        return self.members if self.base is None else (*self.members, self.base)
+        return (*self.members, *(source for source in (self.base, self.origin) if source is not None))
 
 
 class Survey(Protocol):
     """What must be known of the whole model before any of it is merged (a global threshold)."""
 
-    passes: int
+    def measure(self, job: Job, block: Block) -> Measured: ...
 
-    def measure(self, step: int, job: Job, block: Block) -> Measured: ...
-
-    def settle(self, step: int, tally: Tally) -> None: ...
+    def settle(self, tally: Tally) -> bool:
+        """After a pass: whether all is known. If not, another one follows."""
+        ...
 
 
 class Observer(Protocol):
     """Somebody who looks at each block as it is merged, and reports on each tensor."""
 
-    def measure(self, job: Job, block: Block, merged: Tensor, written: Tensor) -> Measured: ...
+    def measure(self, job: Job, block: Block, merged: Tensor, written: Tensor) -> Measured:
+        """``block.base`` is the job's origin where it has no base."""
+        ...
 
     def settle(self, job: Job, tally: Tally) -> Any:
         """What is known of one tensor, as JSON."""
@@ -93,14 +95,6 @@ class Settings:
         return BLOCK if self.device == "cpu" else CUDA_BLOCK
 
 
-class Report(NamedTuple):
-    """Attributes: every tensor's note by the observer; hashes of the outputs, by name, and of the inputs, by path."""
-
-    notes: dict[str, Any]
-    outputs: dict[str, dict[str, Any]]
-    inputs: dict[str, dict[str, Any]]
-
-
 class Stream:
     """Jobs on threads. Use as a context manager."""
 
@@ -110,6 +104,7 @@ class Stream:
         self._stop = threading.Event()
 
     def __enter__(self) -> Stream:
+        keep_freed_memory()
         self._pool = ThreadPoolExecutor(self.settings.threads, thread_name_prefix="merge")
         return self
 
@@ -119,20 +114,20 @@ class Stream:
 
     def look(self) -> None:
         """The survey's passes over all jobs."""
-        for step in range(self.survey.passes if self.survey else 0):
+        settled = self.survey is None
+        while not settled:
             assert self.survey is not None
-            tallies = [Tally() for _ in range(self.settings.threads)]
+            tally = Tally()
             for batch in self.batches(self.jobs):
-                self._survey_batch(step, batch, tallies[0])
-            self.survey.settle(step, tallies[0])
+                self._survey_batch(self.survey, batch, tally)
+            settled = self.survey.settle(tally)
 
-    def _survey_batch(self, step: int, batch: list[Job], tally: Tally) -> None:
+    def _survey_batch(self, survey: Survey, batch: list[Job], tally: Tally) -> None:
         lock = threading.Lock()
 
         def task(job: Job, part: range) -> None:
-            assert self.survey is not None
             for block in self.blocks(job, part):
-                measured = self.survey.measure(step, job, block)
+                measured = survey.measure(job, block)
                 with lock:
                     tally.add(block.index, measured)
 
@@ -168,11 +163,16 @@ class Stream:
             merged = job.rule.merge(block, state)
         except ValueError as error:
             raise UserError(f"{job.name} {error}") from None
-        if merged.is_floating_point() and not bool(torch.isfinite(merged.sum())):
-            self._blame(job, block)
+        for values in (merged, *block.members) if job.rule.drops else (merged,):
+            if values.is_floating_point() and not bool(torch.isfinite(values.sum())):
+                self._blame(job, block)
         rounded = self.rounding.to(DTYPES[job.dtype], merged, job.name, block.start)
         write(job, block.start, rounded.cpu())
-        return Measured() if self.observer is None else self.observer.measure(job, block, merged, rounded)
+        if self.observer is None:
+            return Measured()
+        if job.base is None and job.origin is not None:
+            block = block._replace(base=job.origin.read(block.start, block.start + merged.numel()).to(merged.device))
+        return self.observer.measure(job, block, merged, rounded)
 
     def _blame(self, job: Job, block: Block) -> None:
         """Say which input holds a value that is not finite, if one does: a sum may also overflow harmlessly."""
@@ -228,62 +228,6 @@ class Stream:
             members = [source.read(start, stop).to(device) for source in job.members]
             base = job.base.read(start, stop).to(device) if job.base is not None else None
             yield Block(members, base, start, index)
-
-
-def write_model(
-    stream: Stream, out: Path, identity: str, shard_bytes: int, close: Callable[[Report], dict[str, bytes]]
-) -> Report:
-    """Merge all jobs into the directory ``out``, which appears when it is whole.
-
-    Args:
-        identity: what the bytes depend on; an interrupted merge of the same identity is resumed.
-        close: makes the small files, once all hashes are known.
-    """
-    refuse_existing(out)
-    jobs = {job.name: job for job in stream.jobs}
-    shards = lay_out({job.name: (job.dtype, job.shape) for job in stream.jobs}, shard_bytes)
-    home = {name: shard for shard in shards for name in shard.offsets}
-    output = Output(out, identity, shards)
-    digests = Digests(stream.settings.threads)
-    try:
-        stream.look()
-        notes = dict(output.done)
-
-        def write(job: Job, offset: int, elements: Tensor) -> None:
-            at = home[job.name].offsets[job.name] + offset * elements.element_size()
-            output.write(home[job.name], at, elements.contiguous().view(torch.uint8).numpy().data)
-
-        ordered = [jobs[name] for shard in shards for name in shard.offsets]
-        for batch in stream.batches(ordered):
-            left = [job for job in batch if job.name not in output.done]
-            if left:
-                found = stream.merge(left, write)
-                for job in left:
-                    notes[job.name] = found.get(job.name)
-                    output.finish(job.name, notes[job.name])
-            follow(digests, output, home, batch)
-        hashes = digests.finish()
-    except BaseException:
-        digests.close()
-        raise
-    ours = {part.name: hashes.pop(output.path / part.name) for part in shards}
-    report = Report(notes, ours, {str(path): entry for path, entry in hashes.items()})
-    output.publish(index_of(shards) | close(report))
-    return report
-
-
-def follow(digests: Digests, output: Output, home: dict[str, Shard], batch: list[Job]) -> None:
-    """Let the hashes catch up with what a batch has read and written. Inputs are final; only their pages may be gone."""
-    ends: dict[Path, int] = {}
-    for job in batch:
-        shard = home[job.name]
-        stop = shard.offsets[job.name] + job.numel * DTYPES[job.dtype].itemsize
-        ends[output.path / shard.name] = max(ends.get(output.path / shard.name, 0), stop)
-        for source in job.sources:
-            for entry in source.stored:
-                ends[entry.file] = max(ends.get(entry.file, 0), entry.stop)
-    for path, stop in ends.items():
-        digests.advance(path, stop)
 
 
 def check_device(device: str) -> None:

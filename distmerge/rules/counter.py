@@ -47,15 +47,20 @@ def mix_(x: Tensor) -> Tensor:
 
 def draws(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """``[count]`` int32, uniform over [0, 2^31)."""
-    return (words(key, start, count, device) >> 1).bitwise_and_(0x7FFFFFFF).bitwise_xor_(0x40000000)
+    return words(key, start, count, device).bitwise_right_shift_(1).add_(HALF // 2)
 
 
 def chance(key: int, probability: float, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """``[count]`` int32, each all ones with the probability, which is taken to 31 bits, and else 0: a mask of bits."""
     if probability >= 1:
         return torch.full((count,), -1, dtype=torch.int32, device=device)
-    # The difference's sign, spread over all bits: faster than a comparison and a selection.
-    return draws(key, start, count, device).sub_(round(probability * HALF)).bitwise_right_shift_(31)
+    # The sign of draws - probability 2^31, spread over all bits: faster than a comparison and a selection.
+    return (
+        words(key, start, count, device)
+        .bitwise_right_shift_(1)
+        .sub_(round(probability * HALF) - HALF // 2)
+        .bitwise_right_shift_(31)
+    )
 
 
 def uniform(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:

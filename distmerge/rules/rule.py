@@ -7,7 +7,7 @@ are summed in the blocks' order, so the result is the same to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,10 @@ from torch import Tensor
 
 BLOCK = 1 << 18
 """Elements of a block on a CPU: a few fp32 copies of it stay in the second-level cache."""
+
+
+INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+"""As wide as a float: its bits."""
 
 
 class Block(NamedTuple):
@@ -73,10 +77,12 @@ class Rule:
     Attributes:
         passes: how often it passes over all blocks before it merges.
         unit: elements that no block may divide, such as a row.
+        drops: whether a member's element may be left out, so that a NaN in it need not show in the result.
     """
 
     passes: int = 0
     unit: int = 1
+    drops: bool = False
 
     def measure(self, step: int, block: Block, state: Any) -> Measured:
         """What pass ``step`` needs to know of a block; ``state`` is what the last pass settled."""
@@ -126,16 +132,24 @@ def total_norm(tally: Tally, name: str) -> Tensor:
     return torch.linalg.vector_norm(tally.blocks(name).double(), dim=0)
 
 
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` rounded to the numbers of ``dtype``, in its own dtype: arithmetic in half precision, at the speed of single."""
-    return x if x.dtype == dtype else x.to(dtype).to(x.dtype)
-
-
 def deltas(block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``(base [n], delta [M, n])`` in ``wide(dtype)``, holding numbers of ``dtype``."""
+    """``(base [n], delta [M, n])`` in ``dtype``."""
     assert block.base is not None
-    base = block.base.to(dtype).to(wide(dtype))
+    base = block.base.to(dtype)
     delta = base.new_empty((len(block.members), base.numel()))
     for row, member in zip(delta, block.members, strict=True):
-        torch.sub(member.to(dtype).to(base.dtype), base, out=row)
-    return base, rounded(delta, dtype)
+        torch.sub(member.to(dtype), base, out=row)
+    return base, delta
+
+
+def summed(rows: Iterable[Tensor], count: int) -> Tensor:
+    """``[n]``: the sum of ``count`` tensors ``[n]`` of one dtype, added up one by one and rounded to that dtype once."""
+    total: Tensor | None = None
+    for row in rows:
+        if total is None:
+            # Two of half precision are added and rounded in one step; more need a wider sum.
+            dtype, total = row.dtype, row.to(row.dtype if count <= 2 else wide(row.dtype), copy=True)
+        else:
+            total.add_(row)
+    assert total is not None
+    return total.to(dtype)

@@ -1,20 +1,21 @@
 """Which elements of a task vector survive: the largest, the middle, a random draw, a draw that favours the large.
 
-A sparsifier works on ``delta [M, n]``, one block of every member, each member with its own density. ``masks`` gives ``[M, n]``
-bool; ``odds`` the probability with which each element was kept, for those that rescale by it.
+A sparsifier works on ``delta [M, n]``, one block of every member, each member with its own density, and sets what does not
+survive to 0.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from distmerge.rules.counter import chance, uniform
-from distmerge.rules.rule import Measured, Tally
-from distmerge.rules.threshold import Cut, histogram, levels, locate, patterns, refine, value_of
+from distmerge.rules.counter import HALF, chance, draws
+from distmerge.rules.rule import INTEGERS, Measured, Tally
+from distmerge.rules.threshold import FINE, LOW_BITS, Cut, histogram, levels, locate, patterns, refine, value_of
 
 
 class Keep(NamedTuple):
@@ -31,9 +32,9 @@ class Keep(NamedTuple):
     last_high: int
 
 
-ALL = Keep(-1, 0, 0, 1 << 31, 0)
-NONE = Keep((1 << 31) - 1, 0, 0, 1 << 31, 0)
 ENDLESS = 1 << 62
+ALL = Keep(-1, 0, ENDLESS, 1 << 31, 0)
+NONE = Keep((1 << 31) - 1, 0, ENDLESS, 1 << 31, 0)
 
 
 class Trim(NamedTuple):
@@ -178,8 +179,13 @@ class ByMagnitude:
 
 def equal_to_ends(bits: Tensor, keep: Keep) -> list[int]:
     """How many of ``bits [n]`` equal each end of the interval, where it matters."""
-    low = int((bits == keep.low).sum()) if keep.first > 0 or keep.last < ENDLESS else 0
-    return [low, int((bits == keep.high).sum()) if keep.last_high < ENDLESS and keep.high < 1 << 31 else 0]
+    low = count(bits, keep.low) if keep.first > 0 or keep.last < ENDLESS else 0
+    return [low, count(bits, keep.high) if keep.last_high < ENDLESS and keep.high < 1 << 31 else 0]
+
+
+def count(bits: Tensor, value: int) -> int:
+    """How many of ``bits [n]`` are ``value``; on a CPU by numpy, which is ten times as fast."""
+    return int(np.count_nonzero(bits.numpy() == value)) if bits.device.type == "cpu" else int((bits == value).sum())
 
 
 class AtRandom:
@@ -191,19 +197,19 @@ class AtRandom:
     def __init__(self, density: list[float], keys: list[int]):
         self.density, self.keys = density, keys
 
-    def thin(self, delta: Tensor, start: int) -> Tensor:
-        """``delta [M, n]`` from offset ``start`` on, in place, with what is not drawn set to 0."""
+    def thin(self, delta: Tensor, start: int, inverse: bool) -> Tensor:
+        """``delta [M, n]`` from offset ``start`` on, in place, with what is not drawn set to 0; the rest is divided by
+        its odds if ``inverse``."""
         for row, key, density in zip(delta, self.keys, self.density, strict=True):
             keep_bits(row, chance(key, density, start, row.numel(), row.device))
+            if inverse:
+                row.div_(density)
         return delta
-
-    def odds(self, delta: Tensor) -> Tensor:
-        return torch.tensor(self.density, dtype=delta.dtype, device=delta.device).unsqueeze(1)
 
 
 def keep_bits(row: Tensor, mask: Tensor) -> None:
-    """Set a float32 or float64 row to 0 where the int32 mask is 0, in place."""
-    bits = torch.int32 if row.dtype == torch.float32 else torch.int64
+    """Set a row to 0 where the int32 mask is 0, in place."""
+    bits = INTEGERS[row.dtype]
     row.view(bits).bitwise_and_(mask.to(bits))
 
 
@@ -211,31 +217,59 @@ class Magprune:
     """Each element with a probability that grows with the rank of its magnitude in its row, around ``density``: DELLA.
 
     The probability goes linearly from ``density - half`` (the smallest) to ``density + half``; mergekit's epsilon is the half
-    width, the paper's the whole. Blocks hold whole rows of ``columns``.
+    width, the paper's the whole. Blocks hold whole rows of ``columns``. It depends on the rank alone, and is computed once
+    for each of the ``columns`` ranks.
+
+    Attributes:
+        odds: each member's probabilities by rank, ``[columns]``.
 
     Source: https://arxiv.org/abs/2406.11617
     """
 
     def __init__(self, density: list[float], half: list[float], keys: list[int], columns: int, dtype: torch.dtype):
-        self.density, self.half, self.keys, self.columns, self.dtype = density, half, keys, columns, dtype
-        self.working = torch.float32 if dtype == torch.float16 else dtype
+        self.density, self.keys, self.columns, self.dtype = density, keys, columns, dtype
+        working = torch.float32 if dtype == torch.float16 else dtype
+        rank = torch.arange(columns).to(working) + 1
+        # A row of one element has no order: 0/0 counts as the lowest.
+        share = ((rank - rank[0]) / (rank[-1] - rank[0])).nan_to_num_(0.0).clamp_(0, 1)
+        self.odds = [((one - width) + share * 2 * width) for one, width in zip(density, half, strict=True)]
 
-    def odds(self, delta: Tensor) -> Tensor:
-        """``[M, n]``; 1 for members of density 1."""
-        rows = []
-        for row, density, half in zip(delta, self.density, self.half, strict=True):
+    def thin(self, delta: Tensor, start: int, inverse: bool) -> Tensor:
+        """``delta [M, n]`` from offset ``start`` on, in place, with what is not drawn set to 0; the rest is divided by its
+        odds if ``inverse``. Members of density 1 stay as they are."""
+        for row, key, density, odds in zip(delta, self.keys, self.density, self.odds, strict=True):
             if density >= 1:
-                rows.append(torch.ones_like(row))
                 continue
-            size = patterns(row, self.dtype).view(-1, self.columns)
-            rank = size.argsort(dim=1, stable=True).argsort(dim=1).to(self.working) + 1
-            low, high = rank.amin(1, keepdim=True), rank.amax(1, keepdim=True)
-            # A row of one element has no order: 0/0 counts as the lowest.
-            share = ((rank - low) / (high - low)).nan_to_num_(0.0).clamp_(0, 1)
-            rows.append(((density - half) + share * 2 * half).view(-1).to(delta.dtype))
-        return torch.stack(rows)
+            order = ascending(patterns(row, self.dtype).view(-1, self.columns))
+            least = (odds.double() * HALF).ceil().to(torch.int32)
+            drawn = draws(key, start, row.numel(), row.device)
+            keep_bits(row, drawn.sub_(by_rank(least, order)).bitwise_right_shift_(31))
+            if inverse:
+                row.div_(by_rank(odds, order))
+        return delta
 
-    def thin(self, delta: Tensor, start: int) -> Tensor:
-        """``delta [M, n]`` from offset ``start`` on, with what is not drawn set to 0."""
-        drawn = torch.stack([uniform(key, start, delta.shape[1], delta.device) for key in self.keys])
-        return delta * (drawn < self.odds(delta).double())
+
+def by_rank(values: Tensor, order: Tensor) -> Tensor:
+    """``[rows * columns]``: at each element the one of ``values [columns]`` that belongs to its rank in its row."""
+    found = torch.empty(order.shape, dtype=values.dtype, device=order.device)
+    return found.scatter_(1, order, values.to(order.device).expand(order.shape)).view(-1)
+
+
+def ascending(size: Tensor) -> Tensor:
+    """``[rows, columns]`` int64: where in its row the smallest is, the next, ...; of equal ones the first comes first.
+
+    Args:
+        size: ``[rows, columns]`` int32, not negative.
+    """
+    if size.device.type != "cpu":
+        return size.argsort(dim=1, stable=True)
+    # numpy sorts 16 bits by radix, eight times as fast as a comparing sort: the lower halves first, if there are upper ones.
+    if int(size.max()) < HALF >> LOW_BITS:
+        return argsort(size)
+    order = argsort((size & (FINE - 1)) - FINE // 2)
+    return order.gather(1, argsort((size >> LOW_BITS).gather(1, order)))
+
+
+def argsort(digits: Tensor) -> Tensor:
+    """``[rows, columns]`` int64 of integers that fit 16 bits, on a CPU."""
+    return torch.from_numpy(digits.to(torch.int16).numpy().argsort(axis=1, kind="stable"))

@@ -19,12 +19,11 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def patterns(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers in the order of ``|x|``, for float32 or float64 ``values`` that are numbers of ``dtype``: its bits without the
+    """Integers, int16 or int32, in the order of ``|x|``: the bits of ``values``, which are numbers of ``dtype``, without the
     sign. float64 is ranked by its float32."""
-    if dtype == torch.float16:
-        return values.to(dtype).view(torch.int16).to(torch.int32).bitwise_and_(0x7FFF)
-    bits = values.to(torch.float32).view(torch.int32) & 0x7FFFFFFF
-    return bits.bitwise_right_shift_(LOW_BITS) if dtype == torch.bfloat16 else bits
+    if dtype in HALVES:
+        return values.to(dtype).view(torch.int16) & 0x7FFF
+    return values.to(torch.float32).view(torch.int32) & 0x7FFFFFFF
 
 
 def value_of(pattern: int, dtype: torch.dtype) -> float:
@@ -48,6 +47,18 @@ def histogram(bits: Tensor, level: int, levels: int, bins: list[int]) -> Tensor:
         return torch.stack([torch.bincount(row, minlength=COARSE) for row in index])
     inside = [row[(row >> LOW_BITS) == bin] & (FINE - 1) for row, bin in zip(bits, bins, strict=True)]
     return torch.stack([torch.bincount(row, minlength=FINE) for row in inside])
+
+
+def within(bits: Tensor, lows: list[int], window: int) -> tuple[Tensor, Tensor]:
+    """Of ``bits [M, n]`` of single precision: ``[M]``, how many lie above row m's ``window`` coarse bins from ``lows[m]`` on;
+    ``[M, window FINE]``, counts of those inside; int64."""
+    above, counts = [], []
+    for row, low in zip(bits, lows, strict=True):
+        offset = row - (low << LOW_BITS)
+        above.append((offset >= window * FINE).sum())
+        inside = offset[(offset >= 0) & (offset < window * FINE)]
+        counts.append(torch.bincount(inside, minlength=window * FINE))
+    return torch.stack(above), torch.stack(counts)
 
 
 class Cut(NamedTuple):

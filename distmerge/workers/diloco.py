@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from distmerge import config
 from distmerge.buffers import Policy, buffer_policies
 from distmerge.config_file import checked
-from distmerge.flat import FlatParameters, flatten
+from distmerge.engine.flatten import check_peers, flatten
+from distmerge.flat import FlatParameters
 from distmerge.rules.mean import token_weight
 from distmerge.workers.flight import AllReduce, Exchange, Flight, InFlight, share_numel, total_weight
 from distmerge.workers.fragments import Bucket, cut_fragments
@@ -95,6 +96,7 @@ class DiLoCo:
         self.settings = checked(config.DiLoCo, **values)
         self.peers = Peers(group)
         self.flat = flatten(model)
+        check_peers(self.flat, self.peers.group)
         self.policies = buffer_policies(self.flat.model, buffers)
         bucket_numel = self.flat.vector.numel() if rule == "radial" else bucket_bytes // 4
         self.fragments = cut_fragments(self.flat, fragments, fragment_order, bucket_numel)
@@ -232,7 +234,7 @@ class DiLoCo:
     ) -> MergeReport:
         self.flat.push()
         if full or number == len(self.fragments) - 1:
-            self.peers.merge_buffers(self.flat.model, self.policies, full)
+            self.peers.merge_buffers(self.flat, self.policies, full)
         divergence, correlation = spread.finish(self.peers, self.flat, weight, anchored=self.anchor is not None)
         self.round += 1
         ledger = self.peers.ledger

@@ -8,6 +8,7 @@ where they are balanced, each of those parameters is dealt out like a block.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -65,9 +66,10 @@ def assign(layout: tuple[Slot, ...], count: int, order: str) -> list[list[Slot]]
     if count > depth:
         raise UserError(f"fragments must be <= the model's {depth} blocks, got {count}")
     if order == "strided":
-        first = min((slot.offset for slot in layout if slot.name in blocks), default=0)
+        first = min((index for index, slot in enumerate(layout) if slot.name in blocks), default=0)
         chosen = [
-            blocks[slot.name] % count if slot.name in blocks else 0 if slot.offset < first else count - 1 for slot in layout
+            blocks[slot.name] % count if slot.name in blocks else 0 if index < first else count - 1
+            for index, slot in enumerate(layout)
         ]
     elif order == "balanced":
         chosen = balance(layout, blocks, count)
@@ -92,7 +94,7 @@ def balance(layout: tuple[Slot, ...], blocks: dict[str, int], count: int) -> lis
     unit = {slot.name: f"block {blocks[slot.name]}" if slot.name in blocks else slot.name for slot in layout}
     sizes: dict[str, int] = defaultdict(int)
     for slot in layout:
-        sizes[unit[slot.name]] += slot.numel
+        sizes[unit[slot.name]] += math.prod(slot.shape)  # the same on all ranks of a worker, whatever each holds
     loads = [0] * count
     home: dict[str, int] = {}
     for name in sorted(sizes, key=lambda name: -sizes[name]):

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from distmerge import config
 from distmerge.buffers import Policy
 from distmerge.config_file import checked
-from distmerge.flat import FlatParameters, flatten
+from distmerge.engine.flatten import flatten
+from distmerge.flat import FlatParameters
 from distmerge.workers.diloco import DiLoCo
 from distmerge.workers.flight import AllReduce, Exchange, Flight, Landed, total_weight
 from distmerge.workers.report import MergeReport

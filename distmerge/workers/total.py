@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from distmerge.buffers import Policy
 from distmerge.errors import UserError
@@ -57,30 +57,38 @@ class Peers:
             dist.broadcast(buffer, source, group=self.group)
         self._compare("the bits of the parameters after a broadcast", fingerprint(flat.vector))
 
-    def merge_buffers(self, model: nn.Module, policies: dict[str, Policy], full: bool) -> None:
-        """Merge the model's buffers by policy; the constant ones are compared only in a ``full`` merge."""
+    def merge_buffers(self, flat: FlatParameters, policies: dict[str, Policy], full: bool) -> None:
+        """Merge the model's buffers by policy; the constant ones are compared only in a ``full`` merge.
+
+        The ranks of a worker, which have seen different data, take part: all ranks of all workers end with the same.
+        """
         by_policy: dict[str, list[Tensor]] = {"mean": [], "last": [], "equal": []}
-        for name, buffer in model.named_buffers():
+        for name, buffer in flat.model.named_buffers():
             by_policy[policies[name]].append(buffer)
         if by_policy["mean"]:
-            self._average(by_policy["mean"])
+            self._average(by_policy["mean"], flat)
         if by_policy["last"]:
-            self._take_first(by_policy["last"])
+            self._take_first(by_policy["last"], flat)
         if by_policy["equal"] and full:
             digests = torch.stack([fingerprint(buffer) for buffer in by_policy["equal"]])
             self.ledger.gather(digests.numel() * digests.element_size() * self.size)
             self._compare(f"the buffers {[n for n, p in policies.items() if p == 'equal']}, which must be equal", digests)
 
-    def _average(self, buffers: list[Tensor]) -> None:
+    def _average(self, buffers: list[Tensor], flat: FlatParameters) -> None:
         packed = torch.cat([buffer.detach().float().view(-1) for buffer in buffers])
         self.total(packed).div_(self.size)
+        if flat.inside is not None:
+            dist.all_reduce(packed, group=flat.inside)
+            packed /= dist.get_world_size(flat.inside)
         for buffer, part in zip(buffers, packed.split([buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(part.view(buffer.shape))
 
-    def _take_first(self, buffers: list[Tensor]) -> None:
+    def _take_first(self, buffers: list[Tensor], flat: FlatParameters) -> None:
         packed = torch.cat([buffer.detach().contiguous().view(-1).view(torch.uint8) for buffer in buffers])
         self.ledger.gather(packed.numel())
         dist.broadcast(packed, dist.get_global_rank(self.group, 0), group=self.group)
+        if flat.inside is not None:
+            dist.broadcast(packed, dist.get_global_rank(flat.inside, 0), group=flat.inside)
         sizes = [buffer.numel() * buffer.element_size() for buffer in buffers]
         for buffer, part in zip(buffers, packed.split(sizes), strict=True):
             buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))

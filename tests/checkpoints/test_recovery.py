@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distmerge.checkpoints.plan import read_plan
 from distmerge.checkpoints.recovery import Recovery
-from distmerge.engine.torch import StepResult, TorchEngine
+from distmerge.engine.engine import StepResult
+from distmerge.engine.torch import TorchEngine
 from distmerge.errors import UserError
 from tests.checkpoints.runs import forget_after, lines, parameters, run, same, write_text
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from distmerge import config_file
-from distmerge.engine.torch import StepResult, TorchEngine
+from distmerge.engine.engine import StepResult
+from distmerge.engine.torch import TorchEngine
 from distmerge.launch import place
 from distmerge.train import train
 from tests.checkpoints.runs import BASE, forget_after, lines, parameters, same, write_text

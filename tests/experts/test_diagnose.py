@@ -72,6 +72,47 @@ def test_the_report_of_a_merge_is_the_diagnosis(paths, tmp_path, capsys):
         assert report["whole"][key] == alone["whole"][key]
 
 
+@pytest.mark.parametrize("method", ["linear", "slerp", "nuslerp", "wise_ft", "model_stock", "sce"])
+def test_every_method_has_a_report(method, paths, tmp_path):
+    """Where the method has no base, the recipe's is taken all the same."""
+    members = paths[1:2] if method in ("slerp", "wise_ft") else paths[1:3]
+    factor = {"wise_ft": ":0.5"}.get(method, "")
+    named = [part for path in members for part in ("--model", f"{path}{factor}")]
+    more = ["--t", "0.3"] if method == "slerp" else []
+    flags = ["--base", str(paths[0]), *named, *more, "--report", "--out", str(tmp_path / "out")]
+    assert cli.run(["merge", "--method", method, *flags]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    deltas = flat(paths)[: len(members)]
+    assert report["whole"]["norms"] == pytest.approx([float(delta.norm()) for delta in deltas], rel=1e-5)
+    assert report["origin"] == str(paths[0]) and report["models"] == [str(path) for path in members]
+    assert 0 < report["whole"]["lost_to_rounding"] < 1
+    assert (report["recommendation"] is None) == (len(members) == 1)
+
+
+def test_what_each_task_vector_loses_to_the_outputs_dtype(tmp_path):
+    base, *members = family(tmp_path / "wide", torch.float32)
+    named = [part for path in members for part in ("--model", str(path))]
+    flags = ["--base", str(base), *named, "--out-dtype", "bfloat16", "--report", "--out", str(tmp_path / "out")]
+    assert cli.run(["merge", "--method", "task_arithmetic", *flags]) == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["whole"]["each_lost_to_rounding"]
+    origin = load_file(base / "model.safetensors")
+    for path, share in zip(members, found, strict=True):
+        own = load_file(path / "model.safetensors")
+        lost = sum(float((value.bfloat16().double() - value.double()).square().sum()) for value in own.values())
+        size = sum(float((value.double() - origin[name].double()).square().sum()) for name, value in own.items())
+        assert share == pytest.approx((lost / size) ** 0.5, rel=1e-4)
+
+
+def test_without_any_base_a_report_starts_from_the_first_model(paths, tmp_path):
+    named = [part for path in paths[1:] for part in ("--model", str(path))]
+    assert cli.run(["merge", "--method", "linear", *named, "--report", "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    one, *others = flat(paths)
+    assert report["origin"] == str(paths[1]) and report["models"] == [str(path) for path in paths[2:]]
+    assert report["whole"]["norms"] == pytest.approx([float((other - one).norm()) for other in others], rel=1e-5)
+    assert report["recommendation"] is None
+
+
 def test_auto_averages_what_is_alike_and_minds_conflicts(paths, tmp_path, capsys):
     base = load_file(paths[0] / "model.safetensors")
     one = load_file(paths[1] / "model.safetensors")
@@ -88,5 +129,5 @@ def test_refused(paths, tmp_path):
     with pytest.raises(UserError, match="at least two models"):
         cli.run(["diagnose", "--base", str(paths[0]), str(paths[1])])
     flags = ["--model", str(paths[1]), "--model", str(paths[2]), "--out", str(tmp_path / "out"), "--report"]
-    with pytest.raises(UserError, match="--report looks at task vectors"):
-        cli.run(["merge", "--method", "linear", *flags])
+    with pytest.raises(UserError, match="--report compares models, got passthrough of one at a time"):
+        cli.run(["merge", "--method", "passthrough", *flags[:2], *flags[4:]])

@@ -94,6 +94,19 @@ def test_inner_products_need_no_full_matrix(root):
     assert torch.allclose(inner_products(pairs), expected, rtol=1e-5)
 
 
+def test_a_diagnosis_of_adapters(root, capsys):
+    models = [str(root / "one"), str(root / "two")]
+    assert cli.run(["diagnose", "--base", str(root / "base"), *models, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    full = [torch.cat([change(root / name, key).flatten() for key in NAMES]) for name in ("one", "two")]
+    cosine = float(torch.cosine_similarity(full[0], full[1], dim=0))
+    assert report["adapters"]["norms"] == pytest.approx([float(one.norm()) for one in full], rel=1e-6)
+    assert report["adapters"]["cosines"][0][1] == pytest.approx(cosine, abs=1e-6)
+    assert report["whole"]["cosines"][0][1] == pytest.approx(cosine, abs=1e-3)
+    with pytest.raises(UserError, match="--files needs whole models"):
+        cli.run(["diagnose", "--base", str(root / "base"), *models, "--files", str(root / "base" / "config.json")])
+
+
 def test_extract_finds_a_low_rank_change(root, tmp_path):
     base = load_file(root / "base" / "model.safetensors")
     moved = base | {f"{name}.weight": base[f"{name}.weight"] + change(root / "one", name).float() for name in NAMES}

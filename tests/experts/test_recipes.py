@@ -80,6 +80,47 @@ dtype: float16
 }
 
 
+TWO_STACKS = {
+    "a linear merge of models that see": """
+models:
+  - model: A
+    parameters:
+      weight: 1.0
+  - model: B
+    parameters:
+      weight: 1.0
+merge_method: linear
+dtype: float32
+""",
+    "ties with the base among the models": """
+models:
+  - model: A
+    parameters:
+      density: [1, 0.7, 0.1] # over the layers
+      weight: 1.0
+  - model: O
+    parameters:
+      density: 0.5
+      weight: [0, 0.3, 0.7, 1]
+merge_method: ties
+base_model: O
+parameters:
+  normalize: true
+  int8_mask: true
+dtype: float16
+""",
+}
+
+FIRST_LAYERS = """
+slices:
+  - sources:
+    - model: A
+      layer_range: [0, 3]
+merge_method: passthrough
+dtype: float16
+"""
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     path = tmp_path_factory.mktemp("recipes")
@@ -103,6 +144,46 @@ def test_examples_plan(name, root):
     pairings = pair(recipe, open_all(recipe, False))
     assert recipe.compat == "mergekit" and recipe.dtype == "float16"
     assert len(pairings) == len(SHAPES) + (2 if name == "two stacks" else 0)
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """Models of two stacks of layers, six of one and three of the other."""
+    path = tmp_path_factory.mktemp("seeing")
+    names = [f"visual.blocks.{i}.mlp.fc1.weight" for i in range(6)] + [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    for seed, name in enumerate("OAB"):
+        torch.manual_seed(seed)
+        write(path / name, {key: torch.randn(4, 4).bfloat16() for key in [*names, "lm_head.weight"]})
+    return path
+
+
+@pytest.mark.parametrize("name", TWO_STACKS)
+def test_each_stack_has_its_own_depth(name, seeing):
+    recipe = mergekit.parse(local(TWO_STACKS[name], seeing))
+    check_structure(recipe)
+    found = {pairing.name: pairing for pairing in pair(recipe, open_all(recipe, False))}
+    assert len(found) == 10
+    if recipe.method == "ties":
+        for stack, ends in (("visual.blocks.{}.mlp.fc1.weight", (0, 5)), ("model.layers.{}.mlp.up_proj.weight", (0, 2))):
+            densities = [found[stack.format(end)].each[0]["density"] for end in ends]
+            assert densities == [1.0, pytest.approx(0.1)]
+        assert all(len(pairing.each) == 1 for pairing in found.values())  # the base has no task vector
+
+
+def test_the_first_layers_of_a_model_with_other_names(tmp_path):
+    content = {f"h.{i}.mlp.c_fc.weight": torch.full((2, 2), float(i)) for i in range(5)}
+    front_and_end = {name: torch.ones(3, 2) for name in ("wte.weight", "wpe.weight", "ln_f.weight")}
+    write(tmp_path / "A", content | front_and_end, config={"n_layer": 5, "vocab_size": 3})
+    (tmp_path / "recipe.yaml").write_text(local(FIRST_LAYERS, tmp_path))
+    assert cli.run(["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]) == 0
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(out) == {*front_and_end, *(f"h.{i}.mlp.c_fc.weight" for i in range(3))}
+    assert '"n_layer": 3' in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_several_recipes_in_one_file_are_refused(root):
+    with pytest.raises(UserError, match="several recipes in one file are not supported; write one file each"):
+        mergekit.parse(local(EXAMPLES["linear"] + "---" + EXAMPLES["ties"], root))
 
 
 def test_gradients_and_filters_reach_their_layers(root):

@@ -1,4 +1,4 @@
-"""A sweep's losses are those of the merged models, and the best one is what it writes."""
+"""A sweep's losses are those of the merged models, and the best one is what it writes; what a diagnosis measures on text."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from distmerge import cli
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate_directory
+from distmerge.files.sources import OnDisk
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,47 @@ def test_densities_and_soup(root, tmp_path, capsys):
     assert cli.run(flags(root, "--method", "greedy_soup", "--pick", "--out", str(tmp_path / "soup"))) == 0
     points = json.loads(capsys.readouterr().out.splitlines()[0])["points"]
     assert points[0]["kept"] and (tmp_path / "soup" / "model.safetensors").exists()
+
+
+def test_task_vectors_are_computed_once(root, capsys, monkeypatch):
+    """Three densities with a global trim, two passes each: every tensor is read from disk once."""
+    read: dict[str, int] = {}
+    once = OnDisk.read
+
+    def counted(self, start, stop):
+        place = f"{self.stored[0].file} {self.stored[0].start}"
+        read[place] = read.get(place, 0) + stop - start
+        return once(self, start, stop)
+
+    monkeypatch.setattr(OnDisk, "read", counted)
+    more = ["--method", "ties", "--base", str(root / "base"), "--grid", "density=0.2,0.5,1"]
+    assert cli.run(flags(root, *more)) == 0
+    points = json.loads(capsys.readouterr().out)["points"]
+    assert len({point["losses"]["plain"] for point in points}) == 3
+    total = sum(
+        value.numel() for name in ("base", "one", "two") for value in load_file(root / name / "model.safetensors").values()
+    )
+    assert sum(read.values()) == total
+
+
+def test_a_diagnosis_on_files(root, capsys):
+    files = [str(root / "plain.txt")]
+    (root / "copy").symlink_to(root / "one")
+    more = ["--sequence-length", "32", "--batches", "2", "--json"]
+    models = [str(root / name) for name in ("one", "two", "copy")]
+    assert cli.run(["diagnose", "--base", str(root / "base"), *models, "--files", *files, *more]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = [evaluate_directory(model, files, 32, 2)["loss"] for model in models]
+    assert found["losses"] == pytest.approx(expected, rel=1e-6)
+    barriers, divergences = ({tuple(e["pair"]): e["value"] for e in found[key]} for key in ("barriers", "divergences"))
+    assert set(barriers) == {(0, 1), (0, 2), (1, 2)} and min(barriers.values()) >= 0
+    assert barriers[0, 2] == pytest.approx(0, abs=1e-6) and divergences[0, 2] == pytest.approx(0, abs=1e-6)
+    assert divergences[0, 1] == pytest.approx(divergences[1, 2]) and divergences[0, 1] > 1e-6
+    assert cli.run(["diagnose", "--base", str(root / "base"), *models[:2], "--files", *files, *more[:-1]]) == 0
+    said = capsys.readouterr().out
+    assert "loss barrier 0-1: " in said and "KL divergence 0-1: " in said
+    with pytest.raises(UserError, match="absent"):
+        cli.run(["diagnose", "--base", str(root / "base"), *models[:2], "--files", str(root / "absent*.txt")])
 
 
 @pytest.mark.parametrize("grid", [None, "lambda", "lambda=a", "nothing=1", "normalize=1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from distmerge import cli
 from distmerge.errors import UserError
+from distmerge.files import output
 from tests.files.models import family, tensors, write
 
 METHODS = {
@@ -61,6 +63,28 @@ def test_threads_chunks_and_shards_do_not_matter(name, tmp_path):
     assert len(list((tmp_path / "other").glob("model-*-of-*.safetensors"))) > 1
 
 
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_global_trim_reads_everything_once_more(sampled, tmp_path, monkeypatch):
+    """A sample says where the threshold is. When it misleads, the result is the same."""
+    from distmerge.experts import survey
+
+    passes: list[bool] = []
+    settle = survey.ThresholdSurvey.settle
+
+    def counted(self, tally):
+        if self._lows is None and not sampled:
+            tally.added["counts"] = tally.added["counts"].flip(1) if not passes else tally.added["counts"]
+        passes.append(settle(self, tally))
+        return passes[-1]
+
+    models = family(tmp_path)
+    expected = merge("ties", models, tmp_path / "one", "--density", "0.3")
+    monkeypatch.setattr(survey.ThresholdSurvey, "settle", counted)
+    monkeypatch.setattr(survey, "SAMPLE", 2)  # the models are too small for a small sample
+    assert same(expected, merge("ties", models, tmp_path / "two", "--density", "0.3"))
+    assert passes == ([False, True] if sampled else [False, False, False, True])
+
+
 def test_linear_is_the_mean(tmp_path):
     paths = [write(tmp_path / f"m{i}", tensors(i, dtype)) for i, dtype in enumerate([torch.float32, torch.float32])]
     (out,) = [merge("linear", [paths[0], *paths], tmp_path / "out")]
@@ -83,6 +107,18 @@ def test_output_loads_anywhere_and_says_what_it_is(tmp_path):
     assert "arxiv.org/abs/2203.05482" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("head_start", [0, 1000, 1 << 30])
+def test_hashes_are_of_whole_files(head_start, tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "HEAD_START_BYTES", head_start)
+    monkeypatch.setattr(output, "PIECE_BYTES", 300)
+    merge("linear", family(tmp_path, shards=2), tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "merge.json").read_text())
+    found = record["inputs"] | {str(tmp_path / "out" / name): entry for name, entry in record["outputs"].items()}
+    assert len(found) == 5
+    for path, entry in found.items():
+        assert entry == {"bytes": Path(path).stat().st_size, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+
+
 def test_verify(tmp_path, capsys):
     out = tmp_path / "out"
     merge("linear", family(tmp_path), out)
@@ -94,13 +130,16 @@ def test_verify(tmp_path, capsys):
         cli.run(["merge", "--verify", str(out)])
 
 
-def test_nothing_is_published_after_an_error(tmp_path):
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "ties-global", "dare_ties", "della"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf])
+def test_nothing_is_published_after_an_error(method, value, tmp_path):
     models = family(tmp_path)
     broken = load_file(models[1] / "model.safetensors")
-    broken["model.norm.weight"][0] = torch.nan
+    broken["model.norm.weight"][0] = value
     bad = write(tmp_path / "bad", broken)
+    flags = ["--density", "1"] if method == "dare_ties" else METHODS.get(method, [])
     with pytest.raises(UserError, match=r"model\.norm\.weight holds NaN or infinity in .*bad"):
-        merge("linear", [models[0], bad, models[2]], tmp_path / "out")
+        merge(method.split("-")[0], [models[0], bad, models[2]], tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
 

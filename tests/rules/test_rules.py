@@ -10,8 +10,8 @@ from distmerge.rules.counter import chance, key_of, uniform, words
 from distmerge.rules.linear import Linear, Scaled
 from distmerge.rules.rule import run
 from distmerge.rules.slerp import Nuslerp, Slerp
-from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune
-from distmerge.rules.task import Combine, Ptm, TaskVectors
+from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, ascending
+from distmerge.rules.task import Combine, Ptm, TaskArithmetic, TaskVectors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPE = (37, 53)
@@ -42,7 +42,7 @@ def rules(dtype: torch.dtype) -> dict[str, tuple]:
         "model_stock": (ModelStock(2, None, dtype, 1e-6), 2, True),
         "sce": (Sce(0.4, NUMEL, dtype), 2, True),
         "ptm": (Ptm([0.5], wide), 2, True),
-        "task": (TaskVectors([0.7, 0.5], Combine(), None, "none", dtype, NUMEL), 2, True),
+        "task": (TaskArithmetic([0.7, 0.5], Combine(), dtype), 2, True),
     }
 
 
@@ -56,6 +56,26 @@ def test_inputs_stay_as_they_are_and_the_result_is_finite(name, dtype):
     merged = run(rule, tensors[:count], tensors[count] if based else None, block=500)
     assert all(torch.equal(one, two) for one, two in zip(tensors, before, strict=True))
     assert merged.shape == SHAPE and bool(torch.isfinite(merged).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("combine", [Combine(), Combine(divide="weights", scale=0.7), Combine(divide="count")])
+@pytest.mark.parametrize("members", [1, 2, 3])
+def test_task_arithmetic_needs_no_stack_of_task_vectors(dtype, combine, members):
+    generator = torch.Generator().manual_seed(4)
+    base, *others = [torch.randn(NUMEL, generator=generator).to(dtype) for _ in range(members + 1)]
+    weights = [0.3, 0.9, 0.4][:members]
+    stacked = run(TaskVectors(weights, combine, None, "none", dtype, NUMEL), others, base)
+    assert torch.equal(run(TaskArithmetic(weights, combine, dtype), others, base), stacked)
+
+
+@pytest.mark.parametrize("columns", [1, 53, 70_000])
+def test_ranks_are_those_of_a_stable_sort(columns):
+    generator = torch.Generator().manual_seed(5)
+    for high in (1 << 15, (1 << 31) - 1):
+        size = torch.randint(0, high, (3, columns), generator=generator, dtype=torch.int32)
+        size[:, columns // 2 :] = size[:, : columns - columns // 2].clone()
+        assert torch.equal(ascending(size), size.argsort(dim=1, stable=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

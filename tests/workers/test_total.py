@@ -243,7 +243,7 @@ def test_several_mergers_on_one_model(ranks: Ranks) -> None:
 
 def two_by_two(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     """Two workers of two ranks: a worker's ranks train on the same data, as if their gradients had been reduced."""
-    from distmerge.engine.torch import ReplicatedParameters
+    from distmerge.engine.parameters import ReplicatedParameters
     from distmerge.launch import Place
     from distmerge.mesh import Mesh
 
@@ -251,7 +251,7 @@ def two_by_two(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     mesh = Mesh(config.Mesh(workers=2, timeout_seconds=30), Place(rank, world, rank, world), threads=1)
     torch.manual_seed(mesh.worker)
     model = build(kind)
-    merger = dm.DiLoCo(ReplicatedParameters(model, mesh), **options, group=mesh.peers)
+    merger = dm.DiLoCo(ReplicatedParameters(model, mesh.inside), **options, group=mesh.peers)
     optimizer = inner("adamw", model)
     with counted(mesh.peers) as traffic:
         for step in range(STEPS):

@@ -1,0 +1,113 @@
+"""Parallel-train-then-merge at toy size: what it keeps, what it costs, where the published curves appear and where not.
+
+`distmerge ptm` over several seeds, byte-level Llamas of 0.26M parameters on real text. Resumable: runs that are finished are
+not run again.
+
+    python benchmarks/ptm.py [--small] [--seeds N] [--out DIR] [--record] [--general GLOB ...] [--skill NAME[=GLOB] ...]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from typing import Any
+
+from report import RECORDS, Report, parser, spread
+
+from distmerge.cli import train_one
+from distmerge.config_file import validate_as
+from distmerge.experts.ptm import experiment
+from distmerge.experts.ptm_config import PtmConfig
+from distmerge.experts.ptm_report import heat_map, pareto
+from distmerge.experts.skill_verbs import skills_of
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 80,
+    "intermediate_size": 216,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+FULL = {"base": 500, "general": 500, "skill": 200}
+SMALL = {"base": 60, "general": 60, "skill": 24}
+
+
+def configuration(options: Any, report: Report) -> PtmConfig:
+    steps = SMALL if options.small else FULL
+    seeds = list(range(1 if options.small else options.seeds))
+    table = {
+        "out": str(report.out / "runs"),
+        "seeds": seeds,
+        "processes": min(len(seeds), len(os.sched_getaffinity(0))),
+        "general": options.general,
+        "skills": skills_of(options.skill),
+        "steps": steps,
+        "replay": [0.25] if options.small else [0.25, 0.5],
+        "model": {"config": MODEL},
+        "train": {"batch_size": 8, "threads": 1},
+        "optimizer": {"lr": 3e-3},
+        "finetune_lr": 1e-3,
+        "schedule": {"name": "wsd", "warmup": 10, "decay": steps["skill"] // 2, "curve": "linear"},
+    }
+    return validate_as(PtmConfig, table)
+
+
+def judge(report: Report, results: dict[str, Any]) -> None:
+    """The bars, of the skill for which each holds least."""
+    skills = results["skills"].values()
+    excess = min(statistics.mean(found["cft_general_excess"]) - spread_of(found["cft_general_excess"]) for found in skills)
+    claim = "continued finetuning's general loss above PTM's at the nearest skill loss: mean less deviation, worst skill, nats"
+    report.bar(claim, excess, ">=", 0.05, quality=True)
+    gaps = {
+        name: statistics.mean(found["skill_gap"]) / own_loss(results, name, "cft") for name, found in results["skills"].items()
+    }
+    report.data["skill_gap_share"] = gaps
+    claim = "the skill loss that PTM lacks there, as a share of continued finetuning's, worst skill"
+    report.bar(claim, max(gaps.values()), "<=", 0.05, quality=True)
+    cost = min(statistics.mean(found["rt_tokens"]) / statistics.mean(found["ptm_tokens"]) for found in skills)
+    report.bar("retraining's tokens over PTM's", cost, ">=", 2.0)
+    away = [abs(knee - omega) for found in skills for knee, omega in zip(found["knee"], found["omega"], strict=True)]
+    report.data["knee_distance"] = spread(away)
+    claim = "the knee of PTM's curve lies this far from |D| / |G|, mean over skills and seeds"
+    report.bar(claim, statistics.mean(away), "<=", 0.25, quality=True)
+    report.data["rule"] = results["summary"]["rule"]
+
+
+def spread_of(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def own_loss(results: dict[str, Any], skill: str, arm: str) -> float:
+    return next(row["own"][0] for row in results["arms"] if row["skill"] == skill and row["arm"] == arm)
+
+
+def main() -> None:
+    arguments = parser(__doc__, seeds=3)
+    arguments.add_argument(
+        "--general", nargs="+", default=[], metavar="GLOB", help="other general text than the library's prose"
+    )
+    arguments.add_argument(
+        "--skill", action="append", default=[], metavar="NAME[=GLOB]", help="other skills than the library's"
+    )
+    options = arguments.parse_args()
+    report = Report("ptm", options)
+    results = experiment(configuration(options, report), train_one)
+    judge(report, results)
+    report.data |= {key: results[key] for key in ("arms", "skills", "interference")}
+    report.data["config"] = {key: value for key, value in results["config"].items() if key not in ("out", "general", "skills")}
+    report.data["several"] = [seed["several"] for seed in results["seeds"]]
+    if report.recording:
+        for skill in results["skills"]:
+            pareto(skill, results["seeds"]).savefig(RECORDS / f"ptm-{skill}.png", dpi=90)
+        heat_map(results["interference"]).savefig(RECORDS / "ptm-interference.png", dpi=90)
+    for row in results["arms"]:
+        report.say(json.dumps(row))
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""FSDP2 (https://arxiv.org/abs/2304.11277, torch's ``fully_shard``): a worker's ranks share parameters, gradients and moments.
+
+Each block of the model is a unit that is gathered when it computes. The flat vector is this rank's shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from distmerge.config import TrainConfig
+from distmerge.engine.engine import gather_whole
+from distmerge.engine.parameters import ShardedParameters
+from distmerge.engine.torch import TorchEngine
+from distmerge.labels import ids_and_labels
+from distmerge.mesh import Mesh
+
+
+class FSDPEngine(TorchEngine):
+    """Computes inner steps on shards: of the parameters, the gradients and the optimizer's state."""
+
+    forward: FSDPModule
+
+    def __init__(self, model: nn.Module, config: TrainConfig, mesh: Mesh):
+        self.reshard = config.engine.reshard_after_forward
+        super().__init__(model, config, mesh)
+
+    def _distribute(self) -> nn.Module:
+        axis = self.mesh.shard_axis()
+        bfloat16 = self.train_section.precision == "bfloat16"
+        # Gradients are summed in float32, whatever the blocks compute in.
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
+        for block in blocks(self.model):
+            self._shard(block, axis, policy)
+        self._shard(self.model, axis, policy)
+        self.parameters = ShardedParameters(self.model)
+        return self.model
+
+    def _shard(self, module: nn.Module, axis: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+        fully_shard(module, mesh=axis, mp_policy=policy, reshard_after_forward=self.reshard)
+
+    def _loss_of(self, batch: Tensor) -> Tensor:
+        ids, labels = ids_and_labels(batch)
+        return self.model(input_ids=ids, labels=labels, use_cache=False).loss.float()
+
+    def _reducing(self, last: bool) -> contextlib.AbstractContextManager:
+        self.forward.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+
+    def _clip(self, limit: float) -> Tensor:
+        grads = [local(p.grad) for p in self._trainable if p.grad is not None]
+        square = nn.utils.get_total_norm(grads).square()
+        dist.all_reduce(square, group=self.mesh.inside)
+        grad_norm = square.sqrt()
+        if limit:
+            factor = torch.clamp(limit / (grad_norm + 1e-6), max=1.0)
+            for grad in grads:
+                grad.mul_(factor)
+        return grad_norm
+
+    def shard_of(self, parameter: Tensor) -> Tensor:
+        return local(parameter)
+
+    @property
+    def replicated(self) -> bool:
+        return False
+
+    def optimizer_state(self) -> list[dict[str, Any]]:
+        """As the torch engine's, of this rank's shards."""
+        states = super().optimizer_state()
+        for state in states:
+            state["state"] = {
+                index: {key: local(value) for key, value in moments.items()} for index, moments in state["state"].items()
+            }
+        return states
+
+    def load_optimizer_state(self, state: list[dict[str, Any]]) -> None:
+        for optimizer, theirs in zip(self.optimizers, state, strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            whole = {
+                index: {key: sharded_like(parameters[index], value) for key, value in moments.items()}
+                for index, moments in theirs["state"].items()
+            }
+            optimizer.load_state_dict(theirs | {"state": whole})
+
+    def whole_state(self) -> dict[str, Tensor] | None:
+        return gather_whole(self.model, self.parameters, self.mesh)
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of the model's longest list: a transformer's layers."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    yield from max(lists, key=len, default=nn.ModuleList())
+
+
+def local(tensor: Any) -> Any:
+    """This rank's shard of a tensor that is sharded; anything else as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(parameter: DTensor, shard: Any) -> Any:
+    """A parameter's moment from this rank's shard of it; a count of steps as it is."""
+    if not isinstance(shard, Tensor) or shard.numel() != parameter.to_local().numel() or shard.ndim != parameter.ndim:
+        return shard
+    return DTensor.from_local(
+        shard.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

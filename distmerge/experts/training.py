@@ -1,0 +1,239 @@
+"""What an expert's run does beside training: publish steps to be merged, stop in time, say what it was trained on.
+
+``training.json`` beside a model says with how many tokens and steps it was trained, from what and for which skill: the
+merge tool takes |D| and |G| from there. All runs write it, since any can be a base or a general model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from distmerge.checkpoints.durable import guarded
+from distmerge.config import TrainConfig
+from distmerge.data import IndexedBatches, open_corpus
+from distmerge.engine.engine import Engine
+from distmerge.evaluate import evaluate
+from distmerge.experts.adapt import Theta, save_expert
+from distmerge.experts.examples import Known, look, nothing_known, observe, tracked_rows
+from distmerge.experts.flat_merge import merge, read_model
+from distmerge.experts.stopping import Peak, Plateau, member_at
+from distmerge.mesh import Mesh
+from distmerge.stream import StreamBatches
+
+RECORD = "training.json"
+SIBLING_SECONDS = 24 * 3600.0
+"""How long an expert waits for a sibling that trains at the same time; one that dies ends the job long before."""
+
+
+class Trainable(Protocol):
+    """What is asked of a run."""
+
+    step: int
+    mesh: Mesh
+    engine: Engine
+    batches: IndexedBatches | StreamBatches
+    held_out: Any
+    tokenizer: PreTrainedTokenizerBase
+    path: Path
+    recovery: Any
+
+    def shared(self) -> AbstractContextManager[None]: ...
+    def tell(self, step: int, event: str, facts: dict[str, Any]) -> None: ...
+
+
+class ExpertTraining:
+    """The expert's part of a run, and of its state.
+
+    Attributes:
+        stopped: why the run ends before its last step; None while it goes on.
+    """
+
+    def __init__(self, config: TrainConfig, run: Trainable):
+        self.config, self.run, self.section = config, run, config.stopping
+        self.patience_seconds = SIBLING_SECONDS if run.mesh.side_by_side else None
+        self.plateau = Plateau(self.section) if self.section.rule == "plateau" else None
+        self.peak = Peak(self.section) if self.section.rule == "merged" else None
+        self.stopped: str | None = None
+        self.rows = np.empty(0, dtype=np.int64)
+        if isinstance(run.batches, IndexedBatches) and config.examples.track:
+            self.rows = tracked_rows(len(run.batches.data), config.examples.count, config.seed)
+        self.known = nothing_known(len(self.rows))
+        self.base: Tensor | None = None
+        self.texts: dict[str, Any] = {}
+        if self.peak is not None:
+            self.base = self._vector(self.origin)
+            self.texts = {name: open_corpus(section).held_out for name, section in self.section.skills.items()}
+
+    @cached_property
+    def theta(self) -> Theta:
+        """The trained parameters as the vector that merges are of; only where this rank holds whole tensors."""
+        return Theta(self.run.engine.model, self.run.engine.parameters)
+
+    @property
+    def origin(self) -> str:
+        """The model that merges measure this one from."""
+        assert self.config.expert is not None and self.config.model.path is not None
+        return self.config.expert.base or self.config.model.path
+
+    @property
+    def lr_factor(self) -> float:
+        return 1.0 if self.plateau is None else self.plateau.lr_factor
+
+    def due(self, step: int) -> bool:
+        """Whether the model of this step is published."""
+        match self.config.checkpoint.at:
+            case "powers-of-two":
+                return step & (step - 1) == 0 or step == self.config.steps
+            case "every":
+                return step % self.config.checkpoint.every == 0 or step == self.config.steps
+        return False
+
+    def observe(self, step: int, loss: float | None) -> None:
+        """After inner step ``step``, with the loss of an evaluation if there was one: publish, and decide. A collective."""
+        if loss is not None and self.plateau is not None:
+            before = self.plateau.reduced
+            if self.plateau.observe(self._agreed(loss)):
+                self._stop(step, f"the loss has not improved on {self.plateau.best:.4f}")
+            elif self.plateau.reduced > before:
+                self.run.tell(step, "plateau", {"loss": loss, "lr_factor": self.plateau.lr_factor})
+        if not self.due(step):
+            return
+        self.publish(step)
+        if len(self.rows):
+            self.look(step)
+        if self.peak is not None:
+            losses, members = self.merged_losses(step)
+            mean = self._agreed(sum(losses.values()) / len(losses))
+            ends = self.peak.observe(step, mean)
+            self.run.tell(step, "merged", {"mean": mean, "losses": losses, "with": members, "best_step": self.peak.best_step})
+            if ends and step < self.config.steps:
+                self._stop(step, f"the merge was best at step {self.peak.best_step}, mean loss {self.peak.best:.4f}")
+
+    def _agreed(self, score: float) -> float:
+        """The first rank's number, on all ranks: they must never disagree about the end."""
+        value = torch.tensor([score], dtype=torch.float64, device=self.run.mesh.device)
+        dist.broadcast(value, 0)
+        return value.item()
+
+    def _stop(self, step: int, reason: str) -> None:
+        self.stopped = reason
+        self.run.tell(step, "stopped", {"reason": reason})
+
+    def publish(self, step: int) -> None:
+        """``RUN_DIR/steps/step-N``: the model of this step, in place of an older run's."""
+        root = self.run.path / "steps"
+        temporary, published = root / f".step-{step:08}", root / f"step-{step:08}"
+        with self.run.shared(), self.run.mesh.together():
+            whole = self.run.engine.whole_state()
+            if self.run.mesh.leads:
+                guarded(root, lambda: root.mkdir(exist_ok=True))
+                shutil.rmtree(temporary, ignore_errors=True)
+                guarded(temporary, lambda: self.save(temporary, step, whole))
+                shutil.rmtree(published, ignore_errors=True)
+                guarded(published, lambda: temporary.rename(published))
+
+    def look(self, step: int) -> None:
+        """A pass over the tracked examples."""
+        mesh, batches = self.run.mesh, self.run.batches
+        assert isinstance(batches, IndexedBatches)
+        with self.run.shared():
+            scores = look(self.run.engine.model, batches.data, self.rows, self.config.train.batch_size, mesh.rank, mesh.world)
+        self.known = observe(self.known, scores, step, self.config.examples)
+
+    def save(self, directory: Path, step: int, whole: dict[str, Tensor] | None) -> None:
+        """Write the model, or adapter, as it stands, and what it was trained on. ``whole`` is the engine's whole state."""
+        save_expert(self.run.engine.model, self.run.tokenizer, directory, whole)
+        (directory / RECORD).write_text(json.dumps(self.record(step), indent=2) + "\n")
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What training.json says. ``tokens`` are those of all ranks, without padding, in all ``step`` steps."""
+        expert = self.config.expert
+        indices = (self.run.recovery.batches_of(at)[-1] for at in range(step))
+        ranks = self.run.mesh.world if isinstance(self.run.batches, StreamBatches) else 1
+        return {
+            "tool": "distmerge",
+            "skill": expert and expert.skill,
+            "base": self.origin if expert else None,
+            "from": self.config.model.path,
+            "lora": expert.lora.model_dump() if expert and expert.lora else None,
+            "steps": step,
+            "tokens": self.run.batches.count_tokens(indices) * ranks,
+            "seed": self.config.seed,
+        }
+
+    # ---- the merge in memory
+
+    def merged_losses(self, step: int) -> tuple[dict[str, float], list[str]]:
+        """The loss of the merge at this step, on each skill; and what was merged. Nothing is written."""
+        assert self.base is not None and self.config.expert is not None
+        section, mesh = self.section, self.run.mesh
+        with mesh.together():
+            members = mesh.lead_first(f"siblings-{step}", lambda: self._members(step))
+            others = [self._vector(member) for member in members]
+        own = self.theta.read()
+        models = [*others, own] if section.method == "ptm" else [own, *others]
+        merged = merge(section.method, self.base, models, section.scale, section.density, self.config.seed)
+        with self.theta.holding(merged):
+            texts = {self.config.expert.skill: self.run.held_out} | self.texts
+            return {name: self.loss(text) for name, text in texts.items()}, members
+
+    def _members(self, step: int) -> list[str]:
+        return [str(member_at(name, step, self.patience_seconds)) for name in self.section.merge_with]
+
+    def _vector(self, reference: str) -> Tensor:
+        """Another model of this base as a vector."""
+        return self.theta.of(read_model(reference, self.origin))
+
+    def loss(self, text: Any) -> float:
+        section, mesh = self.config.evaluate, self.run.mesh
+        rows = self.config.train.batch_size
+        return evaluate(self.run.engine.model, text, rows, section.batches, mesh.rank, mesh.world).loss
+
+    # ---- the end, and the state
+
+    def finish(self) -> int:
+        """Before the final model is published: go back to the step that merged best, and keep what is known of the examples.
+
+        Returns:
+            the step that the model is of.
+        """
+        if len(self.rows) and self.run.mesh.leads:
+            save_file(self.known._asdict(), self.run.path / "examples.safetensors")
+        if self.peak is None or not self.peak.best_step or self.peak.best_step == self.run.step:
+            return self.run.step
+        best = self.run.path / "steps" / f"step-{self.peak.best_step:08}"
+        with self.run.mesh.together():
+            self.load(best)
+        return self.peak.best_step
+
+    def load(self, directory: Path) -> None:
+        """Let the trained parameters be a published step's."""
+        if not self.theta.adapted:
+            self.theta.write(self._vector(str(directory)))
+            return
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.run.engine.model, load_file(directory / "adapter_model.safetensors"))
+        self.run.engine.parameters.check()
+
+    def state_dict(self) -> dict[str, Any]:
+        rule = self.plateau or self.peak
+        return {"stopped": self.stopped, "rule": rule and rule.state_dict(), "examples": self.known._asdict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stopped, self.known = state["stopped"], Known(**state["examples"])
+        rule = self.plateau or self.peak
+        if rule is not None:
+            rule.load_state_dict(state["rule"])

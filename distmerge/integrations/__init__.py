@@ -1,0 +1,1 @@
+"""Merging inside other people's training loops."""

@@ -1,0 +1,134 @@
+"""What a model may be: a DCP directory, a window's block, a hub id in the cache; each merges as the plain directory does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict_saver import save
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+from distmerge import cli
+from distmerge.checkpoints.block import Block, publish_block
+from distmerge.errors import UserError
+from tests.files.models import family
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return family(tmp_path_factory.mktemp("inputs"))
+
+
+def merge(base: Path | str, model: Path | str, out: Path, *flags: str) -> dict[str, torch.Tensor]:
+    named = ["--base", str(base), "--model", str(model), "--out", str(out)]
+    assert cli.run(["merge", "--method", "task_arithmetic", "--lambda", "0.5", *named, *flags]) == 0
+    return load_file(out / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def as_dcp(source: Path, target: Path) -> None:
+    state = {"model": load_file(source / "model.safetensors"), "optimizer": {"m": torch.zeros(3)}}
+    save(state, checkpoint_id=str(target), no_dist=True)
+
+
+def test_a_dcp_directory(paths, tmp_path):
+    base, one, two = paths
+    as_dcp(one, tmp_path / "dcp")
+    with pytest.raises(UserError, match="allow it by --allow-pickle"):
+        merge(base, tmp_path / "dcp", tmp_path / "out")
+    expected = merge(base, one, tmp_path / "plain")
+    assert same(expected, merge(base, tmp_path / "dcp", tmp_path / "out", "--allow-pickle"))
+    assert str(tmp_path / "dcp") in (tmp_path / "out" / "merge.json").read_text()
+    as_dcp(two, tmp_path / "dcp")  # the directory's next save: what was converted before is stale
+    other = merge(base, tmp_path / "dcp", tmp_path / "again", "--allow-pickle")
+    assert same(other, merge(base, two, tmp_path / "other")) and not same(other, expected)
+
+
+def test_a_dcp_directory_as_base_and_under_an_adapter_flag(paths, tmp_path, capsys):
+    as_dcp(paths[0], tmp_path / "dcp")
+    out = merge(tmp_path / "dcp", paths[1], tmp_path / "out", "--allow-pickle")
+    assert same(out, merge(paths[0], paths[1], tmp_path / "plain"))
+    flags = ["--base", str(tmp_path / "dcp"), *map(str, paths[1:]), "--allow-pickle", "--json"]
+    capsys.readouterr()
+    assert cli.run(["diagnose", *flags]) == 0
+    assert len(json.loads(capsys.readouterr().out)["whole"]["norms"]) == 2
+
+
+def test_a_damaged_dcp_directory_is_one_line(paths, tmp_path):
+    as_dcp(paths[1], tmp_path / "dcp")
+    (tmp_path / "dcp" / ".metadata").write_bytes(b"\x80\x04nothing")
+    with pytest.raises(UserError, match="cannot read the DCP checkpoint"):
+        merge(paths[0], tmp_path / "dcp", tmp_path / "out", "--allow-pickle")
+    assert not (tmp_path / "out").exists()
+
+
+def test_blocks_of_a_window(tmp_path):
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=384,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    blocks = []
+    for index in range(3):
+        torch.manual_seed(index)
+        block = Block(8 * index + 1, 8 * index + 8, 100 * index, 100 * index + 100, 1e-3, 2.0, "mean", 0)
+        blocks.append(publish_block(tmp_path / "window", block, LlamaForCausalLM(config), ByT5Tokenizer(), "float32"))
+    base, one, _ = (load_file(block / "model.safetensors") for block in blocks)
+    out = merge(blocks[0], blocks[1], tmp_path / "out")
+    for name, value in out.items():
+        torch.testing.assert_close(value, base[name] + 0.5 * (one[name] - base[name]))
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 16
+    raw = bytearray((blocks[1] / "model.safetensors").read_bytes())
+    raw[-2] ^= 1
+    (blocks[1] / "model.safetensors").write_bytes(raw)
+    with pytest.raises(UserError, match=r"block-00000016/model.safetensors does not have the SHA-256 that block.json says"):
+        merge(blocks[0], blocks[1], tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
+
+
+def in_cache(hub: Path, name: str, model: Path, revision: str = "main") -> None:
+    """A model as the hub's cache holds it: blobs, a snapshot of links to them, a reference to the snapshot."""
+    root, commit = hub / f"models--{name.replace('/', '--')}", f"{len(revision):040x}"
+    snapshot = root / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (root / "blobs").mkdir(exist_ok=True)
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs" / revision).write_text(commit)
+    for file in model.iterdir():
+        blob = root / "blobs" / f"{commit}-{file.name}"
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+
+
+def test_hub_ids_come_from_the_cache(paths, tmp_path):
+    base, one, two = paths
+    in_cache(tmp_path / "hub", "someone/base", base)
+    in_cache(tmp_path / "hub", "someone/tuned-7B", one)
+    in_cache(tmp_path / "hub", "someone/tuned-7B", two, "v2")
+    recipe = tmp_path / "recipe.yaml"
+    text = "merge_method: task_arithmetic\nbase_model: someone/base\nmodels:\n- model: {}\n  parameters: {{weight: 0.5}}\n"
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+    def run(model: str, out: Path) -> subprocess.CompletedProcess[str]:
+        recipe.write_text(text.format(model))
+        command = [sys.executable, "-m", "distmerge", "merge", str(recipe), "--compat", "paper", "--out", str(out)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    for model, local in (("someone/tuned-7B", one), ("someone/tuned-7B@v2", two)):
+        out = tmp_path / f"out-{local.name}"
+        done = run(model, out)
+        assert done.returncode == 0, done.stderr
+        assert same(load_file(out / "model.safetensors"), merge(base, local, tmp_path / f"plain-{local.name}"))
+        assert "base_model:\n- someone/base\n" in (out / "README.md").read_text()
+    missing = run("someone/absent", tmp_path / "out-absent")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+    assert missing.stderr.startswith("error: someone/absent is no directory here, and the hub does not give it: ")

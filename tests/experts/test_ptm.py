@@ -1,0 +1,162 @@
+"""The ptm experiment at its smallest: every arm, its costs, its merges by hand, the page, a second start."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distmerge import config_file
+from distmerge.errors import UserError
+from distmerge.evaluate import evaluate_directory
+from distmerge.experts.ptm_config import PtmConfig, read
+from distmerge.experts.ptm_report import hits, knee
+from distmerge.experts.texts import KINDS, kinds_here, write_parts
+from tests.checkpoints.runs import BASE, parameters
+from tests.ranks import command
+
+WORDS = {"general": "the a of to and in is it", "sums": "x y z + - = 1 2", "calls": "foo bar baz ( ) ; { }"}
+
+CONFIG = """
+out = "{0}/out"
+general = ["{0}/general.txt"]
+other_general = ["{0}/general.txt"]
+characters = 300000
+eval_sequences = 16
+sequence_length = 32
+omegas = [0.5, 1.0]
+replay = [0.5]
+[skills]
+sums = ["{0}/sums.txt"]
+calls = ["{0}/calls.txt"]
+[steps]
+base = 6
+general = 8
+skill = 4
+[model.config]
+model_type = "llama"
+hidden_size = 16
+intermediate_size = 24
+num_hidden_layers = 1
+num_attention_heads = 2
+num_key_value_heads = 2
+tie_word_embeddings = true
+[train]
+batch_size = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished experiment."""
+    made = tmp_path_factory.mktemp("ptm")
+    for name, words in WORDS.items():
+        draw = random.Random(1)
+        lines = (" ".join(draw.choice(words.split()) for _ in range(10)) for _ in range(17000))
+        (made / f"{name}.txt").write_text("\n".join(lines))
+    (made / "ptm.toml").write_text(CONFIG.format(made))
+    outcome = command(["ptm", str(made / "ptm.toml")])
+    assert outcome.status == 0, outcome.stderr
+    assert json.loads(outcome.stdout)["rule"]["merges"] == 1
+    return made
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "out" / "results.json").read_text())
+
+
+def test_every_arm_has_its_cost(folder: Path) -> None:
+    found = {(row["skill"], row["arm"]): row["steps"] for row in results_of(folder)["arms"]}
+    for skill in ("sums", "calls"):
+        steps = {arm: count for (name, arm), count in found.items() if name == skill}
+        assert steps == {
+            "base": 0, "general": 8, "expert": 4, "cft": 4, "cft+replay 0.5 own": 8, "cft+replay 0.5 other": 8, "rt": 12,
+            "ptm at 0.5": 4, "linear at 0.5": 4, "wise-ft at 0.5": 4,
+        }  # fmt: skip
+    assert {row["tokens"] / row["steps"] for row in results_of(folder)["arms"] if row["steps"]} == {4 * 32}
+
+
+def test_a_point_is_the_merge_on_disk(folder: Path, tmp_path: Path) -> None:
+    seed = folder / "out" / "seed-0"
+    given = f"merge --method ptm --base {seed}/base/final --general {seed}/general/final --model {seed}/expert-sums/final"
+    outcome = command(f"{given} --out {tmp_path}/merged".split())
+    assert outcome.status == 0 and "= 0.5" in outcome.stdout, outcome.stderr
+    test = folder / "out" / "texts" / "sums-test.txt"
+    wanted = evaluate_directory(str(tmp_path / "merged"), [str(test)], 32, 4)["loss"]
+    (point,) = [
+        point
+        for point in results_of(folder)["seeds"][0]["points"]
+        if (point["arm"], point["skill"], point.get("omega")) == ("ptm", "sums", 0.5)
+    ]
+    assert point["losses"]["sums"] == pytest.approx(wanted, rel=1e-5)
+    general = json.loads((seed / "measured.json").read_text())["points"][1]["losses"]["general"]
+    by_hand = evaluate_directory(str(seed / "general" / "final"), [str(folder / "out/texts/general-test.txt")], 32, 4)["loss"]
+    assert general == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_page_needs_no_other_file(folder: Path) -> None:
+    page = (folder / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page
+    assert "cft+replay 0.5 own" in page and "sums + calls" in page
+
+
+def test_what_is_finished_is_not_done_again(folder: Path) -> None:
+    seed = folder / "out" / "seed-0"
+    times = {path: path.stat().st_mtime_ns for path in seed.glob("*/final/model.safetensors")}
+    assert len(times) == 12
+    before = results_of(folder)
+    (seed / "measured.json").unlink()
+    summary = seed / "rt-sums" / "summary.json"
+    summary.unlink()  # as if this run had been killed at its end
+    weights = parameters(seed / "rt-sums" / "final")
+    assert command(["ptm", str(folder / "ptm.toml")]).status == 0
+    assert results_of(folder) == before
+    again = {path: path.stat().st_mtime_ns for path in seed.glob("*/final/model.safetensors")}
+    assert [path.parts[-3] for path in times if again[path] != times[path]] == ["rt-sums"]
+    assert all(torch.equal(value, weights[name]) for name, value in parameters(seed / "rt-sums" / "final").items())
+
+
+def test_parts_share_no_piece(tmp_path: Path) -> None:
+    text = "".join(f"line {index}\n" for index in range(4000))
+    paths = write_parts(text, tmp_path, "t", 10**9)
+    lines = {part: Path(path).read_text().splitlines() for part, path in paths.items()}
+    assert sorted(line for part in lines.values() for line in part) == sorted(text.splitlines())
+    assert [round(len(lines[part]) / 4000, 1) for part in ("pretraining", "train", "test")] == [0.2, 0.7, 0.1]
+    assert set(kinds_here(["headers", "arithmetic"])) <= set(KINDS)
+
+
+def test_the_knee_is_where_the_curve_bends() -> None:
+    assert knee([(0.0, 1.0, 3.0), (0.2, 1.02, 2.0), (0.4, 1.1, 1.2), (0.6, 2.0, 1.1), (1.0, 3.0, 1.0)]) == 0.4
+
+
+def test_the_shipped_file_is_read() -> None:
+    config = read(str(Path(__file__).parents[2] / "configs" / "ptm" / "stdlib.toml"), {"seeds": [7]})
+    run = config.run(7, "expert-code", config.steps.skill, ["code.txt"], "base", expert={"skill": "code"})
+    assert (run.run_dir, run.seed, run.steps, run.optimizer.lr) == ("runs/ptm/seed-7/expert-code", 7, 200, 1e-3)
+    assert run.model.path == "base" and run.expert and run.expert.skill == "code"
+
+
+def test_hits_are_counted() -> None:
+    entry = {"chosen": "ties", "best": "ties", "best_of_all": "task_arithmetic 0.5"}
+    found = hits([entry, entry | {"best": "linear"}])
+    assert (found["merges"], found["best_of_its_own"], found["best_of_all"]) == (2, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"omegas": [0.5, 0.2]}, "omegas must be > 0 and ascend"),
+        ({"replay": [1.0]}, "replay must be shares between 0 and 1"),
+        ({"seeds": [1, 1]}, "seeds must differ"),
+        ({"step": 1}, 'config.step is not a known key; did you mean "steps"'),
+    ],
+)
+def test_mistakes(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_file.validate_as(PtmConfig, {"out": "x", "model": BASE["model"]} | keys)

@@ -1,0 +1,291 @@
+"""Stopping rules on scripted curves, and in runs: bitwise resume, the same decision on all ranks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from distmerge import config_file
+from distmerge.config import Model, TrainConfig
+from distmerge.config_experts import Lora, Stopping
+from distmerge.data import open_corpus
+from distmerge.evaluate import evaluate
+from distmerge.experts.adapt import Theta, with_lora
+from distmerge.experts.flat_merge import merge, read_model
+from distmerge.experts.stopping import Peak, Plateau, member_at, published_steps
+from distmerge.flat import FlatParameters
+from distmerge.model import build_model, load_model, load_tokenizer
+from tests import jobs
+from tests.checkpoints.runs import BASE, forget_after, lines, parameters, run, same, write_text
+from tests.ranks import Ranks, command
+
+
+def plateau(losses: list[float], **keys: Any) -> tuple[int | None, list[float]]:
+    """Where the rule stops, counted from 0, and the rates on the way."""
+    rule = Plateau(Stopping(rule="plateau", **keys))
+    rates: list[float] = []
+    for index, loss in enumerate(losses):
+        stops = rule.observe(loss)
+        rates.append(rule.lr_factor)
+        if stops:
+            return index, rates
+    return None, rates
+
+
+@pytest.mark.parametrize(
+    ("losses", "keys", "stop", "rates"),
+    [
+        ([3, 2, 1, 0.5], {}, None, [1, 1, 1, 1]),  # it falls and falls
+        ([3, 2, 2, 1, 1, 0.9], {}, 4, [1, 1, 0.5, 0.5, 0.5]),  # a plateau, progress at the lower rate, the next plateau
+        ([3, 2, 2, 2], {"reductions": 0}, 2, [1, 1, 1]),
+        ([3, 2, 2.1, 1.9, 2.1, 1.8], {"patience": 2}, None, [1, 1, 1, 1, 1, 1]),  # noise that patience outlasts
+        ([3, 2, 2.1, 2.2, 2.3, 2.4], {"patience": 2}, 5, [1, 1, 1, 0.5, 0.5, 0.5]),
+        ([2, 2, 2], {}, 2, [1, 0.5, 0.5]),  # ties are no improvement
+        ([2, 1.99, 1.98], {"tolerance": 0.1}, 2, [1, 0.5, 0.5]),  # too little is none either
+        ([2, math.nan, 1.5, math.inf], {}, 3, [1, 0.5, 0.5, 0.5]),
+        ([1, 2, 3, 4, 5], {"reductions": 3, "factor": 0.1}, 4, [1, 0.1, 0.01, 0.001, 0.001]),
+    ],
+)
+def test_plateau(losses: list[float], keys: dict, stop: int | None, rates: list[float]) -> None:
+    stopped, found = plateau(losses, **keys)
+    assert stopped == stop
+    assert found == pytest.approx(rates)
+
+
+def peak(losses: list[float], **keys: Any) -> tuple[int | None, int]:
+    """Where the rule stops, at steps 1, 2, 4, ..., and the step that it keeps."""
+    rule = Peak(Stopping(rule="merged", merge_with=["x"], **keys))
+    for index, loss in enumerate(losses):
+        if rule.observe(1 << index, loss):
+            return 1 << index, rule.best_step
+    return None, rule.best_step
+
+
+@pytest.mark.parametrize(
+    ("losses", "keys", "expected"),
+    [
+        ([4, 3, 2, 1], {}, (None, 8)),
+        ([4, 3, 3.5, 1], {}, (4, 2)),  # a peak of the score
+        ([4, 3, 3.5, 2.9, 3, 3], {"patience": 2}, (32, 8)),  # one bad look is forgiven
+        ([3, 3, 3], {"patience": 2}, (4, 1)),  # of equal ones the first
+        ([3, 2.99, 2.98], {"tolerance": 0.05, "patience": 2}, (4, 1)),
+        ([math.nan, 3, math.nan, 2], {"patience": 2}, (None, 8)),
+        ([math.nan, math.nan], {"patience": 2}, (2, 0)),
+    ],
+)
+def test_peak(losses: list[float], keys: dict, expected: tuple) -> None:
+    assert peak(losses, **keys) == expected
+
+
+def test_rules_go_on_from_their_state() -> None:
+    curve = [3, 2, 2.1, 1.9, 2, 2.5, 2.4]
+    for cut in range(len(curve)):
+        whole, first = (Plateau(Stopping(rule="plateau", reductions=2)) for _ in range(2))
+        wanted = [whole.observe(loss) for loss in curve]
+        found = [first.observe(loss) for loss in curve[:cut]]
+        second = Plateau(Stopping(rule="plateau", reductions=2))
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert found + [second.observe(loss) for loss in curve[cut:]] == wanted
+        assert second.state_dict() == whole.state_dict()
+
+
+def test_a_sibling_is_its_newest_step_that_is_not_later(tmp_path: Path) -> None:
+    for step in (1, 2, 4):
+        (tmp_path / "steps" / f"step-{step:08}").mkdir(parents=True)
+    assert list(published_steps(tmp_path)) == [1, 2, 4]
+    assert member_at(str(tmp_path), 3, None).name == "step-00000002"
+    assert member_at(str(tmp_path), 4, 1.0).name == "step-00000004"
+    with pytest.raises(ValueError, match="holds no model of step 8"):
+        member_at(str(tmp_path), 8, 0.1)  # it is waited for
+    assert member_at(str(tmp_path), 8, None).name == "step-00000004"
+    (tmp_path / "final").mkdir()
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": 4, "stopped": "early"}))
+    assert member_at(str(tmp_path), 8, 1.0).name == "final"
+    with pytest.raises(ValueError, match="nowhere holds no model"):
+        member_at(str(tmp_path / "nowhere"), 8, None)
+
+
+# ---- in runs
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    made = run(folder, "base", write_text(folder), steps=10)
+    run(folder, "sibling", folder / "text.txt", model={"path": str(made / "final")}, steps=10, seed=4)
+    return made
+
+
+def merged(base: Path, name: str, **more: Any) -> Path:
+    """A run whose rate is so high that its merge soon gets worse."""
+    stopping = {"rule": "merged", "merge_with": [str(base.parent / "sibling" / "final")], "method": "task_arithmetic"}
+    sections = {
+        "model": {"path": str(base / "final")},
+        "expert": {"skill": "own"},
+        "steps": 64,
+        "optimizer": {"lr": 0.3},
+        "checkpoint": {"every": 3, "at": "powers-of-two"},
+        "stopping": stopping,
+    }
+    return run(base.parent, name, base.parent / "text.txt", **sections | more)
+
+
+def test_the_merge_is_watched_and_the_best_step_kept(base: Path) -> None:
+    made = merged(base, "watched")
+    events = [line for line in lines(made, "events.jsonl") if line["event"] == "merged"]
+    losses = {event["step"]: event["mean"] for event in events}
+    best = min(losses, key=losses.__getitem__)
+    summary = json.loads((made / "summary.json").read_text())
+    assert summary["stopped"] and summary["steps"] < 64 and list(losses)[-1] == summary["steps"] > best
+    assert same(parameters(made / "final"), parameters(made / "steps" / f"step-{best:08}"))
+    assert json.loads((made / "final" / "training.json").read_text())["steps"] == best
+    # The loss that it saw is that of the merge on disk.
+    step = list(losses)[1]
+    given = f"merge --method task_arithmetic --base {base}/final --model {made}/steps/step-{step:08}"
+    out = base.parent / "by-hand"
+    assert command(f"{given} --model {base.parent}/sibling/final --out {out}".split()).status == 0
+    vectors = [read_model(str(path), str(base / "final")) for path in (base / "final", made / "steps" / f"step-{step:08}")]
+    other, whole = (read_model(str(path), str(base / "final")) for path in (base.parent / "sibling" / "final", out))
+    for name in whole:
+        by_vector = merge("task_arithmetic", vectors[0][name], [vectors[1][name], other[name]])
+        torch.testing.assert_close(by_vector, whole[name], rtol=1e-6, atol=1e-7)
+
+
+def test_adapters_are_merged_as_whole_models(base: Path) -> None:
+    lora = {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "down_proj"]}
+    section = {"expert": {"skill": "own", "lora": lora}, "optimizer": {"lr": 3.0}}
+    made = merged(base, "adapters", **section)
+    losses = {event["step"]: event["mean"] for event in lines(made, "events.jsonl") if event["event"] == "merged"}
+    best = min(losses, key=losses.__getitem__)
+    assert best < max(losses)  # the rate is so high that the merge gets worse, and the run goes back
+    kept, final = (
+        load_file(path / "adapter_model.safetensors") for path in (made / "steps" / f"step-{best:08}", made / "final")
+    )
+    assert same(kept, final)
+    # The loss that it saw: of base + B A + the sibling's task vector.
+    origin = str(base / "final")
+    parts = [read_model(str(path), origin) for path in (base / "final", made / "final", base.parent / "sibling" / "final")]
+    model = load_model(origin)
+    theta = Theta(model, FlatParameters(model))
+    vectors = [theta.of(part) for part in parts]
+    theta.write(merge("task_arithmetic", vectors[0], vectors[1:]))
+    config = config_file.read(str(made / "config.toml"), [])
+    by_hand = evaluate(model, open_corpus(config.data).held_out, 4, 4).loss
+    assert losses[best] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_an_adapted_model_is_a_vector_and_holds_one() -> None:
+    plain = build_model(Model.model_validate(BASE["model"]), load_tokenizer("bytes"), 0)
+    ids = torch.arange(12)[None]
+    untouched = {name: value.detach().clone() for name, value in plain.named_parameters()}
+    flat = Theta(plain, FlatParameters(plain))
+    base, before = flat.read(), plain.eval()(input_ids=ids).logits.detach()
+    adapted = with_lora(copy.deepcopy(plain), Lora(rank=2, targets=["v_proj", "up_proj"]), 0).eval()
+    theta = Theta(adapted, FlatParameters(adapted))
+    assert list(theta.parameters) == list(untouched) and torch.equal(theta.read(), base)
+    for name, value in adapted.named_parameters():
+        if "lora_B" in name:
+            value.data.normal_(generator=torch.Generator().manual_seed(1))
+    whole, bits = theta.read(), [value.detach().clone() for value in adapted.parameters()]
+    flat.write(whole)
+    torch.testing.assert_close(plain(input_ids=ids).logits, adapted(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    with theta.holding(base):
+        assert torch.equal(adapted(input_ids=ids).logits, before)
+    assert all(torch.equal(a, b) for a, b in zip(bits, adapted.parameters(), strict=True))
+    assert torch.equal(theta.of(untouched), base)
+
+
+@pytest.mark.parametrize("rule", ["merged", "plateau"])
+def test_a_stopped_run_resumes_bitwise(base: Path, rule: str) -> None:
+    more: dict[str, Any] = {} if rule == "merged" else {"stopping": {"rule": "plateau"}, "evaluate": {"every": 2, "batches": 4}}
+    made = merged(base, f"resumed-{rule}", **more)
+    summary = json.loads((made / "summary.json").read_text())
+    before, record = parameters(made / "final"), (made / "metrics.jsonl").read_text().count("\n")
+    assert summary["stopped"]
+    forget_after(made, 3)
+    merged(base, f"resumed-{rule}", **more)
+    again = json.loads((made / "summary.json").read_text())
+    assert (again["steps"], again["stopped"]) == (summary["steps"], summary["stopped"])
+    assert same(parameters(made / "final"), before)
+    assert (made / "metrics.jsonl").read_text().count("\n") == record
+
+
+def decide(config: str, places: list[float]) -> tuple[int, str | None]:
+    """One rank whose own evaluation, left to itself, would decide otherwise than the others'."""
+    from distmerge import train
+    from distmerge.experts.training import ExpertTraining
+    from distmerge.launch import Place
+
+    found = {}
+    observe = ExpertTraining.observe
+
+    def skewed(self: ExpertTraining, step: int, loss: float | None) -> None:
+        observe(self, step, None if loss is None else places[self.run.mesh.rank] * step)
+        found[step] = self.stopped
+
+    ExpertTraining.observe = skewed
+    try:
+        import os
+
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        train.train(config_file.validate(json.loads(config)), Place(rank, world, rank, world), ["test"])
+    finally:
+        ExpertTraining.observe = observe
+        assert not dist.is_initialized()
+    return max(found), found[max(found)]
+
+
+def test_ranks_agree_on_the_end(base: Path, ranks: Ranks) -> None:
+    table = BASE | {
+        "run_dir": str(base.parent / "agreed"),
+        "steps": 40,
+        "data": BASE["data"] | {"files": [str(base.parent / "text.txt")]},
+        "stopping": {"rule": "plateau", "reductions": 0},
+        "evaluate": {"every": 4, "batches": 2},
+    }
+    TrainConfig.model_validate(table)
+    # The first rank's losses rise, the second's fall: all go by the first.
+    (one, why), (two, other) = ranks.run(2, decide, json.dumps(table), [1.0, -1.0], group=False)
+    assert one == two == 8 and why == other and why is not None
+
+
+def test_experts_side_by_side_stop_each_at_its_time(base: Path, tmp_path: Path) -> None:
+    config = tmp_path / "experts.toml"
+    config.write_text(
+        f"""
+run_dir = "{tmp_path}/runs"
+mode = "side-by-side"
+steps = 8
+mesh = {{ device = "cpu" }}
+model = {{ path = "{base}/final" }}
+data = {{ source = "files", files = ["{base.parent}/text.txt"], sequence_length = 32, eval_fraction = 0.2 }}
+train = {{ batch_size = 2, threads = 1 }}
+stopping = {{ rule = "merged", merge_with = ["siblings"] }}
+checkpoint = {{ at = "powers-of-two" }}
+evaluate = {{ batches = 2 }}
+[[experts]]
+skill = "calm"
+ranks = 2
+optimizer = {{ lr = 1e-4 }}
+[[experts]]
+skill = "wild"
+optimizer = {{ lr = 1.0 }}
+"""
+    )
+    job = jobs.distmerge(["experts", str(config)], tmp_path / "log")
+    assert job.wait() == 0, job.output
+    summaries = {skill: json.loads((tmp_path / "runs" / skill / "summary.json").read_text()) for skill in ("calm", "wild")}
+    assert summaries["calm"]["ranks"] == 2 and summaries["wild"]["ranks"] == 1
+    assert summaries["wild"]["stopped"] and summaries["wild"]["steps"] < 8
+    events = [line for line in lines(tmp_path / "runs" / "calm", "events.jsonl") if line["event"] == "merged"]
+    assert set(events[0]["losses"]) == {"calm", "wild"}
+    members = {event["step"]: event["with"][0].rpartition("/")[2] for event in events}
+    assert members[1] == "step-00000001" and members[2] == "step-00000002"
