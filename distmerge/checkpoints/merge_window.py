@@ -103,6 +103,8 @@ def member_of(reference: str, position: int, allow_pickle: bool) -> Member:
     model = open_model(reference)
     if (path / BLOCK_RECORD).exists():
         block = legible(path)
+        if block.tainted:
+            raise UserError(f"{path} is tainted: a spike touched it, or its course was given up for one; leave it out")
         if block.kind == "mean":
             return Member(model, block.last_step, block.first_token, block.last_token)
         return Member(model, block.last_step, block.last_token, None)

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from distmerge.checkpoints.block import read_block
+from distmerge.checkpoints.durable import verify
 from distmerge.checkpoints.plan import read_plan
 from distmerge.checkpoints.recovery import Recovery
 from distmerge.engine.engine import StepResult
@@ -148,10 +150,14 @@ def test_a_killed_roll_back_is_finished_by_the_next_start(tmp_path: Path, text: 
     assert same(parameters(whole / "final"), parameters(killed / "final"))
 
 
-def test_newer_checkpoints_are_tainted(tmp_path: Path, text: Path, nan_at: Any) -> None:
+def test_newer_checkpoints_and_blocks_are_tainted(tmp_path: Path, text: Path, nan_at: Any) -> None:
     nan_at(21)  # the checkpoint of step 20 is younger than the margin
-    sick = run(tmp_path, "sick", text, recovery=RECOVERY)
-    assert events(sick, "rolled back")[0]["to"] == 10
+    sick = run(tmp_path, "sick", text, recovery=RECOVERY, window={"every": 5})
+    assert events(sick, "merged and rolled back")[0]["to"] == 10
+    assert events(sick, "blocks tainted")[0]["blocks"] == ["block-00000015", "block-00000020"]
+    for name in ("block-00000015", "block-00000020"):  # given up as they were; the new course has published its own
+        assert read_block(sick / f"window/{name}.tainted").tainted and not read_block(sick / "window" / name).tainted
+        assert verify(sick / "window" / name, name="block.json") is None
     assert (sick / "checkpoints/step-00000020.tainted").is_dir()
     assert (sick / "checkpoints/step-00000020").is_dir()
     plan = read_plan(sick)
@@ -184,7 +190,11 @@ def test_every_decision_is_a_text_in_tensorboard(tmp_path: Path, text: Path, nan
     run(tmp_path, "told", text, recovery=RECOVERY | {"merge_last": 1}, window={"every": 8})
     board = EventAccumulator(str(directory / "tensorboard"), {"tensors": 0}).Reload()
     told = {tag.split("/")[1] for tag in board.Tags()["tensors"]}
-    assert told == {"spike", "rolled back", "block"} == {line["event"] for line in lines(directory, "events.jsonl")}, told
+    assert (
+        told
+        == {"spike", "rolled back", "block", "blocks tainted"}
+        == {line["event"] for line in lines(directory, "events.jsonl")}
+    ), told
 
 
 def test_without_a_stable_checkpoint_it_stops(tmp_path: Path, text: Path, nan_at: Any) -> None:
