@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distmerge.checkpoints.block import read_block
+from distmerge.checkpoints.block import marks, read_block
 from distmerge.checkpoints.durable import verify
-from distmerge.checkpoints.plan import read_plan
+from distmerge.checkpoints.plan import Plan, finish_tainting, read_plan, write_plan
 from distmerge.checkpoints.recovery import Recovery
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
@@ -162,6 +162,28 @@ def test_newer_checkpoints_and_blocks_are_tainted(tmp_path: Path, text: Path, na
     assert (sick / "checkpoints/step-00000020").is_dir()
     plan = read_plan(sick)
     assert plan is not None and not plan.tainted
+
+
+def test_a_killed_tainting_is_finished(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = run(tmp_path, "run", text, window={"every": 8, "blocks": 0})
+
+    def die(path: Path, why: str) -> Path:
+        raise KeyboardInterrupt
+
+    planned = Plan(to=20, members=["step-00000020"], optimizer="rollback", spike=0, attempts=0, skipped=[])
+    with monkeypatch.context() as patch:
+        patch.setattr("distmerge.checkpoints.plan.set_aside", die)
+        with pytest.raises(KeyboardInterrupt):
+            write_plan(directory, planned)
+    plan = read_plan(directory)
+    assert plan is not None and plan == planned and plan.tainted
+    finish_tainting(directory, plan)
+    finished = read_plan(directory)
+    assert finished is not None and not finished.tainted
+    aside = sorted(path.name for path in directory.glob("*/*.tainted"))
+    assert aside == [f"block-000000{end}.tainted" for end in (24, 32, 40)] + [f"step-000000{end}.tainted" for end in (30, 40)]
+    assert all(read_block(directory / "window" / name).tainted for name in aside[:3])
+    assert marks(directory / "window") == {"block-00000008": False, "block-00000016": False}
 
 
 def test_stops_after_its_attempts_and_says_so(tmp_path: Path, text: Path, nan_at: Any) -> None:

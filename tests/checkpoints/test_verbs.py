@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from distmerge import cli
-from distmerge.checkpoints.block import stable_blocks
+from distmerge.checkpoints.block import published_blocks, stable_blocks
 from distmerge.checkpoints.curvature import newest_curvature
 from distmerge.checkpoints.curves import weights
 from distmerge.checkpoints.durable import as_json, hash_of, read_manifest
@@ -203,6 +203,7 @@ def test_recover_by_hand(trained: Path, text: Path, tmp_path: Path, capsys: pyte
     assert cli.run(["recover", str(copied), "--before", "40", "--merge-last", "2"]) == 0
     assert "step-00000020" in capsys.readouterr().out
     assert (copied / "checkpoints/step-00000040.tainted").is_dir()
+    assert [path.name[-2:] for path in published_blocks(copied / "window")] == ["08", "16", "24"]
     run(tmp_path, "run", text, window={"every": 8, "blocks": 0})
     event = next(event for event in lines(copied, "events.jsonl") if event["event"] == "merged and rolled back")
     assert event["to"] == 30 and event["merged"] == ["step-00000030", "step-00000010"]
