@@ -27,8 +27,9 @@ from distmerge.config_file import validate
 from distmerge.launch import Place
 from distmerge.mesh import Mesh
 from distmerge.model import build_model, load_tokenizer
+from distmerge.run import Run
 from distmerge.rundir import RunDirectory
-from distmerge.train import Run, loop
+from distmerge.train import loop
 from distmerge.workers.diloco import DiLoCo
 
 BATCH_SIZE = 8

@@ -25,7 +25,7 @@ def program() -> None:
     try:
         main()
     except SystemExit as end:
-        if sys.argv[1:2] == ["merge"] and isinstance(end.code, int):
+        if isinstance(end.code, int) and (sys.argv[1:2] == ["merge"] or "RANK" in os.environ):
             leave(end.code)
         raise
 
@@ -47,7 +47,11 @@ def main() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End without tearing torch down, which takes half a second: a merge has made durable all that it wrote."""
+    """End without tearing torch down: all that was written is durable.
+
+    It takes half a second of a merge. In a rank, threads of torch and Arrow that want the interpreter while it ends abort the
+    process now and then ("terminate called without an active exception"): a job that is done would have failed.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -147,7 +151,7 @@ def start(config, ranks: int, arguments: list[str]) -> int:
     lock.release()
     summary = directory.finished(config.steps)
     if summary is not None:
-        from distmerge.train import table
+        from distmerge.metrics import table
 
         print(f"{directory.path} has finished its {summary['steps']} steps")
         print(table(directory, summary))

@@ -24,7 +24,7 @@ FLOORS: dict[str, int] = {
     "__init__": 6,
     "__main__": 6,
     "cli": 5,
-    "train": 4,
+    "train": 4, "run": 4,
     "checkpoints": 3, "experts": 3, "metrics": 3, "integrations": 3,
     "workers": 2, "files": 2, "engine": 2, "evaluate": 2, "launch": 2, "mesh": 2, "rundir": 2, "preemption": 2,
     "rules": 1, "flat": 1, "buffers": 1, "config": 1, "config_file": 1, "data": 1, "stream": 1, "model": 1, "schedule": 1,

@@ -79,7 +79,7 @@ def opened(config: TrainConfig, mesh: Mesh) -> Iterator[Engine]:
 
 
 def build_merger(config: TrainConfig, engine: Engine, mesh: Mesh) -> Any:
-    from distmerge.train import build_mergers
+    from distmerge.workers.build import build_mergers
 
     return build_mergers(config, engine.parameters, mesh)[0]
 

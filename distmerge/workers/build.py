@@ -1,0 +1,33 @@
+"""The mergers that a configuration asks for."""
+
+from __future__ import annotations
+
+import sys
+
+from distmerge import config as sections
+from distmerge.config import TrainConfig
+from distmerge.errors import UserError
+from distmerge.flat import FlatParameters
+from distmerge.mesh import Mesh
+from distmerge.workers.diloco import DiLoCo
+from distmerge.workers.sparta import SPARTA
+
+
+def build_mergers(config: TrainConfig, flat: FlatParameters, mesh: Mesh) -> list[DiLoCo | SPARTA]:
+    """A merger for each [[merge]] entry, among this rank's peers."""
+    mergers: list[DiLoCo | SPARTA] = []
+    for index, entry in enumerate(config.merge):
+        settings = entry.model_dump(exclude={"kind"})
+        try:
+            match entry:
+                case sections.DiLoCo():
+                    mergers.append(DiLoCo(flat, **settings, group=mesh.peers))
+                case sections.Average():
+                    mergers.append(DiLoCo(flat, **settings, outer_lr=1.0, outer_momentum=0.0, group=mesh.peers))
+                case sections.SPARTA():
+                    mergers.append(SPARTA(flat, **settings, seed=config.seed, group=mesh.peers))
+                case sections.NoMerge():
+                    mergers.append(DiLoCo(flat, every=sys.maxsize, outer_lr=1.0, outer_momentum=0.0, group=mesh.peers))
+        except UserError as error:
+            raise UserError(f"config.merge[{index}]: {error}") from None
+    return mergers
