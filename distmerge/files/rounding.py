@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.rules.counter import key_of, words
+from distmerge.rules.counter import key_of, upper
 
 
 class Rounding:
@@ -22,7 +23,8 @@ class Rounding:
         """``values [n]`` of the tensor ``name`` from offset ``start`` on, rounded."""
         if self.seed is None or dtype != torch.bfloat16 or values.dtype != torch.float32:
             return values.to(dtype)
-        noise = words(key_of("rounding", self.seed, name), start, values.numel(), values.device) & 0xFFFF
+        drawn = upper(key_of("rounding", self.seed, name), start, values.numel())
+        noise = torch.from_numpy(drawn.astype(np.int32)).to(values.device)
         bits = values.view(torch.int32)
         # Exponent all ones is NaN or infinity: adding to it would change its kind.
         finite = (bits & 0x7F800000) != 0x7F800000

@@ -1,19 +1,28 @@
 """Random numbers that are a function of a key and a position: no state, no order.
 
-A 32-bit position is hashed with both halves of a 64-bit key. The mixer is the two-round multiply-xorshift of Chris Wellons
-(https://nullprogram.com/blog/2018/07/31/), whose bias is near the least possible for 32 bits.
+A number has 48 bits. The upper 16 come from SFC64 (Chris Doty-Humphrey's, in numpy, whose streams do not change between
+versions), seeded anew for every PIECE of a stream: four a word, so they cost little more than the memory that they fill. The
+lower 32 are a hash of the position, the two-round multiply-xorshift of Chris Wellons
+(https://nullprogram.com/blog/2018/07/31/): ten times as dear, and wanted only where the upper ones equal a bar's.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-WORD = 1 << 32
-HALF = 1 << 31
+PIECE = 1 << 17
+"""Numbers of a stream that one seed gives: enough to make seeding cheap, not many more than a block wants."""
+
+LOW = 32
+WORD = 1 << LOW
+ONE = 1 << 48
+"""The number of all numbers: a probability in their unit."""
 
 
 def key_of(*parts: object) -> int:
@@ -21,53 +30,67 @@ def key_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")
 
 
-def words(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """``[count]`` int32, uniform over all 2^32 values: those at positions ``start`` to ``start + count`` of the stream."""
-    high, low = divmod(start, WORD)
-    assert low + count <= WORD, "a block does not cross a multiple of 2^32"
-    first, second = (key + high * 0x9E3779B97F4A7C15) % WORD, (key >> 32) % WORD
-    x = iota(1 << max(0, count - 1).bit_length(), str(device))[:count] + signed(low)
-    return mix_(mix_(x.bitwise_xor_(signed(first))).add_(signed(second)))
+def upper(key: int, start: int, count: int) -> NDArray[np.uint16]:
+    """``[count]``: the upper 16 bits of the numbers at ``start`` to ``start + count`` of the stream."""
+    parts = []
+    while count > 0:
+        piece, first = divmod(start, PIECE)
+        last = min(first + count, PIECE)
+        source = np.random.Generator(np.random.SFC64(np.random.SeedSequence(key, spawn_key=(piece,))))
+        words = source.integers(0, 1 << 64, -(-last // 4), dtype=np.uint64)
+        parts.append(words.astype("<u8", copy=False).view("<u2")[first:last])
+        start, count = start + last - first, count - last + first
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint16), *parts])
 
 
-@functools.lru_cache(maxsize=4)
-def iota(count: int, device: str) -> Tensor:
-    return torch.arange(count, dtype=torch.int32, device=device)
+def lower(key: int, positions: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """The lower 32 bits of the numbers at ``positions``."""
+    at = positions.astype(np.uint64)
+    mask, golden = np.uint64(WORD - 1), np.uint64(0x9E3779B97F4A7C15)
+    x = mix((at & mask) ^ ((np.uint64(key) + (at >> np.uint64(LOW)) * golden) & mask))
+    return mix((x + np.uint64(key >> LOW)) & mask)
 
 
-def mix_(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words, in place."""
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
-    x *= signed(0x7FEB352D)
-    x ^= (x >> 15).bitwise_and_(0x1FFFF)
-    x *= signed(0x846CA68B)
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
-    return x
+def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A bijection of 32-bit words."""
+    mask = np.uint64(WORD - 1)
+    x = x ^ (x >> np.uint64(16))
+    x = (x * np.uint64(0x7FEB352D)) & mask
+    x = x ^ (x >> np.uint64(15))
+    x = (x * np.uint64(0x846CA68B)) & mask
+    return x ^ (x >> np.uint64(16))
 
 
-def draws(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """``[count]`` int32, uniform over [0, 2^31)."""
-    return words(key, start, count, device).bitwise_right_shift_(1).add_(HALF // 2)
+def bar(probability: Tensor) -> Tensor:
+    """int64: the numbers below it are the probability's share of all."""
+    return (probability.double() * ONE).ceil().to(torch.int64)
+
+
+def below(key: int, start: int, bars: Tensor) -> Tensor:
+    """``[n]`` bool: which numbers of the stream from ``start`` on lie below their own of ``bars [n]``, int64 in [0, ONE]."""
+    own = bars.cpu().numpy()
+    drawn, high = upper(key, start, len(own)), (own >> LOW).astype(np.int32)
+    found = drawn < high
+    close = np.flatnonzero(drawn == high)
+    found[close] = lower(key, close + start) < (own[close] & (WORD - 1)).astype(np.uint64)
+    return torch.from_numpy(found).to(bars.device)
 
 
 def chance(key: int, probability: float, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """``[count]`` int32, each all ones with the probability, which is taken to 31 bits, and else 0: a mask of bits."""
-    if probability >= 1:
-        return torch.full((count,), -1, dtype=torch.int32, device=device)
-    # The sign of draws - probability 2^31, spread over all bits: faster than a comparison and a selection.
-    return (
-        words(key, start, count, device)
-        .bitwise_right_shift_(1)
-        .sub_(round(probability * HALF) - HALF // 2)
-        .bitwise_right_shift_(31)
-    )
+    """``[count]`` bool, each true with the probability, which is taken to 48 bits: ``below`` one bar for all, faster."""
+    one = math.ceil(probability * ONE)
+    if not 0 < one < ONE:
+        return torch.full((count,), one >= ONE, device=device)
+    high, rest = divmod(one, WORD)
+    drawn = upper(key, start, count)
+    found = drawn < high
+    if rest:
+        close = np.flatnonzero(drawn == high)
+        found[close] = lower(key, close + start) < rest
+    return torch.from_numpy(found).to(device)
 
 
-def uniform(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """``[count]`` float64 in [0, 1), a multiple of 2^-31; ``uniform < p`` is ``chance(p)`` for a p of 31 bits."""
-    return draws(key, start, count, device).double() / HALF
-
-
-def signed(value: int) -> int:
-    """The int32 with the same bits."""
-    return value - WORD if value >= HALF else value
+def uniform(key: int, start: int, count: int) -> Tensor:
+    """``[count]`` float64 in [0, 1), multiples of 2^-48: ``uniform < p`` is ``chance(p)``."""
+    numbers = lower(key, np.arange(start, start + count, dtype=np.int64))
+    return torch.from_numpy((upper(key, start, count) * float(WORD) + numbers) / ONE)

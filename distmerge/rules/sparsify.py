@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from distmerge.rules.counter import HALF, chance, draws
+from distmerge.rules.counter import bar, below, chance
 from distmerge.rules.rule import INTEGERS, Measured, Tally
 from distmerge.rules.threshold import FINE, LOW_BITS, Cut, histogram, levels, locate, patterns, refine, value_of
 
@@ -208,9 +208,9 @@ class AtRandom:
 
 
 def keep_bits(row: Tensor, mask: Tensor) -> None:
-    """Set a row to 0 where the int32 mask is 0, in place."""
+    """Set a row to 0 where the mask is false, in place. By bits: faster than a product or a selection."""
     bits = INTEGERS[row.dtype]
-    row.view(bits).bitwise_and_(mask.to(bits))
+    row.view(bits).bitwise_and_(mask.to(bits).neg_())
 
 
 class Magprune:
@@ -241,9 +241,7 @@ class Magprune:
             if density >= 1:
                 continue
             order = ascending(patterns(row, self.dtype).view(-1, self.columns))
-            least = (odds.double() * HALF).ceil().to(torch.int32)
-            drawn = draws(key, start, row.numel(), row.device)
-            keep_bits(row, drawn.sub_(by_rank(least, order)).bitwise_right_shift_(31))
+            keep_bits(row, below(key, start, by_rank(bar(odds), order)))
             if inverse:
                 row.div_(by_rank(odds, order))
         return delta
@@ -264,7 +262,7 @@ def ascending(size: Tensor) -> Tensor:
     if size.device.type != "cpu":
         return size.argsort(dim=1, stable=True)
     # numpy sorts 16 bits by radix, eight times as fast as a comparing sort: the lower halves first, if there are upper ones.
-    if int(size.max()) < HALF >> LOW_BITS:
+    if int(size.max()) < 1 << (31 - LOW_BITS):
         return argsort(size)
     order = argsort((size & (FINE - 1)) - FINE // 2)
     return order.gather(1, argsort((size >> LOW_BITS).gather(1, order)))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from distmerge.rules.consensus import ModelStock, Sce
-from distmerge.rules.counter import chance, key_of, uniform, words
+from distmerge.rules.counter import PIECE, bar, below, chance, key_of, uniform, upper
 from distmerge.rules.linear import Linear, Scaled
 from distmerge.rules.rule import run
 from distmerge.rules.slerp import Nuslerp, Slerp
@@ -111,16 +112,24 @@ def test_breadcrumbs_keep_the_middle(density, gamma):
 
 def test_random_numbers_depend_on_key_and_place_alone():
     key = key_of(0, "tensor", 1)
-    whole = words(key, 0, 1 << 16)
-    assert torch.equal(whole[1000:3000], words(key, 1000, 2000))
-    assert not torch.equal(whole, words(key_of(0, "tensor", 2), 0, 1 << 16))
-    far = words(key, (1 << 32) - 4, 4), words(key, 1 << 32, 4), words(key, 0, 4)
+    whole = upper(key, 0, PIECE + 5000)
+    for start, count in ((1000, 2001), (PIECE - 3, 1000), (PIECE, 7), (0, 0)):
+        assert np.array_equal(whole[start : start + count], upper(key, start, count))
+    assert not np.array_equal(whole, upper(key_of(0, "tensor", 2), 0, PIECE + 5000))
+    far = uniform(key, (1 << 32) - 4, 4), uniform(key, 1 << 32, 4), uniform(key, 0, 4)
     assert len({tuple(part.tolist()) for part in far}) == 3
     draws = uniform(key, 0, 1 << 20)
     other = uniform(key_of(0, "tensor", 2), 0, 1 << 20)
-    for centred in (draws - 0.5, (draws - 0.5)[:-1] * (draws - 0.5)[1:], (draws - 0.5) * (other - 0.5)):
+    low = draws * 65536 % 1  # the lower bits by themselves, and with the upper ones
+    for centred in (
+        draws - 0.5, (draws - 0.5)[:-1] * (draws - 0.5)[1:], (draws - 0.5) * (other - 0.5),
+        low - 0.5, (draws - 0.5) * (low - 0.5),
+    ):  # fmt: skip
         assert abs(float(centred.mean() / centred.std())) * len(centred) ** 0.5 < 4
-    assert torch.equal(chance(key, 0.25, 0, 1 << 20) != 0, draws < 0.25)
+    for odds in (0.25, 0.1, 1 / 3, 1e-5, 0.0, 1.0):
+        assert torch.equal(chance(key, odds, 77, 1 << 20), uniform(key, 77, 1 << 20) < odds)
+    odds = torch.linspace(0, 1, 1 << 20)
+    assert torch.equal(below(key, 0, bar(odds)), draws < odds.double())
     counts = torch.histc(draws, 64, 0, 1)
     assert float(((counts - (1 << 14)) ** 2 / (1 << 14)).sum()) < 120  # chi-squared, 63 degrees of freedom
 
