@@ -16,6 +16,7 @@ from distmerge.errors import UserError
 from distmerge.experts import skill_verbs as skills
 from distmerge.experts import verbs as experts
 from distmerge.launch import LAUNCHED
+from distmerge.quiet import quiet
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -221,8 +222,9 @@ def eval_verb(options: argparse.Namespace) -> int:
             raise UserError(f"{name} must be >= {least}, got {value}")
     if not os.path.isdir(options.model):
         raise UserError(f"MODEL_DIR must be a directory, got {options.model}")
-    from distmerge.evaluate import evaluate_directory
+    with quiet():
+        from distmerge.evaluate import evaluate_directory
 
-    result = evaluate_directory(options.model, options.files, options.sequence_length, options.batches)
+        result = evaluate_directory(options.model, options.files, options.sequence_length, options.batches)
     print(json.dumps(result))
     return 0

@@ -18,6 +18,7 @@ from distmerge.experts.run import roles, settings_of
 from distmerge.files.models import Model
 from distmerge.files.sources import Maps
 from distmerge.files.stream import Settings, Stream, in_memory
+from distmerge.quiet import quiet
 from distmerge.rules.similarity import overlap
 
 RANK = 8
@@ -27,6 +28,22 @@ def run(options: argparse.Namespace) -> int:
     """Diagnose the models; print, write and draw what was asked for."""
     if len(options.models) < 2:
         raise UserError(f"distmerge diagnose needs at least two models beside --base, got {len(options.models)}")
+    with quiet():
+        report = report_of(options)
+    print(json.dumps(report) if options.json else table(report))
+    if options.plot:
+        from distmerge.experts.plots import draw
+
+        draw(report, Path(options.plot))
+    if options.tensorboard:
+        from distmerge.experts.plots import to_tensorboard
+
+        to_tensorboard(report, Path(options.tensorboard))
+    return 0
+
+
+def report_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the flags ask to know."""
     recipe = mean_of(options.base, options.models)
     models = open_all(recipe, options.allow_pickle)
     report = diagnose(recipe, models, settings_of(options), subspaces=True)
@@ -38,16 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
         directories = [directory_of(models[reference]) for reference in (options.base, *options.models)]
         report |= on_data(directories, options.files, options.sequence_length, options.batches)
-    print(json.dumps(report) if options.json else table(report))
-    if options.plot:
-        from distmerge.experts.plots import draw
-
-        draw(report, Path(options.plot))
-    if options.tensorboard:
-        from distmerge.experts.plots import to_tensorboard
-
-        to_tensorboard(report, Path(options.tensorboard))
-    return 0
+    return report
 
 
 def directory_of(model: Model) -> str:

@@ -33,6 +33,7 @@ from distmerge.experts.verbs import table_of
 from distmerge.files.sources import DTYPES, InMemory, Maps
 from distmerge.files.stream import Job, Stream, in_memory
 from distmerge.model import load_model, load_tokenizer
+from distmerge.quiet import quiet
 from distmerge.rules.task import GlobalTrim, TaskArithmetic, TaskVectors
 
 SOUP = "greedy_soup"
@@ -111,7 +112,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--pick needs --out DIR")
     soup = options.method == SOUP
     recipe = native.from_table(table_of(options) | ({"method": "linear"} if soup else {}), "")
-    points = greedy(recipe, skills, options) if soup else over_grid(recipe, skills, options)
+    with quiet():
+        points = greedy(recipe, skills, options) if soup else over_grid(recipe, skills, options)
     for point in points:
         point["mean"] = float(np.mean(list(point["losses"].values())))
     best = min((point for point in points if point["kept"]), key=lambda point: point["mean"])

@@ -62,7 +62,7 @@ def test_plateau(losses: list[float], keys: dict, stop: int | None, rates: list[
 
 def peak(losses: list[float], **keys: Any) -> tuple[int | None, int]:
     """Where the rule stops, at steps 1, 2, 4, ..., and the step that it keeps."""
-    rule = Peak(Stopping(rule="merged", merge_with=["x"], **keys))
+    rule = Peak(Stopping.model_validate({"rule": "merged", "merge_with": ["x"]} | keys))
     for index, loss in enumerate(losses):
         if rule.observe(1 << index, loss):
             return 1 << index, rule.best_step
@@ -73,16 +73,42 @@ def peak(losses: list[float], **keys: Any) -> tuple[int | None, int]:
     ("losses", "keys", "expected"),
     [
         ([4, 3, 2, 1], {}, (None, 8)),
-        ([4, 3, 3.5, 1], {}, (4, 2)),  # a peak of the score
-        ([4, 3, 3.5, 2.9, 3, 3], {"patience": 2}, (32, 8)),  # one bad look is forgiven
-        ([3, 3, 3], {"patience": 2}, (4, 1)),  # of equal ones the first
-        ([3, 2.99, 2.98], {"tolerance": 0.05, "patience": 2}, (4, 1)),
-        ([math.nan, 3, math.nan, 2], {"patience": 2}, (None, 8)),
-        ([math.nan, math.nan], {"patience": 2}, (2, 0)),
+        ([4, 3, 3.5, 1], {"patience": 1}, (4, 2)),  # a peak of the score
+        ([4, 3, 3.5, 2.9, 3, 3], {}, (32, 8)),  # one bad look is forgiven
+        ([3, 3, 3], {}, (4, 1)),  # of equal ones the first
+        ([3, 2.99, 2.98], {"tolerance": 0.05}, (4, 1)),
+        ([math.nan, 3, math.nan, 2], {}, (None, 8)),
+        ([math.nan, math.nan], {}, (2, 0)),
     ],
 )
 def test_peak(losses: list[float], keys: dict, expected: tuple) -> None:
-    assert peak(losses, **keys) == expected
+    assert peak(losses, after=1, **keys) == expected
+
+
+NOISE = [2.300, 2.297, 2.303, 2.301]
+"""Merges at steps 1, 2, 4 and 8, when a rate that warms up has moved nothing yet."""
+
+
+@pytest.mark.parametrize(
+    ("later", "expected"),
+    [
+        ([2.299, 2.1, 1.6, 1.5, 1.9, 3.0], (512, 128)),  # the peak of the merge, not the lucky look at step 2
+        ([2.31, 2.32, 2.0, 1.8], (None, 128)),  # a bad look more, at a step that counts
+        ([2.31, 2.32, 2.33], (64, 16)),  # training that only ever hurts the merge ends soon
+        ([2.299, 2.1, 1.6], (None, 64)),
+    ],
+)
+def test_early_noise_ends_nothing(later: list[float], expected: tuple) -> None:
+    assert peak([*NOISE, *later]) == expected
+    assert peak([2.0, 2.5, 2.0, 2.5, *later]) == expected  # a bump that lasts
+    assert Stopping(rule="plateau").patience == 1  # the other rule is quick
+
+
+def test_a_training_in_which_no_look_counts_is_refused() -> None:
+    table = {"run_dir": "x", "model": {"path": "x"}, "expert": {"skill": "own"}, "checkpoint": {"at": "powers-of-two"}}
+    table["stopping"] = {"rule": "merged", "merge_with": ["y"]}
+    with pytest.raises(ValueError, match=r"stopping\.after must be <= steps = 8, or no look counts, got 16"):
+        config_file.validate(table | {"steps": 8})
 
 
 def test_rules_go_on_from_their_state() -> None:
@@ -127,6 +153,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def merged(base: Path, name: str, **more: Any) -> Path:
     """A run whose rate is so high that its merge soon gets worse."""
     stopping = {"rule": "merged", "merge_with": [str(base.parent / "sibling" / "final")], "method": "task_arithmetic"}
+    stopping |= {"patience": 1, "after": 1}
     sections = {
         "model": {"path": str(base / "final")},
         "expert": {"skill": "own"},
@@ -268,7 +295,7 @@ mesh = {{ device = "cpu" }}
 model = {{ path = "{base}/final" }}
 data = {{ source = "files", files = ["{base.parent}/text.txt"], sequence_length = 32, eval_fraction = 0.2 }}
 train = {{ batch_size = 2, threads = 1 }}
-stopping = {{ rule = "merged", merge_with = ["siblings"] }}
+stopping = {{ rule = "merged", merge_with = ["siblings"], patience = 1, after = 1 }}
 checkpoint = {{ at = "powers-of-two" }}
 evaluate = {{ batches = 2 }}
 [[experts]]
