@@ -18,6 +18,9 @@ from distmerge.experts import verbs as experts
 from distmerge.launch import LAUNCHED
 from distmerge.quiet import quiet
 
+RESUMED = ("train", "anneal", "experts", "merge", "ptm")
+"""Verbs that go on where they were interrupted."""
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -26,7 +29,7 @@ def program() -> None:
     try:
         main()
     except SystemExit as end:
-        if sys.argv[1:2] == ["merge"] and isinstance(end.code, int):
+        if isinstance(end.code, int) and (sys.argv[1:2] == ["merge"] or "RANK" in os.environ):
             leave(end.code)
         raise
 
@@ -43,12 +46,16 @@ def main() -> None:
     except KeyboardInterrupt:
         if LAUNCHED in os.environ:
             sys.exit(130)
-        print("\ninterrupted; start the same command again to resume from the newest checkpoint", file=sys.stderr)
+        again = "; start the same command again to go on from what is kept" if sys.argv[1:2] and sys.argv[1] in RESUMED else ""
+        print(f"\ninterrupted{again}", file=sys.stderr)
         sys.exit(130)
 
 
 def leave(status: int) -> NoReturn:
-    """End without tearing torch down, which takes half a second: a merge has made durable all that it wrote."""
+    """End without tearing torch down: a merge and a rank have made durable all that they wrote.
+
+    It takes half a second, and now and then a thread of a process group that is still alive aborts a rank that had finished.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -167,6 +174,8 @@ def experts_verb(options: argparse.Namespace, overrides: list[str], arguments: l
     from distmerge.sources import check_sources
 
     here = launch.place()
+    if here is not None:
+        launch.die_with_parent()
     plan = several.read(options.config, overrides)
     if options.dry_run:
         from distmerge.experts.dry_run import describe
@@ -176,15 +185,16 @@ def experts_verb(options: argparse.Namespace, overrides: list[str], arguments: l
     if here is not None and plan.mode == "side-by-side":
         from distmerge.train import train
 
-        launch.die_with_parent()
-        train(*plan.place_of(here), ["distmerge", *arguments])
+        run, place = plan.place_of(here)
+        if RunDirectory(run.run_dir).finished(run.steps) is None:
+            train(run, place, ["distmerge", *arguments])
         return 0
     if here is not None:
         raise UserError('mode must be "side-by-side" under a launcher; in turn, each expert is a job that distmerge launches')
     for run in plan.runs:
         check_sources(run)
         RunDirectory(run.run_dir).check(run)
-    if plan.mode == "side-by-side":
+    if plan.mode == "side-by-side" and any(RunDirectory(run.run_dir).finished(run.steps) is None for run in plan.runs):
         return launch.launch(sum(plan.ranks), arguments)
     for run, ranks in zip(plan.runs, plan.ranks, strict=True):
         path = f"{run.run_dir}.toml"
@@ -217,9 +227,7 @@ def train_help() -> int:
 
 
 def eval_verb(options: argparse.Namespace) -> int:
-    for name, value, least in (("--sequence-length", options.sequence_length, 2), ("--batches", options.batches, 1)):
-        if value < least:
-            raise UserError(f"{name} must be >= {least}, got {value}")
+    experts.check_text_flags(options)
     if not os.path.isdir(options.model):
         raise UserError(f"MODEL_DIR must be a directory, got {options.model}")
     with quiet():

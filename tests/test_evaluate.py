@@ -113,5 +113,8 @@ def test_the_verbs_mistakes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("few")
     with pytest.raises(cli.UserError, match="--files must hold at least one sequence of 20 tokens"):
         cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "a.txt"), "--sequence-length", "20"])
+    with pytest.raises(cli.UserError, match="sequence_length must be <= 2048, the model's positions, got 3000"):
+        (tmp_path / "b.txt").write_text("many " * 1000)
+        cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "b.txt"), "--sequence-length", "3000"])
     with pytest.raises(cli.UserError, match="matches no file"):
         cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "no*.txt")])

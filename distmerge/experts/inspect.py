@@ -15,7 +15,7 @@ from distmerge.experts.members import open_all
 from distmerge.experts.pairing import Pairing, check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice
 from distmerge.experts.run import roles, settings_of
-from distmerge.files.models import Model
+from distmerge.files.models import Model, layer_of
 from distmerge.files.sources import Maps
 from distmerge.files.stream import Settings, Stream, in_memory
 from distmerge.quiet import quiet
@@ -28,6 +28,9 @@ def run(options: argparse.Namespace) -> int:
     """Diagnose the models; print, write and draw what was asked for."""
     if len(options.models) < 2:
         raise UserError(f"distmerge diagnose needs at least two models beside --base, got {len(options.models)}")
+    for index, model in enumerate(options.models):
+        if model in (options.base, *options.models[:index]):
+            raise UserError(f"distmerge diagnose takes each model once, and not its base, got {model} again")
     with quiet():
         report = report_of(options)
     print(json.dumps(report) if options.json else table(report))
@@ -86,7 +89,7 @@ def diagnose(recipe: Recipe, models: dict[str, Model], settings: Settings, subsp
 
 def overlaps(pairing: Pairing, maps: Maps) -> list[dict[str, Any]]:
     """For a matrix in a layer: how much the leading ``RANK`` left singular directions of each pair of task vectors share."""
-    if len(pairing.shape) != 2 or min(pairing.shape) < 2 * RANK or ".layers." not in pairing.name or pairing.base is None:
+    if len(pairing.shape) != 2 or min(pairing.shape) < 2 * RANK or layer_of(pairing.name) is None or pairing.base is None:
         return []
     base = open_source(pairing.base, maps)
     leading = [leading_factors(open_source(item, maps), base, pairing.shape, RANK)[0] for item in pairing.members]

@@ -109,7 +109,11 @@ def train_all(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> Run
         run = config.run(seed, name, steps, files, start, **more)
         directory = RunDirectory(run.run_dir)
         directory.check(run)
-        if directory.finished(run.steps) is None:
+        done = directory.finished(1)
+        if done is not None and done["steps"] != run.steps:
+            said = f"{run.run_dir} was trained for {done['steps']} steps"
+            raise UserError(f"{said}, config.steps now says {run.steps}: take another out")
+        if done is None:
             train(run, config.ranks)
         return str(directory.final)
 

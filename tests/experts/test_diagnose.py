@@ -128,6 +128,11 @@ def test_auto_averages_what_is_alike_and_minds_conflicts(paths, tmp_path, capsys
 def test_refused(paths, tmp_path):
     with pytest.raises(UserError, match="at least two models"):
         cli.run(["diagnose", "--base", str(paths[0]), str(paths[1])])
+    for twice in (paths[0], paths[1]):
+        with pytest.raises(UserError, match=f"takes each model once, and not its base, got {twice} again"):
+            cli.run(["diagnose", "--base", str(paths[0]), str(paths[1]), str(twice)])
+    with pytest.raises(UserError, match="--batches must be >= 1, got 0"):
+        cli.run(["diagnose", "--base", str(paths[0]), str(paths[1]), str(paths[2]), "--batches", "0"])
     flags = ["--model", str(paths[1]), "--model", str(paths[2]), "--out", str(tmp_path / "out"), "--report"]
     with pytest.raises(UserError, match="--report compares models, got passthrough of one at a time"):
         cli.run(["merge", "--method", "passthrough", *flags[:2], *flags[4:]])

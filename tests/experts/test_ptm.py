@@ -122,6 +122,12 @@ def test_what_is_finished_is_not_done_again(folder: Path) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in parameters(seed / "rt-sums" / "final").items())
 
 
+def test_other_steps_want_another_directory(folder: Path) -> None:
+    (folder / "longer.toml").write_text((folder / "ptm.toml").read_text().replace("general = 8", "general = 7"))
+    outcome = command(["ptm", str(folder / "longer.toml")])
+    assert outcome.status == 2 and "general was trained for 8 steps, config.steps now says 7" in outcome.stderr
+
+
 def test_parts_share_no_piece(tmp_path: Path) -> None:
     text = "".join(f"line {index}\n" for index in range(4000))
     paths = write_parts(text, tmp_path, "t", 10**9)
