@@ -67,7 +67,7 @@ def settings(engine: dict[str, Any], device: str) -> TrainConfig:
 def measure(rank: int, ranks: int, port: int, repetitions: int, device: str) -> dict[str, Any]:
     """Bytes of one merge, and seconds of each, by engine."""
     dist.destroy_process_group()  # the mesh makes its own
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), LOCAL_RANK=str(rank))  # deepspeed asks for it
     place = Place(rank, ranks, rank, ranks)
     mesh = Mesh(sections.Mesh(workers=2, device=device, timeout_seconds=120), place, threads=1)  # pyright: ignore
     engines: dict[str, Engine] = {}

@@ -57,7 +57,7 @@ class Size:
 
 
 FULL = Size(
-    steps=3000,
+    steps=5000,
     sweep_steps=2000,
     data_parallel=(1e-3, 2e-3, 4e-3, 8e-3),
     diloco=(

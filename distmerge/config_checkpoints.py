@@ -69,9 +69,10 @@ class Preview(Section):
 class Recovery(Section):
     enabled: bool = False
     """Watch for spikes, and go back before one. Reads the loss of each step, for which a GPU must be waited."""
-    threshold: float = Field(default=7.0, gt=0)
+    threshold: float = Field(default=6.5, gt=0)
     """Robust standard deviations by which the mean of four steps must lie above the last ones: of the loss, or of loss and log
-    gradient norm together. One step alone must lie twice as far above."""
+    gradient norm together. The loss of one step alone must lie twice as far above; a gradient norm alone counts only if it
+    stays."""
     window: int = Field(default=128, ge=16)
     """Steps whose scatter a step is held against."""
     margin: int = Field(default=5, ge=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from dataclasses import asdict, dataclass
@@ -12,9 +13,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from distmerge.checkpoints.durable import guarded, publish, published_directories, read_manifest, seal, verify
+from distmerge.checkpoints.durable import as_json, guarded, hash_of, publish, published_directories, read_manifest, seal, verify
 from distmerge.errors import UserError
 from distmerge.model import save_model
+from distmerge.rundir import write_atomically
 
 RECORD = "block.json"
 
@@ -30,7 +32,7 @@ class Block:
         loss: the mean training loss in it, over all workers.
         kind: "mean" of the parameters over the block, or "snapshot" at its end.
         stretch: steps before the constant-rate stretch that the block is part of; blocks of different ones don't merge.
-        tainted: a spike touched it; merges leave it out.
+        tainted: a spike touched it, or it is of a course that was given up for one; merges leave it out.
     """
 
     first_step: int
@@ -91,6 +93,25 @@ def legible(path: Path) -> Block:
         return read_block(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / RECORD} cannot be read ({error}); move the block away to go on without it") from None
+
+
+def mark_tainted(path: Path) -> None:
+    """Say in a published block's record that a spike touched it: all that may ever change about a block.
+
+    One that is damaged stays as it is: no merge takes it, either.
+    """
+    if verify(path, name=RECORD) is None:
+        record = read_manifest(path, RECORD) | {"tainted": True}
+        write_atomically(path / RECORD, as_json(record | {"sha256": hash_of(record)}).decode())
+
+
+def marks(root: Path) -> dict[str, bool]:
+    """Whether each published block is tainted; those whose records cannot be read are left out."""
+    found: dict[str, bool] = {}
+    for path in published_blocks(root):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found[path.name] = read_block(path).tainted
+    return found
 
 
 def published_blocks(root: Path) -> list[Path]:

@@ -2,9 +2,9 @@
 
 Blocks are taken as a drift plus noise of their own: E|theta_i - theta_j|^2 = 2 s^2 + v^2 (x_i - x_j)^2, fitted by least
 squares to the measured distances. A merge with weights c then lies v^2 (x_last - sum c x)^2 behind the newest block and holds
-s^2 sum c^2 of noise; the newest block alone holds s^2. The advice is the curve and length with the least sum. It counts
-distance in all directions alike, though the drift's are mostly flat and the noise's steep, so it leans to short windows:
-what it says is a reason to look, not a verdict.
+s^2 sum c^2 of noise; the newest block alone holds s^2. The advice is the curve and length with the least sum. Plain
+distances count all directions alike, though the drift's are mostly flat and the noise's steep, so they lean to short windows;
+weighed by the curvature's diagonal they are what a quadratic loss would see. Either way it is a reason to look, no verdict.
 
 Source of drift against noise: PMA, https://arxiv.org/abs/2505.12082.
 """
@@ -55,11 +55,16 @@ def gram_of(vectors: list[Tensor]) -> np.ndarray:
     return gram
 
 
-def gram_of_chunk(members: Iterable[Tensor]) -> np.ndarray:
-    """The same of one chunk; chunks and tensors add up."""
+def gram_of_chunk(members: Iterable[Tensor], curvature: Tensor | None = None) -> np.ndarray:
+    """The same of one chunk; chunks and tensors add up.
+
+    Args:
+        curvature: of the chunk's elements, to weigh squared distances with.
+    """
     stacked = torch.stack([member.to(torch.float32) for member in members])
     deltas = (stacked - stacked[0]).double()
-    return (deltas @ deltas.T).numpy()
+    weighed = deltas if curvature is None else deltas * curvature
+    return (weighed @ deltas.T).numpy()
 
 
 def distances(gram: np.ndarray) -> np.ndarray:

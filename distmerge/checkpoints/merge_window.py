@@ -21,6 +21,7 @@ from distmerge.buffers import POLICIES
 from distmerge.checkpoints import gate
 from distmerge.checkpoints.block import RECORD as BLOCK_RECORD
 from distmerge.checkpoints.block import legible, mergeable, published_blocks
+from distmerge.checkpoints.curvature import Curvature, newest_curvature
 from distmerge.checkpoints.curves import effective_count, implied_curve, token_shares, weights
 from distmerge.checkpoints.foreign import as_safetensors, is_foreign, newest_tag
 from distmerge.errors import UserError
@@ -60,7 +61,7 @@ def merge_window(options: argparse.Namespace, span: tuple[int, int] | None) -> N
     c = weights(options.curve, shares, options.quadrature).tolist()
     maps = Maps()
     if options.explain:
-        print(gate.explain(gate.advise(gram(members, maps), starts, end), [member.name for member in members]))
+        explain(members, maps, newest_curvature(Path(options.members[0])))
     if options.plot is not None:
         from distmerge.checkpoints.curve_plot import plot
 
@@ -103,6 +104,8 @@ def member_of(reference: str, position: int, allow_pickle: bool) -> Member:
     model = open_model(reference)
     if (path / BLOCK_RECORD).exists():
         block = legible(path)
+        if block.tainted:
+            raise UserError(f"{path} is tainted: a spike touched it, or its course was given up for one; leave it out")
         if block.kind == "mean":
             return Member(model, block.last_step, block.first_token, block.last_token)
         return Member(model, block.last_step, block.last_token, None)
@@ -184,7 +187,17 @@ def job_of(name: str, members: list[Member], c: list[float], maps: Maps, dtype: 
     raise UserError(f"buffer {name} ({entries[0].dtype}) has no merge policy, and is no floating-point parameter")
 
 
-def gram(members: list[Member], maps: Maps) -> np.ndarray:
+def explain(members: list[Member], maps: Maps, curvature: Curvature | None) -> None:
+    """Print the gate's advice, by plain distances and, where a checkpoint of the run has one, by the curvature."""
+    starts, end, names = [member.start for member in members], members[-1].end, [member.name for member in members]
+    print(gate.explain(gate.advise(gram(members, maps), starts, end), names))
+    floats = {name for name, entry in members[0].model.tensors.items() if entry.dtype in FLOATS}
+    if curvature is not None and curvature.mean > 0 and floats <= curvature.diagonal.keys():
+        print(f"the same, distances weighed by the curvature (Adam's second moments in {curvature.source}):")
+        print(gate.explain(gate.advise(gram(members, maps, curvature), starts, end), names))
+
+
+def gram(members: list[Member], maps: Maps, curvature: Curvature | None = None) -> np.ndarray:
     """One streaming pass over the floating-point tensors."""
     total = np.zeros((len(members), len(members)))
     for name, entry in members[0].model.tensors.items():
@@ -192,7 +205,8 @@ def gram(members: list[Member], maps: Maps) -> np.ndarray:
             sources = [OnDisk(member.model.tensors[name], maps) for member in members]
             for start in range(0, entry.numel, 1 << 18):
                 stop = min(start + (1 << 18), entry.numel)
-                total += gate.gram_of_chunk([source.read(start, stop) for source in sources])
+                weights = None if curvature is None else curvature.diagonal[name][start:stop] / curvature.mean
+                total += gate.gram_of_chunk([source.read(start, stop) for source in sources], weights)
     return total
 
 

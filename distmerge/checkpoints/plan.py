@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from distmerge.checkpoints.block import mark_tainted, published_blocks
 from distmerge.checkpoints.durable import set_aside
 from distmerge.checkpoints.store import published_checkpoints, step_of
 from distmerge.errors import UserError
@@ -27,7 +28,7 @@ class Plan:
     spike: the step that was called a spike; 0 for a roll-back by hand.
     attempts: roll-backs so far, this one included.
     skipped: ``(first, count)`` of batches left out, in the order of the data.
-    tainted: whether checkpoints newer than ``to`` are still to be set aside.
+    tainted: whether checkpoints and blocks newer than ``to`` are still to be set aside.
     """
 
     to: int
@@ -40,9 +41,9 @@ class Plan:
 
 
 def write_plan(run_dir: Path, plan: Plan) -> None:
-    """Put the plan on disk, then set aside what is newer than its target as ``step-N.tainted``.
+    """Put the plan on disk, then set aside what is newer than its target as ``step-N.tainted``, ``block-N.tainted``.
 
-    Only when that is done are newer checkpoints trusted again: they are then of the new course.
+    Only when that is done are newer ones trusted again: they are then of the new course.
     """
     write_atomically(run_dir / FILE, json.dumps(asdict(plan), indent=1) + "\n")
     finish_tainting(run_dir, plan)
@@ -53,6 +54,10 @@ def finish_tainting(run_dir: Path, plan: Plan) -> None:
         return
     for path in published_checkpoints(run_dir / "checkpoints"):
         if step_of(path) > plan.to:
+            set_aside(path, "tainted")
+    for path in published_blocks(run_dir / "window"):
+        if step_of(path) > plan.to:
+            mark_tainted(path)
             set_aside(path, "tainted")
     write_atomically(run_dir / FILE, json.dumps(asdict(plan) | {"tainted": False}, indent=1) + "\n")
 

@@ -50,7 +50,7 @@ class Recovery:
     def __init__(self, section: config.Recovery, run: Recoverable):
         self.section, self.run, self.mesh = section, run, run.mesh
         self.detector = Detector(section.window, section.threshold)
-        self.sick: str | None = None  # why this worker is out of order until the next merge
+        self.sick: tuple[int, str] | None = None  # from which step, the margin included, and why, until the next merge
         self.reason = ""
         self.attempts = 0
         self.skipped: list[tuple[int, int]] = []
@@ -84,27 +84,38 @@ class Recovery:
             self.reason = reason or ""
             return reason is not None
         if reason is not None and self.sick is None:
-            self.sick = reason
-            if self.run.window is not None and self.run.window.anchored is None:
-                self.run.window.taint()
+            self.sick = (step - self.section.margin, reason)
+        if self.sick is not None and (window := self._window_of_workers()) is not None:
+            window.taint()
         return any(merger.due() for merger in self.run.mergers) and self._agreed(step)
 
     def _agreed(self, step: int) -> bool:
-        """Whether most workers are sick. If fewer are, those leave this merge."""
-        reasons: list[str | None] = [None] * self.mesh.world
-        dist.all_gather_object(reasons, self.sick)
-        sick = {rank // self.mesh.shards: reason for rank, reason in enumerate(reasons) if reason is not None}
+        """Whether most workers are sick. If fewer are, those leave this merge, and the blocks that they touched are marked."""
+        told: list[tuple[int, str] | None] = [None] * self.mesh.world
+        dist.all_gather_object(told, self.sick)
+        sick = {rank // self.mesh.shards: found for rank, found in enumerate(told) if found is not None}
         if not sick:
             return False
-        self.reason = "; ".join(f"worker {worker}: {reason}" for worker, reason in sick.items())
+        self.reason = "; ".join(f"worker {worker}: {reason}" for worker, (_, reason) in sick.items())
         if 2 * len(sick) > self.mesh.workers:
             return True
         self.run.tell(step, "sick worker", {"workers": sorted(sick), "reason": self.reason, "action": "weight 0, starts again"})
+        if (window := self._window_of_workers()) is not None:
+            self._tell_tainted(step, window.taint_published(min(since for since, _ in sick.values())))
         for merger in self.run.mergers:
             merger.weight = float(self.sick is None)
         if self._anchor() is None:
             self._start_from_the_others()
         return False
+
+    def _window_of_workers(self) -> Window | None:
+        """The window, where its blocks hold what each worker's steps made; anchors hold what was merged, by the well."""
+        window = self.run.window
+        return window if window is not None and window.anchored is None else None
+
+    def _tell_tainted(self, step: int, blocks: list[str]) -> None:
+        if blocks:
+            self.run.tell(step, "blocks tainted", {"blocks": blocks})
 
     def _anchor(self) -> Tensor | None:
         return next((merger.anchor for merger in self.run.mergers if merger.anchor is not None), None)
@@ -183,6 +194,8 @@ class Recovery:
         with self.mesh.together():
             if self.mesh.leads:
                 guarded(self.run.path, lambda: write_plan(self.run.path, plan))
+        given_up = [block.name for block in self.run.window.blocks if block.last_step > plan.to] if self.run.window else []
+        self._tell_tainted(step, given_up)
         self.run.load_checkpoint(stable[0])
         if self.run.window is not None:
             self.run.window.open(plan.to)

@@ -5,7 +5,9 @@ gradient norm (whose scatter is multiplicative), the level is the median of the 
 between successive steps, which a loss that falls does not widen as it widens the median absolute deviation; of the gradient
 norm, whose level wanders in well runs, the larger of the two. A step is held against them together with the three before it:
 one hard batch is not enough, unless it is beyond all measure, and a divergence that creeps is found before it is far away.
-The loss counts alone and together with the gradient norm, which alone is high for some steps in well runs, too.
+The loss counts alone and together with the gradient norm, which alone is high for some steps in well runs, too. Its tail is
+heavy even in logarithms: one batch of a well run has four times the norm of all others and leaves no trace. So of one step
+it counts no more than a bound (Huber's, https://doi.org/10.1214/aoms/1177703732), and what stays is told from what passes.
 Samples that were called a spike stay out of the statistics: one NaN in a rolling window would blind it.
 """
 
@@ -23,6 +25,9 @@ LEVEL_SAMPLES = 16
 
 TOGETHER = 4
 """Steps whose mean excess is judged. The mean of n independent ones scatters by 1 / sqrt(n)."""
+
+MOST_NORM_EXCESS = 6.0
+"""What the gradient norm of one step counts at most, in robust standard deviations: one step does not decide for four."""
 
 LEAST_SCALE = {"loss": 0.02, "gradient norm": 0.1}
 """Scatter below this is not believed: of the loss relative to its median, of the log of the gradient norm as it is."""
@@ -86,7 +91,7 @@ class Detector:
             return (value - level) / max(scatter, LEAST_SCALE[name] * abs(level))
         median = statistics.median(samples)
         deviation = 1.4826 * statistics.median(abs(sample - median) for sample in samples)
-        return (value - level) / max(scatter, deviation, LEAST_SCALE[name])
+        return min(MOST_NORM_EXCESS, (value - level) / max(scatter, deviation, LEAST_SCALE[name]))
 
     def state_dict(self) -> dict[str, Any]:
         return {

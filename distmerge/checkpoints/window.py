@@ -9,6 +9,7 @@ merges inside it, which all workers have. A block never spans a change of the le
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from distmerge.checkpoints.block import (
     Block,
     accumulate,
     describe,
+    mark_tainted,
+    marks,
     mergeable,
     publish_block,
     published_blocks,
@@ -85,7 +88,8 @@ class Window:
     def open(self, step: int) -> None:
         """Clear away what an interrupted job left, and blocks of a future that the run did not resume from.
 
-        Blocks of its past that are no more, since retention or somebody took them after the state was saved, are forgotten.
+        Blocks of its past that are no more, or no more legible, since the state was saved are forgotten; a mark that they
+        were given since then is heeded.
         """
         if self.section.store == "memory":
             return
@@ -95,9 +99,10 @@ class Window:
                 for path in published_blocks(self.root):
                     if step_of(path) > step:
                         guarded(path, lambda path=path: remove(path))
-        there: list[Any] = [[path.name for path in published_blocks(self.root)] if self.mesh.leads else None]
-        dist.broadcast_object_list(there, 0)
-        self.blocks = [block for block in self.blocks if block.name in there[0]]
+        told = [marks(self.root) if self.mesh.leads else {}]
+        dist.broadcast_object_list(told, 0)
+        there = told[0]
+        self.blocks = [replace(block, tainted=there[block.name]) for block in self.blocks if block.name in there]
 
     @torch.no_grad()
     def observe(self, step: int, lr: float, loss: Tensor) -> Block | None:
@@ -114,8 +119,22 @@ class Window:
         return self._end(step) if step % self.every == 0 else None
 
     def taint(self) -> None:
-        """The block in progress has taken in something sick: merges will leave it out."""
+        """The block in progress takes in something sick: it will be dropped at its end."""
         self.tainted = True
+
+    def taint_published(self, since: int) -> list[str]:
+        """Mark the published blocks that a spike touched from step ``since`` on; their names. A collective.
+
+        Raises:
+            UserError: where a mark cannot be written.
+        """
+        touched = [block for block in self.blocks if block.last_step >= since and not block.tainted]
+        self.blocks = [replace(block, tainted=True) if block in touched else block for block in self.blocks]
+        with self.mesh.together():
+            if self.mesh.leads and self.section.store == "disk":
+                for block in touched:
+                    guarded(self.root / block.name, lambda block=block: mark_tainted(self.root / block.name))
+        return [block.name for block in touched]
 
     def _due(self, step: int) -> bool:
         """Whether this step's state counts: with an anchor, a merge's; of a snapshot block, the last one."""

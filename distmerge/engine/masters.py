@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmerge.engine.parameters import CopiedParameters, ReplicatedParameters
+from distmerge.engine.parameters import CopiedParameters, ReplicatedParameters, exchange
 from distmerge.errors import UserError
 from distmerge.flat import FlatParameters, Slot
 
@@ -117,7 +117,12 @@ class PartitionedMasters(FlatMasters):
         return Fragment(mapping.param_group_index, there.start, here.start, here.numel)  # pyright: ignore
 
     def refresh(self) -> None:
-        self.optimizer.update_lp_params()
+        """What DeepSpeed's own ``update_lp_params`` does, without a second buffer: through gloo in half of its time."""
+        cut = getattr(self.optimizer, "parallel_partitioned_bit16_groups", None) or self.optimizer.bf16_partitioned_groups
+        for partitions, master in zip(cut, self.partitions(), strict=True):
+            shares = [partition.detach() for partition in partitions]
+            shares[dist.get_rank(self.inside)].copy_(master.detach())
+            exchange(shares, self.inside)
 
 
 class ShardedMasters(FlatMasters):

@@ -33,9 +33,18 @@ class ReplicatedParameters(FlatParameters):
         self.vector, self.start = self.shares[shard], bounds[shard]
 
     def push(self) -> None:
-        for shard, share in enumerate(self.shares):
-            dist.broadcast(share, dist.get_global_rank(self.inside, shard), group=self.inside)
+        exchange(self.shares, self.inside)
         super().push()
+
+
+def exchange(shares: list[Tensor], inside: Any) -> None:
+    """Give the ranks of a worker each other's shares, in place: an all-gather that needs no second buffer.
+
+    Args:
+        shares: one of each rank of the group; this rank's own is right.
+    """
+    for shard, share in enumerate(shares):
+        dist.broadcast(share, dist.get_global_rank(inside, shard), group=inside)
 
 
 class CopiedParameters(FlatParameters):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distmerge.checkpoints.gate import advise, explain, gram_of
+from distmerge.checkpoints.gate import advise, explain, gram_of, gram_of_chunk
 
 
 def window(n: int, drift: float, noise: float, size: int = 20000) -> list[torch.Tensor]:
@@ -29,6 +29,16 @@ def test_a_straight_line_is_not_merged() -> None:
     assert found.ratio == pytest.approx(9, rel=0.01)
     assert np.mean(found.cosines) == pytest.approx(1, abs=0.01)
     assert "should not help" in explain(found, [str(i) for i in range(10)])
+
+
+def test_drift_along_flat_directions_is_merged_once_the_curvature_tells() -> None:
+    """Noise in the steep half, drift in the flat one: plain distances see drift that costs no loss."""
+    steep = torch.cat([torch.ones(10000), torch.zeros(10000)])
+    noise, drift = window(10, 0.0, 0.1), window(10, 2.0, 0.0)
+    members = [steep * n + (1 - steep) * d for n, d in zip(noise, drift, strict=True)]
+    plain = advise(gram_of(members), list(range(10)))
+    weighed = advise(gram_of_chunk(members, steep + 1e-6), list(range(10)))
+    assert plain.count <= 2 and weighed.merge and weighed.count == 10
 
 
 def test_in_between_takes_a_shorter_window() -> None:

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distmerge.checkpoints.plan import read_plan
+from distmerge.checkpoints.block import marks, read_block
+from distmerge.checkpoints.durable import verify
+from distmerge.checkpoints.plan import Plan, finish_tainting, read_plan, write_plan
 from distmerge.checkpoints.recovery import Recovery
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
@@ -148,14 +150,40 @@ def test_a_killed_roll_back_is_finished_by_the_next_start(tmp_path: Path, text: 
     assert same(parameters(whole / "final"), parameters(killed / "final"))
 
 
-def test_newer_checkpoints_are_tainted(tmp_path: Path, text: Path, nan_at: Any) -> None:
+def test_newer_checkpoints_and_blocks_are_tainted(tmp_path: Path, text: Path, nan_at: Any) -> None:
     nan_at(21)  # the checkpoint of step 20 is younger than the margin
-    sick = run(tmp_path, "sick", text, recovery=RECOVERY)
-    assert events(sick, "rolled back")[0]["to"] == 10
+    sick = run(tmp_path, "sick", text, recovery=RECOVERY, window={"every": 5})
+    assert events(sick, "merged and rolled back")[0]["to"] == 10
+    assert events(sick, "blocks tainted")[0]["blocks"] == ["block-00000015", "block-00000020"]
+    for name in ("block-00000015", "block-00000020"):  # given up as they were; the new course has published its own
+        assert read_block(sick / f"window/{name}.tainted").tainted and not read_block(sick / "window" / name).tainted
+        assert verify(sick / "window" / name, name="block.json") is None
     assert (sick / "checkpoints/step-00000020.tainted").is_dir()
     assert (sick / "checkpoints/step-00000020").is_dir()
     plan = read_plan(sick)
     assert plan is not None and not plan.tainted
+
+
+def test_a_killed_tainting_is_finished(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = run(tmp_path, "run", text, window={"every": 8, "blocks": 0})
+
+    def die(path: Path, why: str) -> Path:
+        raise KeyboardInterrupt
+
+    planned = Plan(to=20, members=["step-00000020"], optimizer="rollback", spike=0, attempts=0, skipped=[])
+    with monkeypatch.context() as patch:
+        patch.setattr("distmerge.checkpoints.plan.set_aside", die)
+        with pytest.raises(KeyboardInterrupt):
+            write_plan(directory, planned)
+    plan = read_plan(directory)
+    assert plan is not None and plan == planned and plan.tainted
+    finish_tainting(directory, plan)
+    finished = read_plan(directory)
+    assert finished is not None and not finished.tainted
+    aside = sorted(path.name for path in directory.glob("*/*.tainted"))
+    assert aside == [f"block-000000{end}.tainted" for end in (24, 32, 40)] + [f"step-000000{end}.tainted" for end in (30, 40)]
+    assert all(read_block(directory / "window" / name).tainted for name in aside[:3])
+    assert marks(directory / "window") == {"block-00000008": False, "block-00000016": False}
 
 
 def test_stops_after_its_attempts_and_says_so(tmp_path: Path, text: Path, nan_at: Any) -> None:
@@ -184,7 +212,11 @@ def test_every_decision_is_a_text_in_tensorboard(tmp_path: Path, text: Path, nan
     run(tmp_path, "told", text, recovery=RECOVERY | {"merge_last": 1}, window={"every": 8})
     board = EventAccumulator(str(directory / "tensorboard"), {"tensors": 0}).Reload()
     told = {tag.split("/")[1] for tag in board.Tags()["tensors"]}
-    assert told == {"spike", "rolled back", "block"} == {line["event"] for line in lines(directory, "events.jsonl")}, told
+    assert (
+        told
+        == {"spike", "rolled back", "block", "blocks tainted"}
+        == {line["event"] for line in lines(directory, "events.jsonl")}
+    ), told
 
 
 def test_without_a_stable_checkpoint_it_stops(tmp_path: Path, text: Path, nan_at: Any) -> None:

@@ -22,7 +22,7 @@ def clean(steps: int, seed: int) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_false_alarm(seed: int) -> None:
-    detector = Detector(128, 8.0)
+    detector = Detector(128, 6.5)
     assert [reason for loss, norm in clean(2000, seed) if (reason := detector.check(loss, norm))] == []
 
 
@@ -32,11 +32,11 @@ def test_no_false_alarm(seed: int) -> None:
         (math.nan, 1.0, "nan"),
         (3.0, math.inf, "inf"),
         (9.0, 0.4, "loss"),
-        (3.1, 4000.0, "gradient norm"),
+        (9.0, 4000.0, "gradient norm"),
     ],
 )
 def test_a_spike_is_one_at_once_and_stays_out_of_the_statistics(loss: float, norm: float, words: str) -> None:
-    detector = Detector(128, 8.0)
+    detector = Detector(128, 6.5)
     samples = clean(400, 0)
     for sample in samples[:200]:
         assert detector.check(*sample) is None
@@ -46,7 +46,7 @@ def test_a_spike_is_one_at_once_and_stays_out_of_the_statistics(loss: float, nor
 
 
 def test_a_creeping_divergence_is_found_and_one_hard_batch_is_none() -> None:
-    detector = Detector(128, 7.0)
+    detector = Detector(128, 6.5)
     samples = clean(400, 3)
     for sample in samples[:200]:
         assert detector.check(*sample) is None
@@ -56,16 +56,26 @@ def test_a_creeping_divergence_is_found_and_one_hard_batch_is_none() -> None:
         assert detector.check(*sample) is None
     creeping = [detector.check(loss + 0.05 * step, norm) for step, (loss, norm) in enumerate(samples[210:220])]
     assert 3 <= next(step for step, reason in enumerate(creeping) if reason) <= 8  # by 8 sigma
-    higher = Detector(128, 7.0)
+    higher = Detector(128, 6.5)
     for sample in samples[:200]:
         higher.check(*sample)
     sudden = [higher.check(loss + 0.3, norm) for loss, norm in samples[200:206]]  # 6 sigma, and it stays
     assert "loss" in str(next(reason for reason in sudden[:5] if reason))
 
 
+def test_a_gradient_norm_that_passes_is_none_and_one_that_stays_is() -> None:
+    """Its tail is heavy in well runs: one batch of a thousand times the norm must not look like a divergence of four steps."""
+    detector = Detector(128, 6.5)
+    samples = clean(400, 5)
+    for index, (loss, norm) in enumerate(samples[:300]):
+        assert detector.check(loss, norm * (1000 if index % 60 == 59 else 1)) is None
+    staying = [detector.check(loss, norm * 1000) for loss, norm in samples[300:304]]
+    assert staying[:2] == [None, None] and "gradient norm" in str(next(reason for reason in staying if reason))
+
+
 def test_a_falling_loss_does_not_blind() -> None:
     """As early in training: the loss falls by more than the spike rises."""
-    detector = Detector(128, 7.0)
+    detector = Detector(128, 6.5)
     generator = random.Random(0)
     for step in range(150):
         assert detector.check(5 - 2.5 * step / 150 + generator.gauss(0, 0.1), 0.5) is None

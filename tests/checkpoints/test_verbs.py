@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from distmerge import cli
-from distmerge.checkpoints.block import stable_blocks
+from distmerge.checkpoints.block import published_blocks, stable_blocks
+from distmerge.checkpoints.curvature import newest_curvature
 from distmerge.checkpoints.curves import weights
 from distmerge.checkpoints.durable import as_json, hash_of, read_manifest
+from distmerge.config import Optimizer
+from distmerge.engine.optimizers import build_optimizers
 from distmerge.errors import UserError
 from tests.checkpoints.runs import lines, parameters, run, same, write_text
 
@@ -98,10 +101,25 @@ def test_buffers_by_policy(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*") if path.name[0] not in "m.") == ["last"]
 
 
+def test_the_curvature_is_the_newest_checkpoints_second_moments(trained: Path, tmp_path: Path) -> None:
+    curvature = newest_curvature(trained)
+    assert curvature is not None and curvature.source == "step-00000040"
+    model = AutoModelForCausalLM.from_pretrained(trained / "final")
+    engine = build_optimizers(model, Optimizer())[0]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = [names[id(parameter)] for group in engine.param_groups for parameter in group["params"]]
+    states = torch.load(trained / "checkpoints/step-00000040/optimizer-00000.pt", weights_only=True)
+    assert list(curvature.diagonal) == order
+    for index, name in enumerate(order):
+        assert torch.equal(curvature.diagonal[name], states[0]["state"][index]["exp_avg_sq"].view(-1))
+    assert newest_curvature(trained / "window") is None
+
+
 def test_explain_and_plot(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     window(trained, "--explain", "--plot", tmp_path / "merge.svg")
     said = capsys.readouterr().out
-    assert "drift/noise ratio of 5 members" in said and "merging should" in said
+    assert "drift/noise ratio of 5 members" in said and said.count("merging should") == 2
+    assert "weighed by the curvature (Adam's second moments in step-00000040)" in said
     assert (tmp_path / "merge.svg").exists()
 
 
@@ -185,6 +203,7 @@ def test_recover_by_hand(trained: Path, text: Path, tmp_path: Path, capsys: pyte
     assert cli.run(["recover", str(copied), "--before", "40", "--merge-last", "2"]) == 0
     assert "step-00000020" in capsys.readouterr().out
     assert (copied / "checkpoints/step-00000040.tainted").is_dir()
+    assert [path.name[-2:] for path in published_blocks(copied / "window")] == ["08", "16", "24"]
     run(tmp_path, "run", text, window={"every": 8, "blocks": 0})
     event = next(event for event in lines(copied, "events.jsonl") if event["event"] == "merged and rolled back")
     assert event["to"] == 30 and event["merged"] == ["step-00000030", "step-00000010"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import traceback
 from pathlib import Path
@@ -11,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distmerge import config_file
+from distmerge import cli, config_file
+from distmerge.checkpoints.block import published_blocks, read_block, stable_blocks
+from distmerge.checkpoints.verify import verify_run
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
+from distmerge.errors import UserError
 from distmerge.launch import place
 from distmerge.train import train
 from tests.checkpoints.runs import BASE, forget_after, lines, parameters, same, write_text
@@ -124,6 +128,32 @@ def test_a_sick_worker_leaves_the_merge_and_starts_again(ranks: Ranks, folder: P
     assert math.isfinite(lines(directory, "metrics.jsonl")[-1]["eval/loss"])
     dropped = [event["block"] for event in events(directory, "block dropped")]
     assert dropped == ([] if merge is DILOCO else ["block-00000030"])  # anchors have never seen the sick values
+
+
+def test_a_published_block_that_a_spike_touched_is_marked_and_stays_so(ranks: Ranks, folder: Path) -> None:
+    sections: dict[str, Any] = {"merge": AVERAGE, "window": WINDOW, "recovery": RECOVERY, "preview": {"every": 10, "last": 5}}
+    directory = run(ranks, folder, "touched", {1: 22}, **sections)  # found at 22, it may have begun at 20
+    marked = [event["blocks"] for event in events(directory, "blocks tainted")]
+    assert marked == [["block-00000020"]]
+    records = {path.name: read_block(path).tainted for path in published_blocks(directory / "window")}
+    assert records == {"block-00000010": False, "block-00000020": True, "block-00000040": False}
+    assert all(verdict.problem is None for verdict in verify_run(directory))
+    assert stable_blocks(directory / "window", 9, 40) == ["block-00000040", "block-00000010"]
+    assert cli.run(["window", str(directory), "--curve", "mean", "--out", str(folder / "untouched")]) == 0
+    weights = json.loads((folder / "untouched/merge.json").read_text())["weights"]
+    assert [Path(name).name for name in weights] == ["block-00000010", "block-00000040"]
+    with pytest.raises(UserError, match="block-00000020 is tainted"):
+        cli.run(["window", *(str(directory / "window" / name) for name in records), "--out", str(folder / "none")])
+    forget_after(directory, 20)  # that state was saved before the spike
+    run(ranks, folder, "touched", **sections)
+    blocks = rank_state(directory, 40)["window"]["blocks"]
+    assert [block["tainted"] for block in blocks] == [False, True, False, False]
+
+
+def test_a_sick_worker_taints_every_block_until_the_merge(ranks: Ranks, folder: Path) -> None:
+    sections: dict[str, Any] = {"merge": [{"kind": "average", "every": 20}], "window": WINDOW, "recovery": RECOVERY}
+    directory = run(ranks, folder, "long", {1: 25}, **sections)
+    assert [event["block"] for event in events(directory, "block dropped")] == ["block-00000030", "block-00000040"]
 
 
 def test_most_workers_sick_is_the_runs_spike(ranks: Ranks, folder: Path) -> None:
