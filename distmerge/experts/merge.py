@@ -64,9 +64,9 @@ def recommended(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     from distmerge.experts.inspect import diagnose, mean_of
     from distmerge.experts.run import settings_of
 
-    if len(recipe.slices) > 1:
+    slice, *more = recipe.slices
+    if more:
         raise UserError(f"method auto takes whole models, got {len(recipe.slices)} slices")
-    (slice,) = recipe.slices
     bare = mean_of(recipe.base, [entry.model for entry in slice.entries if entry.model != recipe.base])
     chosen = diagnose(bare, open_all(bare, options.allow_pickle), settings_of(options))["recommendation"]
     print(f"method auto takes {chosen['method']}:", *(f"- {why}" for why in chosen["reasons"]), sep="\n")

@@ -136,3 +136,10 @@ def test_refused(paths, tmp_path):
     flags = ["--model", str(paths[1]), "--model", str(paths[2]), "--out", str(tmp_path / "out"), "--report"]
     with pytest.raises(UserError, match="--report compares models, got passthrough of one at a time"):
         cli.run(["merge", "--method", "passthrough", *flags[:2], *flags[4:]])
+
+
+def test_auto_takes_whole_models(paths, tmp_path):
+    sources = "".join(f"[{{model: {path}, layer_range: [0, 1]}}]" for path in paths[1:2])
+    (tmp_path / "r.yaml").write_text(f"merge_method: auto\nbase_model: {paths[0]}\nslices:\n" + f"- sources: {sources}\n" * 2)
+    with pytest.raises(UserError, match="method auto takes whole models, got 2 slices"):
+        cli.run(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")])

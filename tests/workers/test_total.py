@@ -286,27 +286,3 @@ def test_a_workers_ranks_share_the_traffic(ranks: Ranks, kind: str) -> None:
         assert result["tail"].divergence == pytest.approx(alone[0]["reports"][-1].divergence, rel=1e-4)
     beside = 3 * (24 + 4 * math.ceil(4 * numel / 100))
     assert alone[0]["ledger"][1] - beside == pytest.approx(4 * numel * 3)
-
-
-# ---- frozen parameters
-
-
-def frozen_apart() -> tuple[bool, bool]:
-    """Whether all workers hold the first one's frozen parameters once a merger is made, and whether they merge to one model."""
-    torch.manual_seed(dist.get_rank())
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
-    model[0].requires_grad_(False)
-    first = model[0].weight.clone()
-    dist.broadcast(first, 0)
-    merger = dm.DiLoCo(model, every=1)
-    equal = torch.equal(model[0].weight, first)
-    with torch.no_grad():
-        model[1].weight.add_(dist.get_rank())
-    merger.step()
-    found = [torch.empty(1) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, model(torch.ones(3)).detach())
-    return equal, len({float(value) for value in found}) == 1
-
-
-def test_frozen_parameters_start_equal(ranks: Ranks) -> None:
-    assert ranks.run(3, frozen_apart) == [(True, True)] * 3
