@@ -101,8 +101,8 @@ def on_plateau(task: Task, arm: Arm, skill: Skill, seed: int, judge: Theta) -> t
 
 def stopped_by_merge(task: Task, arm: Arm, base: Tensor, found: Trajectories, judge: Theta) -> dict[str, int]:
     """The step that each expert keeps under the rule "merged", side by side at powers of two: each merges its step with what
-    the others are then, a stopped one being its kept step. One look without progress is forgiven: early ones are noise."""
-    section = Stopping(rule="merged", merge_with=["siblings"], patience=2)
+    the others are then, a stopped one being its kept step. The trainer's defaults are what is measured."""
+    section = Stopping(rule="merged", merge_with=["siblings"])
     rules = {name: Peak(section) for name in found.steps}
     running = set(rules)
     seen: dict[tuple[int, ...], float] = {}

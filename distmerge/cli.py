@@ -17,6 +17,10 @@ from distmerge.errors import UserError
 from distmerge.experts import skill_verbs as skills
 from distmerge.experts import verbs as experts
 from distmerge.launch import LAUNCHED
+from distmerge.quiet import quiet
+
+RESUMED = ("train", "anneal", "experts", "merge", "ptm")
+"""Verbs that go on where they were interrupted."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -44,7 +48,8 @@ def main() -> None:
     except KeyboardInterrupt:
         if LAUNCHED in os.environ:
             sys.exit(130)
-        print("\ninterrupted; start the same command again to resume from the newest checkpoint", file=sys.stderr)
+        again = "; start the same command again to go on from what is kept" if sys.argv[1:2] and sys.argv[1] in RESUMED else ""
+        print(f"\ninterrupted{again}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -172,6 +177,8 @@ def experts_verb(options: argparse.Namespace, overrides: list[str], arguments: l
     from distmerge.sources import check_sources
 
     here = launch.place()
+    if here is not None:
+        launch.die_with_parent()
     plan = several.read(options.config, overrides)
     if options.dry_run:
         from distmerge.experts.dry_run import describe
@@ -181,15 +188,16 @@ def experts_verb(options: argparse.Namespace, overrides: list[str], arguments: l
     if here is not None and plan.mode == "side-by-side":
         from distmerge.train import train
 
-        launch.die_with_parent()
-        train(*plan.place_of(here), ["distmerge", *arguments])
+        run, place = plan.place_of(here)
+        if RunDirectory(run.run_dir).finished(run.steps) is None:
+            train(run, place, ["distmerge", *arguments])
         return 0
     if here is not None:
         raise UserError('mode must be "side-by-side" under a launcher; in turn, each expert is a job that distmerge launches')
     for run in plan.runs:
         check_sources(run)
         RunDirectory(run.run_dir).check(run)
-    if plan.mode == "side-by-side":
+    if plan.mode == "side-by-side" and any(RunDirectory(run.run_dir).finished(run.steps) is None for run in plan.runs):
         return launch.launch(sum(plan.ranks), arguments)
     for run, ranks in zip(plan.runs, plan.ranks, strict=True):
         path = f"{run.run_dir}.toml"
@@ -222,13 +230,12 @@ def train_help() -> int:
 
 
 def eval_verb(options: argparse.Namespace) -> int:
-    for name, value, least in (("--sequence-length", options.sequence_length, 2), ("--batches", options.batches, 1)):
-        if value < least:
-            raise UserError(f"{name} must be >= {least}, got {value}")
+    experts.check_text_flags(options)
     if not os.path.isdir(options.model):
         raise UserError(f"MODEL_DIR must be a directory, got {options.model}")
-    from distmerge.evaluate import evaluate_directory
+    with quiet():
+        from distmerge.evaluate import evaluate_directory
 
-    result = evaluate_directory(options.model, options.files, options.sequence_length, options.batches)
+        result = evaluate_directory(options.model, options.files, options.sequence_length, options.batches)
     print(json.dumps(result))
     return 0

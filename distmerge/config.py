@@ -275,6 +275,8 @@ class TrainConfig(Section):
             raise UserError("model.path must be given with an [expert], which starts from a trained model, got none")
         if self.stopping.rule == "merged" and self.checkpoint.at is None:
             raise UserError('checkpoint.at must be given for stopping.rule "merged", which looks at those steps, got none')
+        if self.stopping.rule == "merged" and self.stopping.after > self.steps:
+            raise UserError(f"stopping.after must be <= steps = {self.steps}, or no look counts, got {self.stopping.after}")
         if self.stopping.rule == "merged" and self.mesh.workers > 1:
             raise UserError(f'mesh.workers must be 1 for stopping.rule "merged", got {self.mesh.workers}')
         if self.expert.lora is not None and self.window is not None:

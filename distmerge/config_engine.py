@@ -37,6 +37,13 @@ class Engine(Section):
             )
         if not self.reshard_after_forward and self.kind != "fsdp":
             raise UserError(f'reshard_after_forward must be true where kind is not "fsdp", got false with {self.kind}')
+        zero = self.config.get("zero_optimization", {})
+        tables = {key: self.config[key] for key in ("zero_optimization", "bf16", "fp16") if key in self.config}
+        if isinstance(zero, dict):
+            tables |= {f"zero_optimization.{key}": zero[key] for key in ("offload_optimizer", "offload_param") if key in zero}
+        for key, value in tables.items():
+            if not isinstance(value, dict):
+                raise UserError(f"config.{key} must be a table, got {value!r}")
         return self
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,7 +42,9 @@ class Stopping(Section):
     """plateau: the run's own evaluation no longer improves: lower the rate, then stop. merged: the merge with the models
     below no longer improves, looked at where checkpoint.at publishes; the run ends with the step that merged best."""
     patience: int = Field(default=1, ge=1)
-    """Evaluations in a row without an improvement that are too many."""
+    """Evaluations, or for merged looks, in a row without an improvement that are too many; 2 by default for merged."""
+    after: int = Field(default=16, ge=1)
+    """merged: looks before this step do not count; before anything is learned they are noise."""
     tolerance: float = Field(default=0.0, ge=0, lt=1)
     """Share of the best loss by which a lower one must be lower to be an improvement."""
     factor: float = Field(default=0.5, gt=0, lt=1)
@@ -60,6 +62,14 @@ class Stopping(Section):
     """Share of each task vector that ties and dare keep."""
     skills: dict[str, Data] = Field(default={})
     """Beside the run's own data: what the merge is judged by, each by the held-out share of it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def patient(cls, table: Any) -> Any:
+        """A merge is looked at seldom, and later steps make up for a look that was unlucky."""
+        if isinstance(table, dict) and table.get("rule") == "merged":
+            return {"patience": 2} | table
+        return table
 
     @model_validator(mode="after")
     def complete(self) -> Stopping:

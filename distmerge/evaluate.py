@@ -16,7 +16,7 @@ from distmerge.config import Data
 from distmerge.data import open_corpus, packed_text
 from distmerge.errors import UserError
 from distmerge.labels import ids_and_labels, predicted
-from distmerge.model import load_model, load_tokenizer
+from distmerge.model import check_fits, load_model, load_tokenizer
 
 
 class Evaluation(NamedTuple):
@@ -68,6 +68,8 @@ def evaluate_directory(path: str, files: list[str] | None, sequence_length: int,
     text = packed_text(section) if files else open_corpus(section).held_out
     if len(text) == 0:
         raise UserError(f"--files must hold at least one sequence of {sequence_length} tokens")
-    result = evaluate(load_model(path), text, 8, batches)
+    model = load_model(path)
+    check_fits(model, tokenizer, sequence_length)
+    result = evaluate(model, text, 8, batches)
     line = {"loss": result.loss, "perplexity": math.exp(min(result.loss, 700)), "tokens": result.tokens}
     return line | ({"bits_per_byte": result.loss / math.log(2)} if isinstance(tokenizer, ByT5Tokenizer) else {})

@@ -157,7 +157,8 @@ class FlatParameters:
         """63 bits that two models share only if names, shapes and order of what merges agree, and the buffers' types."""
         parameters = [(slot.name, slot.shape, slot.first, slot.numel) for slot in self.layout]
         buffers = [(name, tuple(buffer.shape), str(buffer.dtype)) for name, buffer in self.model.named_buffers()]
-        text = repr((parameters, buffers))
+        frozen = [(name, tuple(p.shape)) for name, p in self.model.named_parameters() if not p.requires_grad]
+        text = repr((parameters, buffers, frozen))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
     def _laid_out(self) -> Tensor | None:

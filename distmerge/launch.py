@@ -19,7 +19,7 @@ REQUEUE = 75
 """The exit status that asks to be started again: EX_TEMPFAIL of sysexits.h."""
 
 LAUNCHED = "DISTMERGE_LAUNCHED"
-"""Set in the environment of ranks whose launcher is ours: it speaks for them when they are interrupted."""
+"""The launcher's process in the environment of its ranks, where it is ours: it speaks for them when they are interrupted."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def die_with_parent() -> None:
     """End this rank when its launcher dies, however that happens.
 
     torch's agent starts ranks in sessions of their own, so a SIGKILLed launcher would leave orphans that go on writing.
-    (One that dies before this call takes the rendezvous store with it, and the rank fails there.)
+    One that died before this call is known by its number, where it is ours; torchrun takes the rendezvous store with it.
     """
-    parent = os.getppid()
+    parent = int(os.environ.get(LAUNCHED, os.getppid()))
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -100,7 +100,7 @@ def launch(ranks: int, arguments: list[str]) -> int:
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         shutdown_timeout=60,  # ranks that are told to leave finish their round and commit a checkpoint
     )
-    os.environ[LAUNCHED] = "1"
+    os.environ[LAUNCHED] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; the trainer sets its threads itself
     try:
         elastic_launch(config, sys.executable)("-m", "distmerge", *arguments)

@@ -34,7 +34,7 @@ class Mesh:
         inside: process group of this worker's ranks.
         files: process group of all ranks, on the CPU, for what a thread writes while training goes on.
         device: where this rank computes.
-        side_by_side: whether other experts of the same job train beside this one.
+        name: of this expert, where others of the same job train beside it.
         crowding: what the ranks share, in words, where there are more of them than devices.
     """
 
@@ -48,7 +48,7 @@ class Mesh:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world))
         timeout = timedelta(seconds=section.timeout_seconds)
         store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
-        self.side_by_side = bool(place.name)
+        self.name = place.name
         self.store = PrefixStore(f"{place.name}/{attempt()}", store)
         self.crowding = crowding(self.device, place)
         # NCCL wants a GPU for each rank; ranks that share one talk over gloo.

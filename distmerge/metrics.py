@@ -89,9 +89,12 @@ class MetricsLog:
 
     metrics.jsonl is the record, one JSON object a line. The TensorBoard files are a picture of it, drawn again from it on
     each start: so cutting the record back to a checkpoint cuts both.
+
+    Args:
+        name: of one run among several that share a terminal: its lines begin with it, and no bar is drawn.
     """
 
-    def __init__(self, run: RunDirectory, keep_bytes: int, steps: int):
+    def __init__(self, run: RunDirectory, keep_bytes: int, steps: int, name: str = ""):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only for this rank
 
         self.file = open(run.metrics, "a")  # noqa: SIM115
@@ -104,8 +107,8 @@ class MetricsLog:
         self.events.truncate(run.events.read_bytes().rfind(b"\n") + 1)  # a line that a crash tore is none
         for line in run.events.read_text().splitlines():
             self._note(json.loads(line))
-        self.steps = steps
-        self.bar = progress_bar(steps) if sys.stderr.isatty() else None
+        self.steps, self.name = steps, name
+        self.bar = progress_bar(steps) if sys.stderr.isatty() and not name else None
 
     @property
     def bytes_written(self) -> int:
@@ -126,7 +129,7 @@ class MetricsLog:
         self._note(line)
         self.board.flush()
         if kind != "block":
-            self.say(f"step {step}: {kind}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
+            self.say(f"step {step}: {kind}: " + ", ".join(f"{key} {brief(value)}" for key, value in facts.items()))
 
     def _note(self, line: dict[str, Any]) -> None:
         self.board.add_text(f"events/{line['event']}", json.dumps(line), line["step"])
@@ -134,7 +137,7 @@ class MetricsLog:
     def say(self, text: str, step: int | None = None) -> None:
         """A line for people, and the bar moved."""
         if self.bar is None:
-            print(text, file=sys.stderr, flush=True)
+            print(f"{self.name}: {text}" if self.name else text, file=sys.stderr, flush=True)
             return
         if step is None:
             self.bar.console.print(text, highlight=False)
@@ -153,6 +156,15 @@ class MetricsLog:
             if key != "step" and value is not None:
                 self.board.add_scalar(key, value, line["step"])
         self.board.flush()
+
+
+def brief(value: Any) -> Any:
+    """A fact for people: four decimals are enough."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {brief(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(str(brief(item)) for item in value)
+    return f"{value:.4f}" if isinstance(value, float) and 1e-3 <= abs(value) < 1e4 else value
 
 
 def progress_bar(steps: int) -> Progress:

@@ -130,7 +130,7 @@ class Run:
         if self.window is not None:
             self.window.open(self.step)
         if self.mesh.leads:
-            self.log = MetricsLog(self.directory, self.meter.log_bytes, self.config.steps)
+            self.log = MetricsLog(self.directory, self.meter.log_bytes, self.config.steps, self.mesh.name)
             for note in [self.mesh.crowding, *self.engine.notes]:
                 if note is not None:
                     self.log.say(note)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +82,39 @@ def test_the_verb_prints_one_object(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out)["tokens"] == 16 * 19
 
 
+LOUD = """
+import os, subprocess, sys
+print("a library says hello")
+os.system("echo so does its child")
+import logging
+logging.getLogger("loud").addHandler(logging.StreamHandler(sys.stdout))
+"""
+
+
+def test_a_library_that_prints_is_not_in_the_result(tmp_path: Path) -> None:
+    save_model(model(), ByT5Tokenizer(), tmp_path / "model")
+    (tmp_path / "a.txt").write_text("some words to judge " * 50)
+    (tmp_path / "loud.py").write_text(LOUD)
+    (tmp_path / "run.py").write_text(
+        "import sys\nimport distmerge.evaluate\nfrom distmerge import cli\nread = distmerge.evaluate.evaluate_directory\n"
+        "def loud(*arguments):\n    import loud, logging\n    result = read(*arguments)\n"
+        "    logging.getLogger('loud').warning('and its logger')\n    return result\n"
+        "distmerge.evaluate.evaluate_directory = loud\ncli.main()\n"
+    )
+    given = ["eval", str(tmp_path / "model"), "--files", str(tmp_path / "a.txt"), "--sequence-length", "20"]
+    job = subprocess.run([sys.executable, str(tmp_path / "run.py"), *given], capture_output=True, text=True, timeout=120)
+    assert job.returncode == 0, job.stderr
+    assert json.loads(job.stdout)["tokens"] == 50 * 19
+    assert "hello" in job.stderr and "its child" in job.stderr and "its logger" in job.stderr
+
+
 def test_the_verbs_mistakes(tmp_path: Path) -> None:
     save_model(model(), ByT5Tokenizer(), tmp_path / "model")
     (tmp_path / "a.txt").write_text("few")
     with pytest.raises(cli.UserError, match="--files must hold at least one sequence of 20 tokens"):
         cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "a.txt"), "--sequence-length", "20"])
+    with pytest.raises(cli.UserError, match="sequence_length must be <= 2048, the model's positions, got 3000"):
+        (tmp_path / "b.txt").write_text("many " * 1000)
+        cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "b.txt"), "--sequence-length", "3000"])
     with pytest.raises(cli.UserError, match="matches no file"):
         cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "no*.txt")])

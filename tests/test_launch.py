@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -208,3 +210,11 @@ def test_a_dead_or_silent_peer_ends_the_job_by_name(config: str, tmp_path: Path,
         assert survivor.wait(60) == 1, survivor.output
         message = "error: rank 1 (worker 1) died or stopped answering; start the same command again to resume"
         assert message in survivor.output.splitlines(), survivor.output
+
+
+def test_a_rank_whose_launcher_died_before_it_looked_ends(tmp_path: Path) -> None:
+    code = "from distmerge.launch import die_with_parent; die_with_parent(); print('lives')"
+    for launcher, outcome in ((os.getpid(), (0, "lives\n")), (os.getppid(), (1, ""))):
+        environment = os.environ | {"DISTMERGE_LAUNCHED": str(launcher)}
+        job = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+        assert (job.returncode, job.stdout) == outcome

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from distmerge.config import TrainConfig
@@ -33,12 +34,17 @@ class ZeroEngine(Engine):
         self.offloads = config.engine.offloads
         if self.offloads:
             mesh.lead_first("DeepSpeed's helper", build_ops)
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self._optimizer(model, config),
-            config=deepspeed_table(config, mesh),
-            mpu=WorkerRanks(mesh.inside),
-        )
+        optimizer, ranks = self._optimizer(model, config), WorkerRanks(mesh.inside)
+        with mesh.together():
+            table = deepspeed_table(config, mesh)
+            try:
+                self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=table, mpu=ranks)
+            except ValidationError as error:  # of its own sections
+                found = error.errors()[0]
+                key = ".".join(map(str, found["loc"]))
+                raise UserError(
+                    f"config.engine.config: DeepSpeed says of {key}: {found['msg']}, got {found['input']!r}"
+                ) from None
         self.model = self.engine
         self.optimizers = [self.engine.basic_optimizer]
         self.parameters = master_parameters(self.engine)

@@ -12,7 +12,7 @@ from distmerge.config import Data
 from distmerge.data import packed_text
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate
-from distmerge.model import load_model, load_tokenizer
+from distmerge.model import check_fits, load_model, load_tokenizer
 
 STEPS = (0.25, 0.5, 0.75)
 
@@ -31,6 +31,7 @@ def on_data(models: list[str], files: list[str], sequence_length: int, batches: 
     if len(text) == 0:
         raise UserError(f"--files must hold at least one sequence of {sequence_length} tokens")
     experts = [load_model(path) for path in models[1:]]
+    check_fits(experts[0], tokenizer, sequence_length)
     states = [{key: value.clone() for key, value in expert.state_dict().items()} for expert in experts]
     losses = [evaluate(expert, text, 8, batches).loss for expert in experts]
     found: dict[str, Any] = {"losses": losses, "barriers": [], "divergences": []}

@@ -73,7 +73,7 @@ def stopping(run: TrainConfig, count: Count, steps: int) -> list[str]:
         return [
             f"  merges: {steps} at most, {section.method} of {members} models, judged on {len(section.skills) + 1} skills; "
             f"{4 * count.whole * vectors / GB:.1f} GB more in memory for as long as each takes",
-            f"  stops: when the merge has not improved at {section.patience} published steps",
+            f"  stops: when the merge has not improved at {section.patience} published steps, from step {section.after} on",
         ]
     return ["  stops: at its last step"]
 

@@ -15,9 +15,10 @@ from distmerge.experts.members import open_all
 from distmerge.experts.pairing import Pairing, check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice
 from distmerge.experts.run import roles, settings_of
-from distmerge.files.models import Model
+from distmerge.files.models import Model, layer_of
 from distmerge.files.sources import Maps
 from distmerge.files.stream import Settings, Stream, in_memory
+from distmerge.quiet import quiet
 from distmerge.rules.similarity import overlap
 
 RANK = 8
@@ -27,6 +28,25 @@ def run(options: argparse.Namespace) -> int:
     """Diagnose the models; print, write and draw what was asked for."""
     if len(options.models) < 2:
         raise UserError(f"distmerge diagnose needs at least two models beside --base, got {len(options.models)}")
+    for index, model in enumerate(options.models):
+        if model in (options.base, *options.models[:index]):
+            raise UserError(f"distmerge diagnose takes each model once, and not its base, got {model} again")
+    with quiet():
+        report = report_of(options)
+    print(json.dumps(report) if options.json else table(report))
+    if options.plot:
+        from distmerge.experts.plots import draw
+
+        draw(report, Path(options.plot))
+    if options.tensorboard:
+        from distmerge.experts.plots import to_tensorboard
+
+        to_tensorboard(report, Path(options.tensorboard))
+    return 0
+
+
+def report_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the flags ask to know."""
     recipe = mean_of(options.base, options.models)
     models = open_all(recipe, options.allow_pickle)
     report = diagnose(recipe, models, settings_of(options), subspaces=True)
@@ -38,16 +58,7 @@ def run(options: argparse.Namespace) -> int:
 
         directories = [directory_of(models[reference]) for reference in (options.base, *options.models)]
         report |= on_data(directories, options.files, options.sequence_length, options.batches)
-    print(json.dumps(report) if options.json else table(report))
-    if options.plot:
-        from distmerge.experts.plots import draw
-
-        draw(report, Path(options.plot))
-    if options.tensorboard:
-        from distmerge.experts.plots import to_tensorboard
-
-        to_tensorboard(report, Path(options.tensorboard))
-    return 0
+    return report
 
 
 def directory_of(model: Model) -> str:
@@ -78,7 +89,7 @@ def diagnose(recipe: Recipe, models: dict[str, Model], settings: Settings, subsp
 
 def overlaps(pairing: Pairing, maps: Maps) -> list[dict[str, Any]]:
     """For a matrix in a layer: how much the leading ``RANK`` left singular directions of each pair of task vectors share."""
-    if len(pairing.shape) != 2 or min(pairing.shape) < 2 * RANK or ".layers." not in pairing.name or pairing.base is None:
+    if len(pairing.shape) != 2 or min(pairing.shape) < 2 * RANK or layer_of(pairing.name) is None or pairing.base is None:
         return []
     base = open_source(pairing.base, maps)
     leading = [leading_factors(open_source(item, maps), base, pairing.shape, RANK)[0] for item in pairing.members]

@@ -17,14 +17,18 @@ from torch import Tensor
 from distmerge.errors import UserError
 from distmerge.experts.members import open_any
 from distmerge.experts.methods import checked
-from distmerge.experts.recipe import Entry, Recipe
+from distmerge.experts.recipe import SHARD_SIZE, Entry, Recipe
 from distmerge.experts.record import as_json
 from distmerge.files.adapters import CONFIG, PREFIX, WEIGHTS, Adapter, Factors, is_adapter, read_adapter
 from distmerge.files.layout import shard
+from distmerge.files.models import TOKENIZER_FILES
 from distmerge.files.output import RECORD, Digests, Output
 from distmerge.files.sources import NAMES, Maps, OnDisk, Source
 from distmerge.rules.counter import key_of, uniform
 from distmerge.rules.rule import spans
+
+WHOLE = ("weight", "1")
+"""What a model on the command line has that was given no weight."""
 
 Pair = tuple[Tensor, Tensor]
 """B [rows, r] with the scale in it, A [r, columns]; float32."""
@@ -36,20 +40,43 @@ def merge_adapters(recipe: Recipe, out: Path, options: argparse.Namespace) -> No
     Raises:
         UserError: when an input is no adapter, the adapters do not fit, or a rank is missing.
     """
+    check_takes(recipe, options)
     entries = list(recipe.slices[0].entries)
     if recipe.method != "cat" and (options.rank is None or options.rank < 1):
         raise UserError(f"{recipe.method} needs --rank >= 1, got {options.rank}")
     maps = Maps()
     if recipe.method == "extract":
         found, config = extract(recipe, entries, options, maps), {}
+        beside = open_any(str(recipe.base), options.allow_pickle).directory
     else:
         adapters = [adapter_of(entry) for entry in entries]
         weights = [checked("weight", entry.parameters.get("weight", 1.0), entry.model) for entry in entries]
-        found, config = combine(adapters, weights, maps), adapters[0].config
+        found, config, beside = combine(adapters, weights, maps), adapters[0].config, adapters[0].path
         if recipe.method == "svd":
             found = {name: truncated(*pair, options.rank) for name, pair in found.items()}
-    write(found, config | {"base_model_name_or_path": recipe.base or config.get("base_model_name_or_path")}, recipe, out)
+    config = config | {"base_model_name_or_path": recipe.base or config.get("base_model_name_or_path")}
+    carried = {name: (beside / name).read_bytes() for name in TOKENIZER_FILES if (beside / name).is_file()}
+    write(found, config, recipe, out, carried)
     print(f"{out}: an adapter of {len(found)} weights by {recipe.method}")
+
+
+def check_takes(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Refuse what an adapter has no use for, by name.
+
+    Raises:
+        UserError: for the first such key.
+    """
+    own = [key for entry in recipe.slices[0].entries for key in entry.parameters]
+    if recipe.method == "extract":
+        own = [key for entry in recipe.slices[0].entries for key, value in entry.parameters.items() if (key, value) != WHOLE]
+    given = [*recipe.parameters, *recipe.variants, *(key for key in own if recipe.method == "extract" or key != "weight")]
+    given += [key for key in ("dtype", "out_dtype", "tokenizer", "chat_template", "general") if getattr(recipe, key)]
+    given += ["report"] * options.report + ["stochastic"] * (options.stochastic is not None)
+    given += ["shard-size"] * (options.shard_size != SHARD_SIZE) + ["device"] * (options.device != "cpu")
+    given += ["rank"] * (recipe.method == "cat" and options.rank is not None)
+    if given or len(recipe.slices) > 1:
+        takes = {"cat": "models and weights", "svd": "models, weights and --rank", "extract": "a base, a model and --rank"}
+        raise UserError(f"{recipe.method} makes an adapter of {takes[recipe.method]}, got {(given or ['slices'])[0]}, too")
 
 
 def adapter_of(entry: Entry) -> Adapter:
@@ -123,7 +150,7 @@ def extract(recipe: Recipe, entries: list[Entry], options: argparse.Namespace, m
             left, right = leading_factors(OnDisk(model.tensors[name], maps), OnDisk(stored, maps), stored.shape, options.rank)
             found[name] = left, right
     if not found:
-        raise UserError(f"{base.reference} has no matrix in a layer with both sides above --rank {options.rank}")
+        raise UserError(f"{base.reference} has no matrix in .layers.N. with both sides above --rank {options.rank}")
     return found
 
 
@@ -151,8 +178,8 @@ def leading_factors(member: Source, base: Source, shape: tuple[int, ...], rank: 
     return (found @ left)[:, :rank], (left.T @ test.T)[:rank]
 
 
-def write(found: dict[str, Pair], config: dict[str, Any], recipe: Recipe, out: Path) -> None:
-    """The adapter's directory. Scales are in B, so alpha is r; ranks differ between weights only in ``cat``."""
+def write(found: dict[str, Pair], config: dict[str, Any], recipe: Recipe, out: Path, carried: dict[str, bytes]) -> None:
+    """The adapter's directory, and files ``carried`` into it. Scales are in B, so alpha is r; ranks differ only in ``cat``."""
     rank = max(b.shape[1] for b, _ in found.values())
     tensors: dict[str, Tensor] = {}
     for name, (b, a) in found.items():
@@ -175,4 +202,4 @@ def write(found: dict[str, Pair], config: dict[str, Any], recipe: Recipe, out: P
     digests.advance(output.path / WEIGHTS)
     outputs = {path.name: entry for path, entry in digests.finish().items()}
     record = {"tool": "distmerge", "recipe": {"method": recipe.method, "models": recipe.references}, "outputs": outputs}
-    output.publish({CONFIG: as_json(said), RECORD: as_json(record)})
+    output.publish(carried | {CONFIG: as_json(said), RECORD: as_json(record)})

@@ -39,4 +39,4 @@ def open_any(reference: str, allow_pickle: bool) -> Model:
 def adapted(base: Model, reference: str, adapter: Path) -> Model:
     if not is_adapter(adapter):
         raise UserError(f"{adapter} is no LoRA adapter: it has no adapter_config.json")
-    return with_adapter(base, reference, read_adapter(adapter).factors)
+    return replace(with_adapter(base, reference, read_adapter(adapter).factors), adapter=adapter)

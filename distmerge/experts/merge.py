@@ -37,6 +37,8 @@ def merge(recipe: Recipe, out: Path, options: argparse.Namespace) -> None:
 
         merge_adapters(recipe, out, options)
         return
+    if options.rank is not None:
+        raise UserError(f"--rank is for svd and extract, got method {recipe.method}")
     if recipe.method == AUTO:
         recipe = recommended(recipe, options)
     check_structure(recipe)
@@ -62,7 +64,9 @@ def recommended(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     from distmerge.experts.inspect import diagnose, mean_of
     from distmerge.experts.run import settings_of
 
-    (slice,) = recipe.slices
+    slice, *more = recipe.slices
+    if more:
+        raise UserError(f"method auto takes whole models, got {len(recipe.slices)} slices")
     bare = mean_of(recipe.base, [entry.model for entry in slice.entries if entry.model != recipe.base])
     chosen = diagnose(bare, open_all(bare, options.allow_pickle), settings_of(options))["recommendation"]
     print(f"method auto takes {chosen['method']}:", *(f"- {why}" for why in chosen["reasons"]), sep="\n")
@@ -98,7 +102,7 @@ def with_omegas(recipe: Recipe, models: dict[str, Model]) -> Recipe:
 def omega_of(skill: Model, general: Model) -> float:
     counts = []
     for model in (skill, general):
-        path = model.directory / "training.json"
+        path = (model.adapter or model.directory) / "training.json"
         try:
             tokens = json.loads(path.read_bytes())["tokens"]
         except (OSError, ValueError, KeyError, TypeError):

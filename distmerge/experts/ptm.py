@@ -21,6 +21,7 @@ from distmerge.config import TrainConfig
 from distmerge.errors import UserError
 from distmerge.experts.ptm_config import PtmConfig, Runs, Texts
 from distmerge.experts.texts import KINDS, kinds_here, of_files, write_parts
+from distmerge.launch import die_with_parent
 from distmerge.rundir import RunDirectory, write_atomically
 
 Trainer = Callable[[TrainConfig, int], None]
@@ -33,7 +34,7 @@ def experiment(config: PtmConfig, train: Trainer) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     texts = prepare_texts(config, out / "texts")
     if config.processes > 1 and len(config.seeds) > 1:
-        with ProcessPoolExecutor(config.processes, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(config.processes, multiprocessing.get_context("spawn"), die_with_parent) as pool:
             waiting = [pool.submit(one_seed, config, seed, texts, train) for seed in config.seeds]
             measured = [result.result() for result in waiting]
     else:
@@ -108,7 +109,11 @@ def train_all(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> Run
         run = config.run(seed, name, steps, files, start, **more)
         directory = RunDirectory(run.run_dir)
         directory.check(run)
-        if directory.finished(run.steps) is None:
+        done = directory.finished(1)
+        if done is not None and done["steps"] != run.steps:
+            said = f"{run.run_dir} was trained for {done['steps']} steps"
+            raise UserError(f"{said}, config.steps now says {run.steps}: take another out")
+        if done is None:
             train(run, config.ranks)
         return str(directory.final)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ from pydantic import Field, model_validator
 from distmerge import config_file
 from distmerge.config import Model, Optimizer, Schedule, Section, Train, TrainConfig
 from distmerge.errors import UserError
+
+TAKEN = ("general", "other")
+"""Names of texts that are no skills."""
 
 
 class Steps(Section):
@@ -68,6 +72,9 @@ class PtmConfig(Section):
             raise UserError(f"replay must be shares between 0 and 1, got {self.replay}")
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds must differ, got {self.seeds}")
+        for name in self.skills:
+            if name in TAKEN or not re.fullmatch(r"[\w.-]+", name):
+                raise UserError(f"skills must have a word as a name, other than {' and '.join(TAKEN)}, got {name!r}")
         return self
 
     def run(self, seed: int, name: str, steps: int, files: list[str], start: str | None, **more: Any) -> TrainConfig:
@@ -114,5 +121,12 @@ class Runs(NamedTuple):
 
 
 def read(path: str, overrides: dict[str, Any]) -> PtmConfig:
-    """The configuration in a TOML file, with ``overrides`` in place of its own keys."""
-    return config_file.validate_as(PtmConfig, config_file.read_table(path) | overrides)
+    """The configuration in a TOML file, with ``overrides`` in place of its own keys.
+
+    Raises:
+        UserError: also for what only a training run would refuse, which may come hours later.
+    """
+    config = config_file.validate_as(PtmConfig, config_file.read_table(path) | overrides)
+    for steps in (config.steps.base, config.steps.general, config.steps.skill):
+        config.run(0, "any", steps, ["any"], None)
+    return config

@@ -14,6 +14,9 @@ from distmerge.errors import UserError
 Setting = Any
 """A parameter as written: a scalar; a list of scalars, a gradient over the layers; or a list of {value, filter}."""
 
+SHARD_SIZE = "5GB"
+"""The largest file of an output, unless another is asked for."""
+
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 

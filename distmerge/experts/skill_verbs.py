@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distmerge.errors import UserError
+from distmerge.quiet import quiet
 
 if TYPE_CHECKING:
     from distmerge.config import TrainConfig
@@ -57,7 +58,8 @@ def run(options: argparse.Namespace, train: Callable[[TrainConfig, int], None]) 
 
     from distmerge.experts.ptm import experiment
 
-    results = experiment(config, train)
+    with quiet():
+        results = experiment(config, train)
     print(json.dumps({"report": f"{config.out}/report.html", "results": f"{config.out}/results.json"} | results["summary"]))
     return 0
 

@@ -50,7 +50,11 @@ class Plateau:
 
 
 class Peak:
-    """Stop some observations after the best one, and remember which that was. Of equal ones the first is the best."""
+    """Stop some observations after the best one, and remember which that was. Of equal ones the first is the best.
+
+    Nothing before step ``after`` counts: a rate that warms up moves the first merges up and down, and a lucky one of them would
+    end a training in which nothing was learned.
+    """
 
     def __init__(self, section: Stopping):
         self.section = section
@@ -58,6 +62,8 @@ class Peak:
 
     def observe(self, step: int, loss: float) -> bool:
         """Whether this loss ends the training."""
+        if step < self.section.after:
+            return False
         if improves(loss, self.best, self.section.tolerance):
             self.best, self.best_step, self.waited = loss, step, 0
             return False

@@ -7,7 +7,9 @@ Greedy soup: https://arxiv.org/abs/2203.05482. From the best model on, each next
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,11 @@ from distmerge.experts.recipe import Entry, Recipe, Slice, is_number
 from distmerge.experts.run import settings_of, survey_of
 from distmerge.experts.skill_verbs import named
 from distmerge.experts.verbs import table_of
+from distmerge.files.output import refuse_existing
 from distmerge.files.sources import DTYPES, InMemory, Maps
 from distmerge.files.stream import Job, Stream, in_memory
-from distmerge.model import load_model, load_tokenizer
+from distmerge.model import check_fits, load_model, load_tokenizer
+from distmerge.quiet import quiet
 from distmerge.rules.task import GlobalTrim, TaskArithmetic, TaskVectors
 
 SOUP = "greedy_soup"
@@ -62,6 +66,7 @@ class Judge:
             if len(text) == 0:
                 raise UserError(f"--skill {name} must hold at least one sequence of {length} tokens")
         self.model: nn.Module = load_model(donor)
+        check_fits(self.model, load_tokenizer(donor), length)
         self.batches, self.settings, self.allow_pickle = options.batches, settings_of(options), options.allow_pickle
         self.places = {name: value.view(-1) for name, value in self.model.state_dict().items()}
         self._vectors: dict[str, tuple[InMemory, ...]] = {}
@@ -107,14 +112,17 @@ def run(options: argparse.Namespace) -> int:
     if not options.skill:
         raise UserError("distmerge sweep needs at least one --skill NAME=GLOB")
     skills = named(options.skill)
-    if options.pick and not options.out:
-        raise UserError("--pick needs --out DIR")
+    if options.pick != bool(options.out):
+        raise UserError("--pick and --out DIR belong together: the best model is written there")
+    if options.out:
+        refuse_existing(Path(options.out))
     soup = options.method == SOUP
     recipe = native.from_table(table_of(options) | ({"method": "linear"} if soup else {}), "")
-    points = greedy(recipe, skills, options) if soup else over_grid(recipe, skills, options)
+    with quiet():
+        points = greedy(recipe, skills, options) if soup else over_grid(recipe, skills, options)
     for point in points:
         point["mean"] = float(np.mean(list(point["losses"].values())))
-    best = min((point for point in points if point["kept"]), key=lambda point: point["mean"])
+    best = min((point for point in points if point["kept"]), key=height)
     print(
         json.dumps({"points": [without_recipe(point) for point in points], "best": best["name"]})
         if options.json
@@ -123,16 +131,26 @@ def run(options: argparse.Namespace) -> int:
     if options.plot:
         pareto(points, best, list(skills), Path(options.plot))
     if options.pick:
-        merge(best["recipe"], Path(options.out), options)
+        with quiet() if options.json else contextlib.nullcontext():
+            merge(best["recipe"], Path(options.out), options)
     return 0
+
+
+def height(point: dict[str, Any]) -> float:
+    """A point's mean loss; what is no number is never the best."""
+    return point["mean"] if math.isfinite(point["mean"]) else math.inf
 
 
 def grid_of(given: str | None) -> tuple[str, list[float]]:
     key, _, values = (given or "").partition("=")
     numbers = values.split(",")
-    if key not in PARAMETERS or PARAMETERS[key].holds is None or not all(is_number(value) for value in numbers):
+    if key not in PARAMETERS or PARAMETERS[key].holds is None or not all(map(is_finite, numbers)):
         raise UserError(f"--grid must be PARAMETER=X,Y,... such as lambda=0.2,0.4, got {given}")
     return key, [float(value) for value in numbers]
+
+
+def is_finite(text: str) -> bool:
+    return is_number(text) and math.isfinite(float(text))
 
 
 def over_grid(recipe: Recipe, skills: dict[str, list[str]], options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -88,29 +88,43 @@ def of_files(key: str, patterns: list[str]) -> str:
 
 
 def write_parts(text: str, folder: Path, name: str, limit: int) -> dict[str, str]:
-    """``NAME-pretraining.txt``, ``NAME-train.txt`` and ``NAME-test.txt``: no line in two of them. Files there are kept.
+    """``NAME-pretraining.txt``, ``NAME-train.txt`` and ``NAME-test.txt``: no line in two of them.
 
     Args:
         limit: characters to take at most, spread over the text.
 
     Returns:
         the paths by part.
+
+    Raises:
+        UserError: where files of other text are there: models were trained on them.
     """
     paths = {part: folder / f"{name}-{part}.txt" for part in PARTS}
-    if not all(path.exists() for path in paths.values()):
-        lines = text.splitlines(keepends=True)
-        pieces = ["".join(lines[at : at + PIECE_LINES]) for at in range(0, len(lines), PIECE_LINES)]
-        random.Random(0).shuffle(pieces)
-        kept, size = [], 0
-        for piece in pieces:
-            if size >= limit:
-                break
-            kept.append(piece)
-            size += len(piece)
-        at, share = 0, 0.0
-        for part, path in paths.items():
-            share += PARTS[part]
-            stop = max(at + 1, round(share * len(kept)))
-            write_atomically(path, "".join(kept[at:stop]))
-            at = stop
+    for part, content in cut(text, limit).items():
+        if not paths[part].exists():
+            write_atomically(paths[part], content)
+        elif paths[part].read_bytes() != content.encode():
+            raise UserError(
+                f"{paths[part]} holds other text than {name} has now, and models were trained on it: take another out"
+            )
     return {part: str(path) for part, path in paths.items()}
+
+
+def cut(text: str, limit: int) -> dict[str, str]:
+    """The parts' contents."""
+    lines = text.splitlines(keepends=True)
+    pieces = ["".join(lines[at : at + PIECE_LINES]) for at in range(0, len(lines), PIECE_LINES)]
+    random.Random(0).shuffle(pieces)
+    kept, size = [], 0
+    for piece in pieces:
+        if size >= limit:
+            break
+        kept.append(piece)
+        size += len(piece)
+    found, at, share = {}, 0, 0.0
+    for part in PARTS:
+        share += PARTS[part]
+        stop = max(at + 1, round(share * len(kept)))
+        found[part] = "".join(kept[at:stop])
+        at = stop
+    return found

@@ -62,7 +62,7 @@ class ExpertTraining:
 
     def __init__(self, config: TrainConfig, run: Trainable):
         self.config, self.run, self.section = config, run, config.stopping
-        self.patience_seconds = SIBLING_SECONDS if run.mesh.side_by_side else None
+        self.patience_seconds = SIBLING_SECONDS if run.mesh.name else None
         self.plateau = Plateau(self.section) if self.section.rule == "plateau" else None
         self.peak = Peak(self.section) if self.section.rule == "merged" else None
         self.stopped: str | None = None

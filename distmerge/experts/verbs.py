@@ -8,7 +8,7 @@ from typing import Any
 
 from distmerge.errors import UserError
 from distmerge.experts.methods import METHODS, PARAMETERS, VARIANTS
-from distmerge.experts.recipe import Recipe
+from distmerge.experts.recipe import SHARD_SIZE, Recipe
 
 PARAMETER_FLAGS = [key for key, parameter in PARAMETERS.items() if key != "weight" and parameter.holds is not None]
 SWITCHES = [key for key, parameter in PARAMETERS.items() if parameter.holds is None and key != "rescale"]
@@ -48,7 +48,7 @@ def add_parsers(verbs: Any) -> None:
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="the merged model; must not exist")
-    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest file of the output, such as 500MB or 5GB")
+    parser.add_argument("--shard-size", default=SHARD_SIZE, metavar="SIZE", help="largest file of the output, such as 500MB")
     parser.add_argument("--stochastic", type=int, metavar="SEED", help="round to bfloat16 stochastically")
     parser.add_argument("--report", action="store_true", help="diagnose the inputs in the same pass: report.json in DIR")
 
@@ -87,6 +87,8 @@ def run(options: argparse.Namespace) -> int:
     for name, value in (("--threads", options.threads), ("--chunk", options.chunk)):
         if value is not None and not 1 <= value <= 1 << 40:
             raise UserError(f"{name} must be >= 1, got {value}")
+    if options.verb in ("diagnose", "sweep"):
+        check_text_flags(options)
     if options.verb == "diagnose":
         from distmerge.experts import inspect
 
@@ -98,6 +100,9 @@ def run(options: argparse.Namespace) -> int:
 
         return sweep.run(options)
     if options.verify is not None:
+        for key in ("recipe", "method", "model", "out"):
+            if getattr(options, key):
+                raise UserError(f"--verify DIR hashes a model again and makes none, got {key}, too")
         from distmerge.experts.record import verify
 
         print(verify(Path(options.verify)))
@@ -108,6 +113,13 @@ def run(options: argparse.Namespace) -> int:
 
     merge(recipe_of(options), Path(options.out), options)
     return 0
+
+
+def check_text_flags(options: argparse.Namespace) -> None:
+    """Refuse lengths of text that nothing can be measured on."""
+    for name, value, least in (("--sequence-length", options.sequence_length, 2), ("--batches", options.batches, 1)):
+        if value < least:
+            raise UserError(f"{name} must be >= {least}, got {value}")
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:

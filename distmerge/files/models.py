@@ -37,6 +37,7 @@ class Model:
         config: config.json, {} without one.
         factors: a LoRA adapter's factors on top of the tensors, by the tensor's name.
         recorded: size and SHA-256 of its files, by name, where a window's block says them.
+        adapter: the directory of the adapter, where there is one: its training is recorded there.
     """
 
     reference: str
@@ -45,6 +46,7 @@ class Model:
     config: dict[str, Any] = field(default_factory=dict)
     factors: dict[str, Any] = field(default_factory=dict)
     recorded: dict[str, Any] = field(default_factory=dict)
+    adapter: Path | None = None
 
     @property
     def files(self) -> list[Path]:

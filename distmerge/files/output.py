@@ -46,9 +46,14 @@ class Output:
             self.path.mkdir(exist_ok=True)
             self._lock = open(self.path / LOCK, "a")  # noqa: SIM115
         self._take_lock()
+        try:
+            with disk_errors(self.path):
+                if not self._resume(identity):
+                    self._begin(identity)
+        except UserError:
+            self.discard()
+            raise
         with disk_errors(self.path):
-            if not self._resume(identity):
-                self._begin(identity)
             self.files = {part.name: os.open(self.path / part.name, os.O_RDWR) for part in shards}
 
     def write(self, shard: Shard, offset: int, data: memoryview) -> None:
@@ -106,6 +111,10 @@ class Output:
             fsync_directory(self.out.parent)
         self._lock.close()
 
+    def discard(self) -> None:
+        """Leave nothing behind: what is wrong must be mended first, and then all is done anew."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def _take_lock(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,7 +154,7 @@ class Output:
 
 
 def refuse_existing(out: Path) -> None:
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise UserError(f"--out must not exist yet, got {out}")
 
 
@@ -155,7 +164,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (*DISK_ERRORS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+        if error.errno not in (*DISK_ERRORS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG):
             raise
         raise UserError(f"cannot write {path}: {error.strerror}; nothing was published") from None
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distmerge.errors import UserError
 from distmerge.files.layout import Shard, index_of, lay_out
 from distmerge.files.output import Digests, Output, refuse_existing
 from distmerge.files.sources import DTYPES
@@ -43,6 +44,23 @@ def write_model(
     shards = lay_out({job.name: (job.dtype, job.shape) for job in stream.jobs}, shard_bytes)
     home = {name: shard for shard in shards for name in shard.offsets}
     output = Output(out, identity, shards)
+    try:
+        return into(output, stream, jobs, home, close, digests)
+    except UserError:
+        output.discard()
+        raise
+
+
+def into(
+    output: Output,
+    stream: Stream,
+    jobs: dict[str, Job],
+    home: dict[str, Shard],
+    close: Callable[[Report], dict[str, bytes]],
+    digests: Digests,
+) -> Report:
+    """The same, once the output is open. ``home`` is the shard of each job."""
+    shards = output.shards
     stream.look()
     notes = dict(output.done)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from distmerge.buffers import Policy
 from distmerge.errors import UserError
@@ -42,7 +43,7 @@ class Peers:
         return dist.all_reduce(x, group=self.group, async_op=True)
 
     def start_equal(self, flat: FlatParameters) -> None:
-        """Give every peer the first one's parameters and buffers, and prove it.
+        """Give every peer the first one's parameters, frozen ones too, and buffers, and prove it.
 
         Raises:
             UserError: when the peers' models differ in names or shapes. It is raised on all of them.
@@ -53,9 +54,19 @@ class Peers:
         source = dist.get_global_rank(self.group, 0)
         dist.broadcast(flat.vector, source, group=self.group)
         flat.push()
-        for buffer in flat.model.buffers():
-            dist.broadcast(buffer, source, group=self.group)
+        for tensor in (*flat.model.buffers(), *self._differing(frozen_tensors(flat.model))):
+            dist.broadcast(tensor, source, group=self.group)
         self._compare("the bits of the parameters after a broadcast", fingerprint(flat.vector))
+
+    def _differing(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Those that are not the same on all peers: a base under adapters is large, and mostly loaded from one file."""
+        if not tensors:
+            return []
+        low = torch.stack([fingerprint(tensor) for tensor in tensors])
+        high = low.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN, group=self.group)
+        dist.all_reduce(high, dist.ReduceOp.MAX, group=self.group)
+        return [tensor for tensor, differs in zip(tensors, (low != high).tolist(), strict=True) if differs]
 
     def merge_buffers(self, flat: FlatParameters, policies: dict[str, Policy], full: bool) -> None:
         """Merge the model's buffers by policy; the constant ones are compared only in a ``full`` merge.
@@ -101,3 +112,10 @@ class Peers:
         for peer, other in enumerate(theirs):
             if not torch.equal(other, theirs[0]):
                 raise UserError(f"all workers must agree on {what}: worker {peer} differs from worker 0")
+
+
+def frozen_tensors(model: nn.Module) -> list[Tensor]:
+    """What this rank holds of the parameters that do not train, and so never merge."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    local = [p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p) for p in frozen]
+    return [tensor.detach() for tensor in local]

@@ -40,6 +40,9 @@ def deepspeed(**table: Any) -> dict[str, Any]:
         ({"fp16": {"enabled": True}}, "fp16.enabled must be false, as train.precision is float32, got true"),
         ({"optimizer": {"type": "Adam"}},
          "optimizer must not be given, since [optimizer] decides, got {'type': 'Adam'}"),
+        ({"zero_optimization": 2}, "zero_optimization must be a table, got 2"),
+        ({"bf16": True}, "bf16 must be a table, got True"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, "zero_optimization.offload_optimizer must be a table, got 'cpu'"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage must be one of 0, 1, 2, 3, got 4"),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},

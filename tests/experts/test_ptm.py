@@ -122,6 +122,12 @@ def test_what_is_finished_is_not_done_again(folder: Path) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in parameters(seed / "rt-sums" / "final").items())
 
 
+def test_other_steps_want_another_directory(folder: Path) -> None:
+    (folder / "longer.toml").write_text((folder / "ptm.toml").read_text().replace("general = 8", "general = 7"))
+    outcome = command(["ptm", str(folder / "longer.toml")])
+    assert outcome.status == 2 and "general was trained for 8 steps, config.steps now says 7" in outcome.stderr
+
+
 def test_parts_share_no_piece(tmp_path: Path) -> None:
     text = "".join(f"line {index}\n" for index in range(4000))
     paths = write_parts(text, tmp_path, "t", 10**9)
@@ -129,6 +135,9 @@ def test_parts_share_no_piece(tmp_path: Path) -> None:
     assert sorted(line for part in lines.values() for line in part) == sorted(text.splitlines())
     assert [round(len(lines[part]) / 4000, 1) for part in ("pretraining", "train", "test")] == [0.2, 0.7, 0.1]
     assert set(kinds_here(["headers", "arithmetic"])) <= set(KINDS)
+    assert write_parts(text, tmp_path, "t", 10**9) == paths
+    with pytest.raises(UserError, match="holds other text than t has now"):
+        write_parts(text + "more\n", tmp_path, "t", 10**9)
 
 
 def test_the_knee_is_where_the_curve_bends() -> None:
@@ -154,9 +163,17 @@ def test_hits_are_counted() -> None:
         ({"omegas": [0.5, 0.2]}, "omegas must be > 0 and ascend"),
         ({"replay": [1.0]}, "replay must be shares between 0 and 1"),
         ({"seeds": [1, 1]}, "seeds must differ"),
+        ({"skills": {"general": []}}, "skills must have a word as a name, other than general and other, got 'general'"),
+        ({"skills": {"a/b": []}}, "skills must have a word as a name"),
         ({"step": 1}, 'config.step is not a known key; did you mean "steps"'),
     ],
 )
 def test_mistakes(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config_file.validate_as(PtmConfig, {"out": "x", "model": BASE["model"]} | keys)
+
+
+def test_what_the_last_run_would_refuse_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "ptm.toml").write_text(CONFIG.format(tmp_path) + '[schedule]\nname = "wsd"\ndecay = 5\n')
+    with pytest.raises(UserError, match=r"schedule.warmup \+ decay must be <= steps = 4, got 0 \+ 5"):
+        read(str(tmp_path / "ptm.toml"), {})

@@ -1,10 +1,9 @@
-"""Stopping rules on scripted curves, and in runs: bitwise resume, the same decision on all ranks."""
+"""Stopping rules in runs: bitwise resume, the same decision on all ranks."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,86 +14,17 @@ from safetensors.torch import load_file
 
 from distmerge import config_file
 from distmerge.config import Model, TrainConfig
-from distmerge.config_experts import Lora, Stopping
+from distmerge.config_experts import Lora
 from distmerge.data import open_corpus
 from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import Theta, with_lora
 from distmerge.experts.flat_merge import merge, read_model
-from distmerge.experts.stopping import Peak, Plateau, member_at, published_steps
+from distmerge.experts.stopping import member_at, published_steps
 from distmerge.flat import FlatParameters
 from distmerge.model import build_model, load_model, load_tokenizer
 from tests import jobs
 from tests.checkpoints.runs import BASE, forget_after, lines, parameters, run, same, write_text
 from tests.ranks import Ranks, command
-
-
-def plateau(losses: list[float], **keys: Any) -> tuple[int | None, list[float]]:
-    """Where the rule stops, counted from 0, and the rates on the way."""
-    rule = Plateau(Stopping(rule="plateau", **keys))
-    rates: list[float] = []
-    for index, loss in enumerate(losses):
-        stops = rule.observe(loss)
-        rates.append(rule.lr_factor)
-        if stops:
-            return index, rates
-    return None, rates
-
-
-@pytest.mark.parametrize(
-    ("losses", "keys", "stop", "rates"),
-    [
-        ([3, 2, 1, 0.5], {}, None, [1, 1, 1, 1]),  # it falls and falls
-        ([3, 2, 2, 1, 1, 0.9], {}, 4, [1, 1, 0.5, 0.5, 0.5]),  # a plateau, progress at the lower rate, the next plateau
-        ([3, 2, 2, 2], {"reductions": 0}, 2, [1, 1, 1]),
-        ([3, 2, 2.1, 1.9, 2.1, 1.8], {"patience": 2}, None, [1, 1, 1, 1, 1, 1]),  # noise that patience outlasts
-        ([3, 2, 2.1, 2.2, 2.3, 2.4], {"patience": 2}, 5, [1, 1, 1, 0.5, 0.5, 0.5]),
-        ([2, 2, 2], {}, 2, [1, 0.5, 0.5]),  # ties are no improvement
-        ([2, 1.99, 1.98], {"tolerance": 0.1}, 2, [1, 0.5, 0.5]),  # too little is none either
-        ([2, math.nan, 1.5, math.inf], {}, 3, [1, 0.5, 0.5, 0.5]),
-        ([1, 2, 3, 4, 5], {"reductions": 3, "factor": 0.1}, 4, [1, 0.1, 0.01, 0.001, 0.001]),
-    ],
-)
-def test_plateau(losses: list[float], keys: dict, stop: int | None, rates: list[float]) -> None:
-    stopped, found = plateau(losses, **keys)
-    assert stopped == stop
-    assert found == pytest.approx(rates)
-
-
-def peak(losses: list[float], **keys: Any) -> tuple[int | None, int]:
-    """Where the rule stops, at steps 1, 2, 4, ..., and the step that it keeps."""
-    rule = Peak(Stopping(rule="merged", merge_with=["x"], **keys))
-    for index, loss in enumerate(losses):
-        if rule.observe(1 << index, loss):
-            return 1 << index, rule.best_step
-    return None, rule.best_step
-
-
-@pytest.mark.parametrize(
-    ("losses", "keys", "expected"),
-    [
-        ([4, 3, 2, 1], {}, (None, 8)),
-        ([4, 3, 3.5, 1], {}, (4, 2)),  # a peak of the score
-        ([4, 3, 3.5, 2.9, 3, 3], {"patience": 2}, (32, 8)),  # one bad look is forgiven
-        ([3, 3, 3], {"patience": 2}, (4, 1)),  # of equal ones the first
-        ([3, 2.99, 2.98], {"tolerance": 0.05, "patience": 2}, (4, 1)),
-        ([math.nan, 3, math.nan, 2], {"patience": 2}, (None, 8)),
-        ([math.nan, math.nan], {"patience": 2}, (2, 0)),
-    ],
-)
-def test_peak(losses: list[float], keys: dict, expected: tuple) -> None:
-    assert peak(losses, **keys) == expected
-
-
-def test_rules_go_on_from_their_state() -> None:
-    curve = [3, 2, 2.1, 1.9, 2, 2.5, 2.4]
-    for cut in range(len(curve)):
-        whole, first = (Plateau(Stopping(rule="plateau", reductions=2)) for _ in range(2))
-        wanted = [whole.observe(loss) for loss in curve]
-        found = [first.observe(loss) for loss in curve[:cut]]
-        second = Plateau(Stopping(rule="plateau", reductions=2))
-        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        assert found + [second.observe(loss) for loss in curve[cut:]] == wanted
-        assert second.state_dict() == whole.state_dict()
 
 
 def test_a_sibling_is_its_newest_step_that_is_not_later(tmp_path: Path) -> None:
@@ -127,6 +57,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def merged(base: Path, name: str, **more: Any) -> Path:
     """A run whose rate is so high that its merge soon gets worse."""
     stopping = {"rule": "merged", "merge_with": [str(base.parent / "sibling" / "final")], "method": "task_arithmetic"}
+    stopping |= {"patience": 1, "after": 1}
     sections = {
         "model": {"path": str(base / "final")},
         "expert": {"skill": "own"},
@@ -268,7 +199,7 @@ mesh = {{ device = "cpu" }}
 model = {{ path = "{base}/final" }}
 data = {{ source = "files", files = ["{base.parent}/text.txt"], sequence_length = 32, eval_fraction = 0.2 }}
 train = {{ batch_size = 2, threads = 1 }}
-stopping = {{ rule = "merged", merge_with = ["siblings"] }}
+stopping = {{ rule = "merged", merge_with = ["siblings"], patience = 1, after = 1 }}
 checkpoint = {{ at = "powers-of-two" }}
 evaluate = {{ batches = 2 }}
 [[experts]]

@@ -47,7 +47,7 @@ def flags(root, *more: str) -> list[str]:
 def test_grid(root, tmp_path, capsys):
     more = ["--method", "task_arithmetic", "--base", str(root / "base"), "--grid", "lambda=0,0.5,1", "--plot", str(tmp_path)]
     assert cli.run(flags(root, *more, "--pick", "--out", str(tmp_path / "out"))) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[0])
+    found = json.loads(capsys.readouterr().out)
     assert [point["name"] for point in found["points"]] == ["lambda = 0", "lambda = 0.5", "lambda = 1"]
     best = min(found["points"], key=lambda point: point["mean"])
     assert found["best"] == best["name"] and (tmp_path / "pareto.png").exists()
@@ -107,7 +107,29 @@ def test_a_diagnosis_on_files(root, capsys):
         cli.run(["diagnose", "--base", str(root / "base"), *models[:2], "--files", str(root / "absent*.txt")])
 
 
-@pytest.mark.parametrize("grid", [None, "lambda", "lambda=a", "nothing=1", "normalize=1"])
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        (["--pick"], "--pick and --out DIR belong together"),
+        (["--out", "somewhere"], "--pick and --out DIR belong together"),
+        (["--pick", "--out", "{root}"], "--out must not exist yet"),
+        (["--sequence-length", "1"], "--sequence-length must be >= 2, got 1"),
+        (["--sequence-length", "4000"], "sequence_length must be <= "),
+    ],
+)
+def test_refused_before_anything_is_measured(more, error, root):
+    given = ["--method", "task_arithmetic", "--base", str(root / "base"), "--grid", "lambda=0.5"]
+    with pytest.raises(UserError, match=error):
+        cli.run([*flags(root, *given), *(value.format(root=root) for value in more)])
+
+
+def test_what_is_no_number_is_never_the_best(root, capsys):
+    given = ["--method", "task_arithmetic", "--base", str(root / "base"), "--grid", "lambda=1e38,0.5", "--json"]
+    assert cli.run(flags(root, *given)) == 0
+    assert json.loads(capsys.readouterr().out)["best"] == "lambda = 0.5"
+
+
+@pytest.mark.parametrize("grid", [None, "lambda", "lambda=a", "lambda=nan", "nothing=1", "normalize=1"])
 def test_refused(grid, root):
     more = ["--grid", grid] if grid else []
     with pytest.raises(UserError, match="--grid must be PARAMETER=X,Y"):

@@ -55,7 +55,7 @@ LORA = {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "down_proj"]}
 def test_lora_experts_train_merge_exactly_and_extract_back(base: Path, tmp_path: Path) -> None:
     section = {"optimizer": {"lr": 3e-2}, "checkpoint": {"every": 10, "at": "powers-of-two"}}
     one = expert(base, "one", **section | {"expert": {"skill": "one", "lora": LORA}})
-    two = expert(base, "two", **section | {"expert": {"skill": "two", "lora": LORA}, "seed": 3})
+    two = expert(base, "two", **section | {"expert": {"skill": "two", "lora": LORA}, "seed": 3, "steps": 6})
     losses = [line["eval/loss"] for line in lines(one, "metrics.jsonl") if "eval/loss" in line]
     assert losses[-1] < losses[0]
     origin = str(base / "final")
@@ -66,6 +66,10 @@ def test_lora_experts_train_merge_exactly_and_extract_back(base: Path, tmp_path:
     assert sorted(name.split(".")[-2] for name in changed) == ["down_proj", "q_proj"]
     for name in b:
         torch.testing.assert_close(whole[name] - b[name], first[name] + second[name] - 2 * b[name], rtol=1e-4, atol=1e-6)
+    assert command(f"eval {tmp_path}/cat --files {base.parent}/text.txt --sequence-length 32".split()).status == 0
+    # An adapter's training is recorded beside it, not beside the base that it is on.
+    ptm = f"merge --method ptm --base {origin} --general {one}/final --model {two}/final --out {tmp_path}/ptm"
+    assert "training tokens = 0.5\n" in command(ptm.split()).stdout
     # A full model of it, and the adapter extracted back from the difference.
     assert command(f"merge --method linear --model {origin}+{one}/final --out {tmp_path}/full".split()).status == 0
     given = f"merge --method extract --rank 2 --base {origin} --model {tmp_path}/full --out {tmp_path}/back"

@@ -140,7 +140,7 @@ def test_nothing_is_published_after_an_error(method, value, tmp_path):
     flags = ["--density", "1"] if method == "dare_ties" else METHODS.get(method, [])
     with pytest.raises(UserError, match=r"model\.norm\.weight holds NaN or infinity in .*bad"):
         merge(method.split("-")[0], [models[0], bad, models[2]], tmp_path / "out", *flags)
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.merging").exists()
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
@@ -151,14 +151,16 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match="No space left on device; nothing was published"):
         merge("linear", models, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.merging").exists()
 
 
 def test_an_existing_directory_is_refused(tmp_path):
     models = family(tmp_path)
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="must not exist yet"):
-        merge("linear", models, tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name in ("out", "link"):
+        with pytest.raises(UserError, match="must not exist yet"):
+            merge("linear", models, tmp_path / name)
 
 
 KILLED = """
