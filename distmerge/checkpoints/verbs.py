@@ -114,5 +114,5 @@ def verify(run_dir: Path) -> int:
 
     verdicts = verify_run(run_dir)
     for verdict in verdicts:
-        print(f"{verdict.path}: {verdict.problem or 'ok'}")
-    return int(any(verdict.problem is not None for verdict in verdicts))
+        print(f"{verdict.path}: {verdict.said}")
+    return int(any(verdict.damaged for verdict in verdicts))

@@ -13,10 +13,11 @@ PUBLISHED = (("checkpoints", "step", MANIFEST), ("window", "block", "block.json"
 
 
 class Verdict(NamedTuple):
-    """Attributes: path, relative to the run directory; problem, None for what is as it was written."""
+    """Attributes: path, relative to the run directory; said, what became of it; damaged, whether that is to be repaired."""
 
     path: str
-    problem: str | None
+    said: str
+    damaged: bool
 
 
 def verify_run(run_dir: Path) -> list[Verdict]:
@@ -30,9 +31,12 @@ def verify_run(run_dir: Path) -> list[Verdict]:
     verdicts: list[Verdict] = []
     for place, prefix, manifest in PUBLISHED:
         for path in published_directories(run_dir / place, prefix):
-            verdicts.append(Verdict(f"{place}/{path.name}", verify(path, name=manifest)))
+            problem = verify(path, name=manifest)
+            verdicts.append(Verdict(f"{place}/{path.name}", problem or "ok", problem is not None))
         for path in sorted((run_dir / place).glob(f"{prefix}-*.*")):
-            verdicts.append(Verdict(f"{place}/{path.name}", f"was set aside as {path.suffix[1:]}"))
+            # A roll-back sets aside what a spike touched: that is in order.
+            why = path.suffix[1:]
+            verdicts.append(Verdict(f"{place}/{path.name}", f"was set aside as {why}", why != "tainted"))
     if not verdicts:
         raise UserError(f"RUN_DIR must hold checkpoints or window blocks, {run_dir} has none")
     return verdicts

@@ -19,16 +19,17 @@ def publish_step(root: Path, step: int) -> Path:
 
 
 def test_says_what_is_damaged(tmp_path: Path) -> None:
-    paths = [publish_step(tmp_path / "checkpoints", step) for step in (1, 2, 3)]
+    paths = [publish_step(tmp_path / "checkpoints", step) for step in (1, 2, 3, 4)]
     (paths[1] / "a.safetensors").unlink()
     paths[2].rename(paths[2].with_name("step-00000003.rejected"))
+    paths[3].rename(paths[3].with_name("step-00000004.tainted"))
     verdicts = verify_run(tmp_path)
-    assert [verdict.path for verdict in verdicts] == [
-        "checkpoints/step-00000001", "checkpoints/step-00000002", "checkpoints/step-00000003.rejected"
+    assert [(verdict.path.removeprefix("checkpoints/step-0000000"), verdict.damaged) for verdict in verdicts] == [
+        ("1", False), ("2", True), ("3.rejected", True), ("4.tainted", False)
     ]  # fmt: skip
-    assert verdicts[0].problem is None
-    assert "a.safetensors is missing" in str(verdicts[1].problem)
-    assert "set aside" in str(verdicts[2].problem)
+    assert verdicts[0].said == "ok"
+    assert "a.safetensors is missing" in verdicts[1].said
+    assert "set aside" in verdicts[2].said
 
 
 def test_nothing_to_verify(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_published_block_that_a_spike_touched_is_marked_and_stays_so(ranks: Ra
     assert marked == [["block-00000020"]]
     records = {path.name: read_block(path).tainted for path in published_blocks(directory / "window")}
     assert records == {"block-00000010": False, "block-00000020": True, "block-00000040": False}
-    assert all(verdict.problem is None for verdict in verify_run(directory))
+    assert not any(verdict.damaged for verdict in verify_run(directory))
     assert stable_blocks(directory / "window", 9, 40) == ["block-00000040", "block-00000010"]
     assert cli.run(["window", str(directory), "--curve", "mean", "--out", str(folder / "untouched")]) == 0
     weights = json.loads((folder / "untouched/merge.json").read_text())["weights"]
