@@ -32,7 +32,7 @@ MODEL = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": True,
 }
-FULL = {"base": 500, "general": 500, "skill": 200}
+FULL = {"base": 1500, "general": 200, "skill": 100}
 SMALL = {"base": 60, "general": 60, "skill": 24}
 
 
@@ -45,12 +45,13 @@ def configuration(options: Any, report: Report) -> PtmConfig:
         "processes": min(len(seeds), len(os.sched_getaffinity(0))),
         "general": options.general,
         "skills": skills_of(options.skill),
+        "pretraining": "general",
         "steps": steps,
         "replay": [0.25] if options.small else [0.25, 0.5],
         "model": {"config": MODEL},
         "train": {"batch_size": 8, "threads": 1},
         "optimizer": {"lr": 3e-3},
-        "finetune_lr": 1e-3,
+        "finetune_lr": 5e-4,
         "schedule": {"name": "wsd", "warmup": 10, "decay": steps["skill"] // 2, "curve": "linear"},
     }
     return validate_as(PtmConfig, table)

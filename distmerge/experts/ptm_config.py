@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -19,7 +19,7 @@ TAKEN = ("general", "other")
 
 class Steps(Section):
     base: int = Field(default=500, ge=1)
-    """Of pretraining, on a part of every text; none where model.path is a base."""
+    """Of pretraining; none where model.path is a base."""
     general: int = Field(default=500, ge=1)
     """From the base, on the general text: |G| in steps."""
     skill: int = Field(default=200, ge=1)
@@ -46,6 +46,8 @@ class PtmConfig(Section):
     or prose; by default the first three, where this machine has them."""
     characters: int = Field(default=2_000_000, ge=300_000)
     """Of each text at most. It is cut into pieces of 65,536, of which training needs two."""
+    pretraining: Literal["all", "general"] = "all"
+    """What the base learns: a part of every text, or of general text alone, so that skills are new to it."""
     steps: Steps = Steps()
     omegas: list[float] = Field(default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0], min_length=2)
     """Of the sweeps; 0 is the general model itself."""
