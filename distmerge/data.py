@@ -45,7 +45,8 @@ def open_corpus(section: Data) -> Corpus:
     instructions = section.format != "text"
     pieces = load_documents(section) if instructions else read_pieces(section)
     if len(pieces) < 2:
-        raise UserError(f"config.data must hold at least 2 pieces of text, one of them held out, got {len(pieces)}")
+        cut = f"; text is cut into pieces of {PIECE_CHARACTERS:,} characters" if not instructions else ""
+        raise UserError(f"config.data must hold at least 2 pieces of text, one of them held out, got {len(pieces)}{cut}")
     # A fixed seed: runs of different seeds are judged by the same text.
     order = np.random.Generator(np.random.Philox(0)).permutation(len(pieces))
     count = min(len(pieces) - 1, max(1, round(section.eval_fraction * len(pieces))))

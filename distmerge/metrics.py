@@ -208,4 +208,6 @@ def table(directory: RunDirectory, summary: dict[str, Any]) -> str:
         "model": str(directory.final),
         "TensorBoard": f"{board if board.exists() else 'tensorboard'} --logdir {directory.tensorboard}",
     }
+    if summary["ranks"] == 1:
+        del rows["sent per worker"]
     return "\n" + "\n".join(f"{name:<16} {value}" for name, value in rows.items())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -92,8 +93,15 @@ def one_seed(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> dict
         kept = json.loads(path.read_text())
         if kept["config"] == said:
             return kept
+    terminal = sys.stderr
+
+    def told(run: TrainConfig, ranks: int) -> None:
+        print(f"{Path(run.run_dir).name} of seed {seed}: {run.steps} steps", file=terminal, flush=True)
+        train(run, ranks)
+
     with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        runs = train_all(config, seed, texts, train)
+        runs = train_all(config, seed, texts, told)
+    print(f"seed {seed} is trained, see {folder / 'log.txt'}; it is measured now", file=terminal, flush=True)
 
     from distmerge.experts.ptm_measure import measure  # imports torch
 
