@@ -13,14 +13,7 @@ from typing import Any
 
 TIMING_KEYS = {"seconds", "tokens_per_second", "merge/seconds", "merge/wait_seconds"}
 
-CONFIG = """
-run_dir = "{folder}/run"
-steps = 60
-
-[mesh]
-workers = 2
-device = "cpu"
-
+MODEL = """
 [model.config]
 model_type = "llama"
 hidden_size = 16
@@ -29,7 +22,20 @@ num_hidden_layers = 1
 num_attention_heads = 2
 num_key_value_heads = 2
 tie_word_embeddings = true
+"""
+"""A few thousand parameters, as a table of a configuration."""
 
+CONFIG = (
+    """
+run_dir = "{folder}/run"
+steps = 60
+
+[mesh]
+workers = 2
+device = "cpu"
+"""
+    + MODEL
+    + """
 [data]
 source = "files"
 files = ["{folder}/text.txt"]
@@ -59,6 +65,7 @@ every = 5
 [log]
 every = 1
 """
+)
 """A few thousand parameters; checkpoints fall between merges; every step is a line of the record."""
 
 

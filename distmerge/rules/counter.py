@@ -68,26 +68,23 @@ def bar(probability: Tensor) -> Tensor:
 
 def below(key: int, start: int, bars: Tensor) -> Tensor:
     """``[n]`` bool: which numbers of the stream from ``start`` on lie below their own of ``bars [n]``, int64 in [0, ONE]."""
-    own = bars.cpu().numpy()
-    drawn, high = upper(key, start, len(own)), (own >> LOW).astype(np.int32)
-    found = drawn < high
-    close = np.flatnonzero(drawn == high)
-    found[close] = lower(key, close + start) < (own[close] & (WORD - 1)).astype(np.uint64)
-    return torch.from_numpy(found).to(bars.device)
+    return torch.from_numpy(under(key, start, bars.numel(), bars.cpu().numpy())).to(bars.device)
 
 
 def chance(key: int, probability: float, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """``[count]`` bool, each true with the probability, which is taken to 48 bits: ``below`` one bar for all, faster."""
-    one = math.ceil(probability * ONE)
-    if not 0 < one < ONE:
-        return torch.full((count,), one >= ONE, device=device)
-    high, rest = divmod(one, WORD)
-    drawn = upper(key, start, count)
+    return torch.from_numpy(under(key, start, count, np.asarray(math.ceil(probability * ONE)))).to(device)
+
+
+def under(key: int, start: int, count: int, bars: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """``[count]``: which numbers lie below ``bars``, one for all or ``[count]``."""
+    drawn, high, rest = upper(key, start, count), bars >> LOW, (bars & (WORD - 1)).astype(np.uint64)
+    high = high.astype(np.int32 if high.ndim or high >= 1 << 16 else np.uint16)  # comparing its own type is fastest
     found = drawn < high
-    if rest:
+    if rest.any():  # the lower bits decide where the upper ones are equal
         close = np.flatnonzero(drawn == high)
-        found[close] = lower(key, close + start) < rest
-    return torch.from_numpy(found).to(device)
+        found[close] = lower(key, close + start) < np.broadcast_to(rest, drawn.shape)[close]
+    return found
 
 
 def uniform(key: int, start: int, count: int) -> Tensor:

@@ -18,11 +18,13 @@ from distmerge.experts.ptm_config import PtmConfig, read
 from distmerge.experts.ptm_report import hits, knee
 from distmerge.experts.texts import KINDS, kinds_here, write_parts
 from tests.checkpoints.runs import BASE, parameters
+from tests.jobs import MODEL
 from tests.ranks import command
 
 WORDS = {"general": "the a of to and in is it", "sums": "x y z + - = 1 2", "calls": "foo bar baz ( ) ; { }"}
 
-CONFIG = """
+CONFIG = (
+    """
 out = "{0}/out"
 general = ["{0}/general.txt"]
 other_general = ["{0}/general.txt"]
@@ -38,17 +40,12 @@ calls = ["{0}/calls.txt"]
 base = 6
 general = 8
 skill = 4
-[model.config]
-model_type = "llama"
-hidden_size = 16
-intermediate_size = 24
-num_hidden_layers = 1
-num_attention_heads = 2
-num_key_value_heads = 2
-tie_word_embeddings = true
-[train]
+"""
+    + MODEL
+    + """[train]
 batch_size = 4
 """
+)
 
 
 @pytest.fixture(scope="module")
