@@ -1,28 +1,27 @@
 """Random numbers that are a function of a key and a position: no state, no order.
 
-A number has 48 bits. The upper 16 come from SFC64 (Chris Doty-Humphrey's, in numpy, whose streams do not change between
-versions), seeded anew for every PIECE of a stream: four a word, so they cost little more than the memory that they fill. The
-lower 32 are a hash of the position, the two-round multiply-xorshift of Chris Wellons
-(https://nullprogram.com/blog/2018/07/31/): ten times as dear, and wanted only where the upper ones equal a bar's.
+Their bits come from PCG64DXSM (Melissa O'Neill's, in numpy, whose streams do not change between versions), which can be set to
+any position of its stream. A number has 48 bits. The lower 32 are a hash of the position, the two-round multiply-xorshift of
+Chris Wellons (https://nullprogram.com/blog/2018/07/31/): far dearer, and wanted only where the upper ones equal a bar's. A
+coin, of which all have one chance, costs a bit for each digit of the chance.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PIECE = 1 << 17
-"""Numbers of a stream that one seed gives: enough to make seeding cheap, not many more than a block wants."""
-
 LOW = 32
 WORD = 1 << LOW
 ONE = 1 << 48
 """The number of all numbers: a probability in their unit."""
+
+DIGITS = 32
+"""Binary digits of a coin's chance."""
 
 
 def key_of(*parts: object) -> int:
@@ -30,17 +29,17 @@ def key_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")
 
 
+def words(key: int, stream: int, start: int, count: int) -> NDArray[np.uint64]:
+    """``count`` words from ``start`` on of one of the key's streams, in the memory's order of a little-endian machine."""
+    source = np.random.PCG64DXSM(np.random.SeedSequence(key, spawn_key=(stream,)))
+    source.advance(start)
+    return source.random_raw(count).astype("<u8", copy=False)
+
+
 def upper(key: int, start: int, count: int) -> NDArray[np.uint16]:
-    """``[count]``: the upper 16 bits of the numbers at ``start`` to ``start + count`` of the stream."""
-    parts = []
-    while count > 0:
-        piece, first = divmod(start, PIECE)
-        last = min(first + count, PIECE)
-        source = np.random.Generator(np.random.SFC64(np.random.SeedSequence(key, spawn_key=(piece,))))
-        words = source.integers(0, 1 << 64, -(-last // 4), dtype=np.uint64)
-        parts.append(words.astype("<u8", copy=False).view("<u2")[first:last])
-        start, count = start + last - first, count - last + first
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint16), *parts])
+    """``[count]``: the upper 16 bits of the numbers at ``start`` to ``start + count``."""
+    first, skip = divmod(start, 4)
+    return words(key, 0, first, -(-(skip + count) // 4)).view("<u2")[skip : skip + count]
 
 
 def lower(key: int, positions: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -67,27 +66,41 @@ def bar(probability: Tensor) -> Tensor:
 
 
 def below(key: int, start: int, bars: Tensor) -> Tensor:
-    """``[n]`` bool: which numbers of the stream from ``start`` on lie below their own of ``bars [n]``, int64 in [0, ONE]."""
-    return torch.from_numpy(under(key, start, bars.numel(), bars.cpu().numpy())).to(bars.device)
+    """``[n]`` bool: which numbers from ``start`` on lie below their own of ``bars [n]``, int64 in [0, ONE]."""
+    own = bars.cpu().numpy()
+    drawn, high = upper(key, start, len(own)), (own >> LOW).astype(np.int32)
+    found = drawn < high
+    close = np.flatnonzero(drawn == high)
+    found[close] = lower(key, close + start) < (own[close] & (WORD - 1)).astype(np.uint64)
+    return torch.from_numpy(found).to(bars.device)
 
 
 def chance(key: int, probability: float, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """``[count]`` bool, each true with the probability, which is taken to 48 bits: ``below`` one bar for all, faster."""
-    return torch.from_numpy(under(key, start, count, np.asarray(math.ceil(probability * ONE)))).to(device)
+    """``[count]`` bool from ``start`` on, each true with the probability, which is rounded to DIGITS binary digits.
+
+    64 coins are flipped at once. Each has a number, a digit from each of the streams, and is true where it is below the
+    probability: from the last digit that is 1 on upwards, a digit of the probability that is 1 makes a smaller digit of the
+    number win, and one that is 0 makes a larger one lose.
+    """
+    share, (first, skip) = round(probability * (1 << DIGITS)), divmod(start, 64)
+    size = -(-(skip + count) // 64)
+    won = np.full(size, -(share >> DIGITS) & ((1 << 64) - 1), "<u8")
+    for digit in range(last_one(share), 0, -1):
+        zeros = words(key, digit, first, size)  # a set bit is a 0 of the number
+        if share >> (DIGITS - digit) & 1:
+            won |= zeros
+        else:
+            won &= zeros
+    flipped = np.unpackbits(won.view(np.uint8), bitorder="little")[skip : skip + count]
+    return torch.from_numpy(flipped.view(np.bool_)).to(device)
 
 
-def under(key: int, start: int, count: int, bars: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """``[count]``: which numbers lie below ``bars``, one for all or ``[count]``."""
-    drawn, high, rest = upper(key, start, count), bars >> LOW, (bars & (WORD - 1)).astype(np.uint64)
-    high = high.astype(np.int32 if high.ndim or high >= 1 << 16 else np.uint16)  # comparing its own type is fastest
-    found = drawn < high
-    if rest.any():  # the lower bits decide where the upper ones are equal
-        close = np.flatnonzero(drawn == high)
-        found[close] = lower(key, close + start) < np.broadcast_to(rest, drawn.shape)[close]
-    return found
+def last_one(share: int) -> int:
+    """The place of the last digit that is 1, from 1 for a half to DIGITS; 0 if there is none."""
+    return DIGITS + 1 - (share & -share).bit_length() if share & ((1 << DIGITS) - 1) else 0
 
 
 def uniform(key: int, start: int, count: int) -> Tensor:
-    """``[count]`` float64 in [0, 1), multiples of 2^-48: ``uniform < p`` is ``chance(p)``."""
+    """``[count]`` float64 in [0, 1), multiples of 2^-48: ``uniform < p`` is ``below(bar(p))``."""
     numbers = lower(key, np.arange(start, start + count, dtype=np.int64))
     return torch.from_numpy((upper(key, start, count) * float(WORD) + numbers) / ONE)

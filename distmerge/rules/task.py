@@ -65,8 +65,7 @@ class Combine:
         """
         total = bits(summed(delta, len(delta)).add_(0.0))  # adding 0 turns -0 into +0, which elects +
         sign = total & torch.iinfo(total.dtype).min
-        kept = bits(delta).bitwise_xor_(sign)
-        kept &= (kept >> WIDTH[kept.dtype]).bitwise_not_()
+        kept = bits(delta).bitwise_xor_(sign).clamp_min_(0)
         if self.on_cancel == "zero":
             kept &= (-total.bitwise_and_(torch.iinfo(total.dtype).max)) >> WIDTH[kept.dtype]
         return delta, sign

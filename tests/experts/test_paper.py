@@ -12,6 +12,7 @@ from distmerge import cli
 from distmerge.errors import UserError
 from distmerge.rules.counter import key_of, uniform
 from tests.files.models import tensors, write
+from tests.rules.coins import coins
 
 WEIGHTS = (0.7, 0.4, 0.9)
 
@@ -68,8 +69,8 @@ def test_ties(models, tmp_path):
     close(ours, expected, base)
 
 
-def draws(name: str, expert: int, shape) -> torch.Tensor:
-    return uniform(key_of(0, name, expert), 0, int(torch.Size(shape).numel())).view(shape)
+def draws(numbers, name: str, expert: int, shape) -> torch.Tensor:
+    return numbers(key_of(0, name, expert), 0, int(torch.Size(shape).numel())).view(shape)
 
 
 def test_dare(models, tmp_path):
@@ -77,7 +78,10 @@ def test_dare(models, tmp_path):
     base, deltas = read(models)
     ours = merge(models, tmp_path / "out", "dare_linear", "--density", "0.25")
     expected = {
-        n: sum(w * d[n] * (draws(n, i, d[n].shape) < 0.25) / 0.25 for i, (w, d) in enumerate(zip(WEIGHTS, deltas, strict=True)))
+        n: sum(
+            w * d[n] * (draws(coins, n, i, d[n].shape) < 0.25) / 0.25
+            for i, (w, d) in enumerate(zip(WEIGHTS, deltas, strict=True))
+        )
         for n in base
     }
     close(ours, expected, base)
@@ -105,7 +109,7 @@ def test_della(models, tmp_path):
             rank = rows.abs().argsort(dim=1, stable=True).argsort(dim=1).double()
             odds = 0.5 + 0.2 * (rank / max(1, rows.shape[1] - 1))
             odds = odds.view(delta[name].shape)
-            thin.append(delta[name] * (draws(name, expert, delta[name].shape) < odds.float().double()) / odds)
+            thin.append(delta[name] * (draws(uniform, name, expert, delta[name].shape) < odds.float().double()) / odds)
         stack = torch.stack(thin)
         agree = (stack.sign() == stack.sum(0).sign()) & (stack != 0)
         expected[name] = (stack * agree).sum(0) / agree.sum(0).clamp(min=1)

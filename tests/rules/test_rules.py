@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from distmerge.rules.consensus import ModelStock, Sce
-from distmerge.rules.counter import PIECE, bar, below, chance, key_of, uniform, upper
+from distmerge.rules.counter import bar, below, chance, key_of, uniform, upper
 from distmerge.rules.linear import Linear, Scaled
 from distmerge.rules.rule import run
 from distmerge.rules.slerp import Nuslerp, Slerp
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, ascending
 from distmerge.rules.task import Combine, Ptm, TaskArithmetic, TaskVectors
+from tests.rules.coins import coins
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPE = (37, 53)
@@ -112,10 +113,10 @@ def test_breadcrumbs_keep_the_middle(density, gamma):
 
 def test_random_numbers_depend_on_key_and_place_alone():
     key = key_of(0, "tensor", 1)
-    whole = upper(key, 0, PIECE + 5000)
-    for start, count in ((1000, 2001), (PIECE - 3, 1000), (PIECE, 7), (0, 0)):
+    whole = upper(key, 0, 7000)
+    for start, count in ((1000, 2001), (4095, 1000), (4096, 7), (0, 0)):
         assert np.array_equal(whole[start : start + count], upper(key, start, count))
-    assert not np.array_equal(whole, upper(key_of(0, "tensor", 2), 0, PIECE + 5000))
+    assert not np.array_equal(whole, upper(key_of(0, "tensor", 2), 0, 7000))
     far = uniform(key, (1 << 32) - 4, 4), uniform(key, 1 << 32, 4), uniform(key, 0, 4)
     assert len({tuple(part.tolist()) for part in far}) == 3
     draws = uniform(key, 0, 1 << 20)
@@ -126,12 +127,24 @@ def test_random_numbers_depend_on_key_and_place_alone():
         low - 0.5, (draws - 0.5) * (low - 0.5),
     ):  # fmt: skip
         assert abs(float(centred.mean() / centred.std())) * len(centred) ** 0.5 < 4
-    for odds in (0.25, 0.1, 1 / 3, 1e-5, 0.0, 1.0):
-        assert torch.equal(chance(key, odds, 77, 1 << 20), uniform(key, 77, 1 << 20) < odds)
     odds = torch.linspace(0, 1, 1 << 20)
     assert torch.equal(below(key, 0, bar(odds)), draws < odds.double())
     counts = torch.histc(draws, 64, 0, 1)
     assert float(((counts - (1 << 14)) ** 2 / (1 << 14)).sum()) < 120  # chi-squared, 63 degrees of freedom
+
+
+@pytest.mark.parametrize("odds", (0.5, 0.25, 0.1, 205 / 2048, 1 / 3, 1e-5, 0.0, 1.0, 1 - 2**-32, 1 - 2**-34))
+def test_coins_have_one_chance_and_depend_on_key_and_place_alone(odds):
+    key, share = key_of(0, "tensor", 1), round(odds * 2**32) / 2**32
+    for start, count in ((0, 100_003), (1, 64), (63, 130), (64, 64), (77, 0), ((1 << 33) + 5, 1000)):
+        assert torch.equal(chance(key, odds, start, count), coins(key, start, count) < share)
+    thrown = chance(key, odds, 0, 1 << 20).double()
+    assert abs(float(thrown.mean()) - share) <= 4 * (share * (1 - share) / len(thrown)) ** 0.5
+    if 0.01 < odds < 0.99:
+        fair = thrown - share
+        other = chance(key_of(0, "tensor", 2), odds, 0, 1 << 20).double() - share
+        for mixed in (fair[:-1] * fair[1:], fair[:-64] * fair[64:], fair * other):
+            assert abs(float(mixed.mean() / mixed.std())) * len(mixed) ** 0.5 < 4
 
 
 def test_slerp_keeps_the_norm_and_falls_back_to_a_line():
