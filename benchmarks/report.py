@@ -116,14 +116,13 @@ def recorded_value(name: str, claim: str) -> float | None:
 def remembered(path: Path, key: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """``work()``, or what an earlier start kept in ``path`` under the same key: long benchmarks are finished in pieces.
 
-    The result carries its key, and the revision that it was measured with.
+    The result carries the revision that it was measured with.
     """
     key = json.loads(json.dumps(key))
-    if path.exists() and (found := json.loads(path.read_text()))["key"] == key:
-        return found
-    result = work() | {"key": key, "revision": git_revision()}
-    write_atomically(path, json.dumps(result))
-    return json.loads(json.dumps(result))
+    if not path.exists() or json.loads(path.read_text())["key"] != key:
+        write_atomically(path, json.dumps(work() | {"key": key, "revision": git_revision()}))
+    found = json.loads(path.read_text())
+    return {name: found[name] for name in found if name != "key"}
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -104,10 +104,11 @@ class Output:
             for descriptor in self.files.values():
                 os.close(descriptor)
             (self.path / JOURNAL).unlink()
-            (self.path / LOCK).unlink()
             fsync_directory(self.path)
             refuse_existing(self.out)
             self.path.rename(self.out)
+            (self.out / LOCK).unlink()  # not before: whoever takes the lock clears the directory
+            fsync_directory(self.out)
             fsync_directory(self.out.parent)
         self._lock.close()
 
@@ -120,6 +121,7 @@ class Output:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another merge is writing {self.out}") from None
+        refuse_existing(self.out)  # the other one may just have published it, with this very lock
 
     def _resume(self, identity: str) -> bool:
         """Whether the journal is of this very merge; then ``done`` holds what it vouches for."""

@@ -52,7 +52,7 @@ def test_subspaces_of_equal_and_of_foreign_vectors(tmp_path, capsys):
     base = tensors(0, torch.float32)
     name = "model.layers.0.mlp.up_proj.weight"
     generator = torch.Generator().manual_seed(3)
-    low = [torch.randn(700, 8, generator=generator) @ torch.randn(8, 401, generator=generator) for _ in range(2)]
+    low = [torch.randn(1400, 8, generator=generator) @ torch.randn(8, 401, generator=generator) for _ in range(2)]
     paths = [write(tmp_path / "base", base)]
     for index, delta in enumerate((low[0], 2 * low[0], low[1])):
         paths.append(write(tmp_path / f"m{index}", base | {name: base[name] + 0.01 * delta}))

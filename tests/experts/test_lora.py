@@ -25,7 +25,7 @@ def adapter(path: Path, seed: int, rank: int = 4, **config) -> Path:
     content = {}
     for name in NAMES:
         content[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, 401, generator=generator) * 0.1
-        content[f"base_model.model.{name}.lora_B.weight"] = torch.randn(700, rank, generator=generator) * 0.1
+        content[f"base_model.model.{name}.lora_B.weight"] = torch.randn(1400, rank, generator=generator) * 0.1
     save_file(content, path / "adapter_model.safetensors")
     said = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["up_proj"]} | config
     (path / "adapter_config.json").write_text(json.dumps(said))

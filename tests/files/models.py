@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 
 SHAPES = {
     "model.embed_tokens.weight": (300, 64),
-    "model.layers.0.mlp.up_proj.weight": (700, 401),
+    "model.layers.0.mlp.up_proj.weight": (1400, 401),
     "model.layers.0.input_layernorm.weight": (64,),
-    "model.layers.1.mlp.up_proj.weight": (700, 401),
+    "model.layers.1.mlp.up_proj.weight": (1400, 401),
     "model.layers.1.input_layernorm.weight": (64,),
     "model.norm.weight": (1,),
     "lm_head.weight": (300, 64),

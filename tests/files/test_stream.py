@@ -55,7 +55,7 @@ def test_threads_chunks_and_shards_do_not_matter(name, tmp_path):
     models, sharded = family(tmp_path / "whole"), family(tmp_path / "sharded", shards=3)
     method = name.split("-")[0]
     one = merge(method, models, tmp_path / "one", "--threads", "1", *METHODS[name])
-    ways = (("2", "262144"), ("4", "1"), ("3", "1000000"))
+    ways = (("2", "524288"), ("4", "1"), ("3", "1000000"))
     for index, (threads, chunk) in enumerate(ways):
         out = tmp_path / f"way{index}"
         assert same(one, merge(method, models, out, "--threads", threads, "--chunk", chunk, *METHODS[name]))
@@ -185,7 +185,7 @@ cli.run(sys.argv[2:])
 @pytest.mark.parametrize("writes", [0, 3, 8])
 def test_killed_and_started_again_gives_the_same_bytes(writes, tmp_path):
     models = family(tmp_path)
-    flags = ["--density", "0.4", "--shard-size", "700KB", "--threads", "2"]
+    flags = ["--density", "0.4", "--shard-size", "1400KB", "--threads", "2"]
     whole = merge("dare_ties", models, tmp_path / "whole", *flags)
     out = tmp_path / "out"
     command = ["merge", "--method", "dare_ties", "--base", str(models[0]), "--out", str(out), *flags]
