@@ -10,6 +10,7 @@ Forks farther away do not: over a third of a run the bias moved by more than a p
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from distmerge.errors import UserError
 
 NEAR = 0.1
 """How far, as a share of each, the end and the length of a fork may lie from those of one that it corrects."""
+
+SCATTER = 0.005
+"""How far the biases of forks that differ by their seed alone lie apart, at least: their deviation (benchmarks/window.py)."""
 
 
 def predict(run_dir: Path, config: TrainConfig, fork: dict[str, Any], known: list[dict[str, Any]]) -> dict[str, Any]:
@@ -63,8 +67,17 @@ def corrections(fork: dict[str, Any], known: list[dict[str, Any]]) -> list[float
 
 
 def corrected(merged: float, ratios: list[float]) -> float:
-    """The merged loss without the mean bias of the forks that were annealed."""
-    return merged * math.exp(-sum(ratios) / len(ratios)) if ratios else merged
+    """The merged loss without the mean bias of the forks that were annealed, shrunk as far as their scatter may explain it.
+
+    Of a mean bias ``b`` of k forks that scatter by ``s`` the share ``max(0, 1 - s^2 / (k b^2))`` is taken out, as in the
+    positive-part James-Stein estimate: two forks that are half a percent off by chance must not spoil a good prediction.
+    """
+    if not ratios:
+        return merged
+    bias = statistics.mean(ratios)
+    scatter = max(SCATTER, statistics.stdev(ratios) if len(ratios) > 1 else 0.0)
+    share = max(0.0, 1 - scatter**2 / (len(ratios) * bias**2)) if bias else 0.0
+    return merged * math.exp(-share * bias)
 
 
 def merged_loss(run_dir: Path, config: TrainConfig, blocks: list[Block], curve: str) -> float:

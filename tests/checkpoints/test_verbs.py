@@ -270,7 +270,7 @@ def test_forks_of_another_seed_correct_the_prediction(trained: Path, tmp_path: P
     fork = {"from": 20, "decay_steps": 20, "curve": "1-sqrt", "merged": 3.0, "outcome": 2.0}
     (other / "ledger.jsonl").write_text(json.dumps(fork) + "\n")
     entry = annealed(copied, monkeypatch, "--calibrate", other)
-    assert entry["predicted"] == pytest.approx(entry["merged"] * 2 / 3) and "corrected by 1" in entry["basis"]
+    assert entry["predicted"] == pytest.approx(entry["merged"] * 2 / 3, rel=1e-3) and "corrected by 1" in entry["basis"]
     slower = moved(trained, tmp_path / "slower", seed=("seed = 0", "seed = 1"), lr=("lr = 0.004", "lr = 0.002"))
     for sibling, words in ((copied, "differs in nothing"), (slower, "optimizer.lr"), (tmp_path / "none", "run's directory")):
         with pytest.raises(UserError, match=words):
