@@ -282,7 +282,7 @@ def main() -> None:
 
 def told(result: dict[str, Any]) -> dict[str, Any]:
     """What a record keeps of one seed."""
-    return {key: value for key, value in result.items() if key not in ("grams", "key")}
+    return {key: value for key, value in result.items() if key != "grams"}
 
 
 def advised(result: dict[str, Any], metric: str) -> str:
