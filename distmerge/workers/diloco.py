@@ -37,7 +37,7 @@ from distmerge.engine.flatten import check_peers, flatten
 from distmerge.flat import FlatParameters
 from distmerge.rules.mean import token_weight
 from distmerge.workers.flight import AllReduce, Exchange, Flight, InFlight, share_numel, total_weight
-from distmerge.workers.fragments import Bucket, cut_fragments
+from distmerge.workers.fragments import Bucket, cut_fragments, due_fragment
 from distmerge.workers.outer_state import OuterState, own_shares, share_slices
 from distmerge.workers.radial import RadialMean
 from distmerge.workers.report import MergeReport, Spread
@@ -118,12 +118,12 @@ class DiLoCo:
         self.steps += 1
         self.tokens += tokens
         report = self._fly() if self.flying else None
-        every, count = self.settings.every, len(self.fragments)
-        for number in range(count):
-            if self.steps % every == (number + 1) * every // count % every:
-                if not self.settings.overlap:
-                    return self.merge(number, self.settings.mix)
-                self._send_off(number)
+        number = due_fragment(self.steps, self.settings.every, len(self.fragments))
+        if number is None:
+            return report
+        if not self.settings.overlap:
+            return self.merge(number, self.settings.mix)
+        self._send_off(number)
         return report
 
     def finish(self) -> MergeReport | None:
@@ -137,8 +137,7 @@ class DiLoCo:
 
     def due(self) -> bool:
         """Whether the next step sends something."""
-        every, count, step = self.settings.every, len(self.fragments), self.steps + 1
-        return any(step % every == (number + 1) * every // count % every for number in range(count))
+        return due_fragment(self.steps + 1, self.settings.every, len(self.fragments)) is not None
 
     def restart(self) -> None:
         """Take the present parameters, the same on all workers, for what is shared. The velocity stays."""

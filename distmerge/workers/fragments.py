@@ -135,3 +135,8 @@ def cut(runs: Iterator[slice], size: int) -> Iterator[tuple[slice, ...]]:
                 message, room = [], size
     if message:
         yield tuple(message)
+
+
+def due_fragment(step: int, every: int, count: int) -> int | None:
+    """Which of ``count`` fragments, spread evenly over ``every`` steps, is sent at a step; the last one at its multiples."""
+    return next((number for number in range(count) if step % every == (number + 1) * every // count % every), None)
