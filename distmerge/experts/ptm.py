@@ -126,7 +126,7 @@ def train_all(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> Run
         return str(directory.final)
 
     steps, g, d = config.steps, texts.general["train"], {name: parts["train"] for name, parts in texts.skills.items()}
-    beside = list(texts.skills.values()) if config.pretraining == "all" else [texts.other] if texts.other else []
+    beside = list(texts.skills.values()) if config.pretraining == "all" else []
     pretraining = [parts["pretraining"] for parts in (texts.general, *beside)]
     base = config.model.path or model("base", steps.base, pretraining, None)
     general = model("general", steps.general, [g], base)

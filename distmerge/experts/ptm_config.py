@@ -47,7 +47,7 @@ class PtmConfig(Section):
     characters: int = Field(default=2_000_000, ge=300_000)
     """Of each text at most. It is cut into pieces of 65,536, of which training needs two."""
     pretraining: Literal["all", "general"] = "all"
-    """What the base learns: a part of every text, or of general text alone, so that skills are new to it."""
+    """What the base learns: a part of general and of every skill, or of general alone, so that skills are new to it."""
     steps: Steps = Steps()
     omegas: list[float] = Field(default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0], min_length=2)
     """Of the sweeps; 0 is the general model itself."""

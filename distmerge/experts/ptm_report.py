@@ -6,13 +6,13 @@ import base64
 import html as escape
 import io
 import statistics
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from distmerge.experts.ptm_config import PtmConfig
+from distmerge.experts.ptm_curves import curve, points_of, shape
 
 MERGED = ("ptm", "linear", "wise-ft")
 
@@ -45,16 +45,6 @@ def hits(entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def points_of(measured: Iterable[dict[str, Any]], arm: str, skill: str | None, omega: float | None = None) -> list[dict]:
-    """The same point of every seed."""
-    return [
-        point
-        for seed in measured
-        for point in seed["points"]
-        if point["arm"] == arm and point["skill"] in (skill, None) and (omega is None or point["omega"] == omega)
-    ]
-
-
 def mean_and_spread(values: list[float]) -> list[float]:
     return [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
 
@@ -77,54 +67,6 @@ def arms_of(skill: str, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def curve(seed: dict[str, Any], arm: str, skill: str) -> list[tuple[float, float, float]]:
-    """(omega, general loss, skill loss) of a sweep, from the general model on."""
-    start = next(point for point in seed["points"] if point["arm"] == "general")["losses"]
-    found = [point for point in seed["points"] if point["arm"] == arm and point["skill"] == skill]
-    swept = sorted((point["omega"], point["losses"]["general"], point["losses"][skill]) for point in found)
-    return [(0.0, start["general"], start[skill]), *swept]
-
-
-def knee(points: list[tuple[float, float, float]]) -> float:
-    """The omega farthest below the chord between the curve's ends, both losses scaled to [0, 1] over the sweep."""
-    values = np.asarray(points)
-    scaled = values[:, 1:] - values[:, 1:].min(0)
-    scaled /= np.maximum(scaled.max(0), 1e-12)
-    first, last = scaled[0], scaled[-1]
-    along = (last - first) / max(float(np.linalg.norm(last - first)), 1e-12)
-    away = scaled - first
-    below = away[:, 0] * along[1] - away[:, 1] * along[0]
-    return float(values[int(np.argmax(np.abs(below))), 0])
-
-
-def shape(skill: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the published curves claim, measured: a value a seed.
-
-    ``cft_general_excess``: continued finetuning's general loss above that of PTM at the smallest omega whose skill loss is at
-    most CFT's, or at the omega of least skill loss (``skill_gap`` says how much is then missing). ``knee``: of the PTM curve.
-    ``front``: the share of PTM's points that no point of WiSE-FT or of linear beats on both.
-    """
-    found: dict[str, Any] = {
-        key: [] for key in ("omega", "knee", "cft_general_excess", "skill_gap", "front", "rt_tokens", "ptm_tokens")
-    }
-    for seed in measured:
-        swept = curve(seed, "ptm", skill)
-        (cft,) = points_of([seed], "cft", skill)
-        (rt,) = points_of([seed], "rt", skill)
-        reaching = [point for point in swept if point[2] <= cft["losses"][skill]]
-        nearest = reaching[0] if reaching else min(swept, key=lambda point: point[2])
-        others = [point for arm in ("linear", "wise-ft") for point in curve(seed, arm, skill)[1:]]
-        beaten = [any(o[1] < p[1] and o[2] < p[2] for o in others) for p in swept[1:]]
-        found["omega"].append(seed["omega"][skill])
-        found["knee"].append(knee(swept))
-        found["cft_general_excess"].append(cft["losses"]["general"] - nearest[1])
-        found["skill_gap"].append(nearest[2] - cft["losses"][skill])
-        found["front"].append(1 - sum(beaten) / len(beaten))
-        found["rt_tokens"].append(rt["tokens"])
-        found["ptm_tokens"].append(cft["tokens"])
-    return found
 
 
 def interference(skills: list[str], measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -219,12 +161,14 @@ def merges_table(found: dict[str, Any]) -> str:
 def said(skill: str, results: dict[str, Any]) -> str:
     found = results["skills"][skill]
     excess, spread = mean_and_spread(found["cft_general_excess"])
-    gap = statistics.mean(found["skill_gap"])
+    wise, wise_spread = mean_and_spread(found["wise_ft_excess"])
+    omega, similar, gap, front = (statistics.mean(found[key]) for key in ("omega", "similar_omega", "skill_gap", "front"))
+    knees = ", ".join(f"{value:g}" for value in found["knee"])
     return (
-        f"<p>At the omega whose skill loss is nearest to continued finetuning's ({gap:+.3f}), PTM's general loss is "
-        f"{excess:.3f} ± {spread:.3f} lower. |D| / |G| is {statistics.mean(found['omega']):.3g}, the knee of PTM's curve at "
-        f"{', '.join(f'{value:g}' for value in found['knee'])} (by seed). {statistics.mean(found['front']):.0%} of PTM's "
-        "points are beaten on both losses by no point of the other two sweeps.</p>"
+        f"<p>Where PTM's skill loss is {gap:.1%} above continued finetuning's (omega {similar:.2f}), its general loss is "
+        f"{excess:.3f} ± {spread:.3f} below; WiSE-FT's, where its skill loss is as near, "
+        f"{wise:.3f} ± {wise_spread:.3f} below. |D| / |G| is {omega:.3g}, the knee of PTM's curve at {knees} (by seed). "
+        f"{front:.0%} of PTM's points are beaten on both losses by no point of the other two sweeps.</p>"
     )
 
 

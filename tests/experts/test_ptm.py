@@ -15,7 +15,8 @@ from distmerge import config_file
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate_directory
 from distmerge.experts.ptm_config import PtmConfig, read
-from distmerge.experts.ptm_report import hits, knee
+from distmerge.experts.ptm_curves import knee, reached
+from distmerge.experts.ptm_report import hits
 from distmerge.experts.texts import KINDS, kinds_here, write_parts
 from tests.checkpoints.runs import BASE, parameters
 from tests.jobs import MODEL
@@ -139,6 +140,14 @@ def test_parts_share_no_piece(tmp_path: Path) -> None:
 
 def test_the_knee_is_where_the_curve_bends() -> None:
     assert knee([(0.0, 1.0, 3.0), (0.2, 1.02, 2.0), (0.4, 1.1, 1.2), (0.6, 2.0, 1.1), (1.0, 3.0, 1.0)]) == 0.4
+
+
+def test_a_similar_loss_lies_on_a_line_between_two_points() -> None:
+    swept = [(0.0, 1.0, 3.0), (0.4, 1.2, 2.0), (0.8, 1.6, 1.0), (1.0, 2.0, 1.2)]
+    assert reached(swept, 1.25) == pytest.approx((0.7, 1.5, 1.25))
+    assert reached(swept, 2.0) == pytest.approx((0.4, 1.2, 2.0))
+    assert reached(swept, 0.9) == (0.8, 1.6, 1.0)
+    assert reached(swept, 3.5) == (0.0, 1.0, 3.0)
 
 
 def test_the_shipped_file_is_read() -> None:
