@@ -50,8 +50,12 @@ def predict(run_dir: Path, config: TrainConfig, fork: dict[str, Any], known: lis
     merged = merged_loss(run_dir, config, chosen, fork["curve"])
     ratios = corrections(fork, known)
     basis = f"{chosen[0].name} to {chosen[-1].name}" + ("" if covered else ", which end where the decay begins")
-    basis += f", corrected by {len(ratios)} annealed forks" if ratios else ", uncorrected"
-    return {"merged": merged, "predicted": corrected(merged, ratios), "basis": basis}
+    predicted = corrected(merged, ratios)
+    if predicted != merged:
+        basis += f", corrected by {len(ratios)} annealed forks"
+    else:
+        basis += f", uncorrected: the bias of {len(ratios)} annealed forks may be chance" if ratios else ", uncorrected"
+    return {"merged": merged, "predicted": predicted, "basis": basis}
 
 
 def corrections(fork: dict[str, Any], known: list[dict[str, Any]]) -> list[float]:
