@@ -130,8 +130,8 @@ class TaskVectors(Rule):
         if step < self.trims:
             assert isinstance(self.sparsifier, ByMagnitude)
             return self.sparsifier.measure(step, delta, state.trim if state else None)
-        before = delta.abs().sum(1, dtype=wide(self.dtype))
-        after = self.thinned(delta, block, state).abs_().sum(1, dtype=wide(self.dtype))
+        before = delta.abs_().sum(1, dtype=wide(self.dtype))  # what survives depends on magnitudes and places alone
+        after = self.thinned(delta, block, state).sum(1, dtype=wide(self.dtype))
         return Measured(kept={"norms": torch.stack([before, after])})
 
     def settle(self, step: int, tally: Tally, state: Settled | None) -> Settled:
