@@ -94,9 +94,10 @@ def chance(key: int, probability: float, start: int, count: int, device: torch.d
             decide(flips, zeros, out=flips)
     found = bits_of(won)[skip : skip + count].view(np.bool_)
     if might is not None:
-        open_words = np.flatnonzero(won != might)
-        which, bit = np.nonzero(bits_of(won[open_words] ^ might[open_words]).reshape(-1, 64))
-        close = open_words[which] * 64 + bit - skip
+        undecided = np.bitwise_xor(won, might)
+        some = np.flatnonzero(undecided)
+        which, bit = np.nonzero(bits_of(undecided[some]).reshape(-1, 64))
+        close = some[which] * 64 + bit - skip
         close = close[(close >= 0) & (close < count)]
         found[close] = lower(key, close + start) < rest
     return torch.from_numpy(found).to(device)
