@@ -1,6 +1,6 @@
 """Parallel-train-then-merge at toy size: what it keeps, what it costs, where the published curves appear and where not.
 
-`distmerge ptm` over several seeds, byte-level Llamas of 0.97M parameters on real text. Resumable: runs that are finished are
+`distmerge ptm` over several seeds, byte-level Llamas of 0.99M parameters on real text. Resumable: runs that are finished are
 not run again.
 
     python benchmarks/ptm.py [--small] [--seeds N] [--out DIR] [--record] [--general GLOB ...] [--skill NAME[=GLOB] ...]

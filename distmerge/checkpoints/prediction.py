@@ -1,9 +1,9 @@
 """What annealing a run would reach, told before it is annealed.
 
 The merge of the window of the same steps, by the same curve, stands for the decay (WSM, https://arxiv.org/abs/2507.17634).
-It is off by a few tenths to two percent: a long window lags behind a decay, a short one is quieter than a short decay. How
-far, depends on where in training the fork lies and how long it is, much less on the seed. So forks of about the same place
-and length that were really annealed, of this run or of one that differs by its seed, correct the prediction.
+It is off by a few tenths to two and a half percent: a long window lags behind a decay, a short one is quieter than a short
+decay. How far, depends on where in training the fork lies and how long it is, and by half a percent on the seed. So forks of
+about the same place and length that were really annealed, of this run or of one that differs by its seed, correct it.
 Forks farther away do not: over a third of a run the bias moved by more than a percent (benchmarks/window.py).
 """
 

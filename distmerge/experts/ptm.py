@@ -88,7 +88,8 @@ def one_seed(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> dict
     folder = Path(config.out) / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "measured.json"
-    said = json.dumps(config.model_dump(mode="json", exclude={"out", "seeds", "processes", "ranks"}), sort_keys=True)
+    wanted = config.model_dump(mode="json", exclude={"out", "seeds", "processes", "ranks"})
+    said = json.dumps(wanted | {"pretraining": [Path(file).name for file in pretraining_texts(config, texts)]}, sort_keys=True)
     if path.exists():
         kept = json.loads(path.read_text())
         if kept["config"] == said:
@@ -110,6 +111,12 @@ def one_seed(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> dict
     return measured
 
 
+def pretraining_texts(config: PtmConfig, texts: Texts) -> list[str]:
+    """The files that the base learns."""
+    beside = list(texts.skills.values()) if config.pretraining == "all" else []
+    return [parts["pretraining"] for parts in (texts.general, *beside)]
+
+
 def train_all(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> Runs:
     """The runs of a seed, in the order in which one starts from another."""
 
@@ -126,9 +133,7 @@ def train_all(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> Run
         return str(directory.final)
 
     steps, g, d = config.steps, texts.general["train"], {name: parts["train"] for name, parts in texts.skills.items()}
-    beside = list(texts.skills.values()) if config.pretraining == "all" else []
-    pretraining = [parts["pretraining"] for parts in (texts.general, *beside)]
-    base = config.model.path or model("base", steps.base, pretraining, None)
+    base = config.model.path or model("base", steps.base, pretraining_texts(config, texts), None)
     general = model("general", steps.general, [g], base)
     experts, finetuned, replayed, retrained = {}, {}, {}, {}
     for name, file in d.items():

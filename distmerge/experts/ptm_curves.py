@@ -43,9 +43,12 @@ def knee(points: list[tuple[float, float, float]]) -> float:
 
 
 def reached(points: list[tuple[float, float, float]], skill_loss: float) -> tuple[float, float, float]:
-    """Where a sweep comes down to a skill loss, on straight lines between its points; its lowest point if it does not."""
+    """Where a sweep comes down to a skill loss, on straight lines between its points; its lowest point if it does not.
+
+    Its first point, where nothing is merged yet, does not count.
+    """
     if points[0][2] <= skill_loss:
-        return points[0]
+        return points[1]
     for (omega, general, own), (next_omega, next_general, next_own) in itertools.pairwise(points):
         if next_own <= skill_loss:
             share = (own - skill_loss) / (own - next_own)
@@ -58,8 +61,8 @@ def shape(skill: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
 
     ``cft_general_excess``: continued finetuning's general loss above PTM's where PTM's skill loss is similar, that is SIMILAR
     above CFT's, or at PTM's least skill loss, if that is higher: ``skill_gap`` is by which share it lies above there, and
-    ``similar_omega`` the place. ``wise_ft_excess``: the same of WiSE-FT. ``knee``: of the PTM curve. ``front``: the share of
-    PTM's points that no point of WiSE-FT or of linear beats on both.
+    ``similar_omega`` the place. ``wise_ft_excess``: of WiSE-FT at that skill loss. ``knee``: of the PTM curve. ``front``: the
+    share of PTM's points that no point of WiSE-FT or of linear beats on both.
     """
     found: dict[str, Any] = {}
     for seed in measured:
@@ -67,7 +70,8 @@ def shape(skill: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
         (cft,) = points_of([seed], "cft", skill)
         (rt,) = points_of([seed], "rt", skill)
         general, own = cft["losses"]["general"], cft["losses"][skill]
-        similar, wise = (reached(curve(seed, arm, skill), own * (1 + SIMILAR)) for arm in ("ptm", "wise-ft"))
+        similar = reached(swept, own * (1 + SIMILAR))
+        wise = reached(curve(seed, "wise-ft", skill), max(own * (1 + SIMILAR), similar[2]))
         others = [point for arm in ("linear", "wise-ft") for point in curve(seed, arm, skill)[1:]]
         beaten = [any(o[1] < p[1] and o[2] < p[2] for o in others) for p in swept[1:]]
         values = {

@@ -16,6 +16,10 @@ from distmerge.experts.recipe import Recipe
 from distmerge.files.models import TOKENIZER_FILES, Model, read_json
 from distmerge.files.output import RECORD
 
+FORM = 2
+"""Raised whenever the same recipe gives other bytes than before (its masks, the order of its sums): an interrupted merge of
+another form is begun anew."""
+
 
 def describe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON: all that the output's bytes depend on, beside the inputs."""
@@ -48,7 +52,7 @@ def identity(recipe: Recipe, models: dict[str, Model], more: dict[str, Any]) -> 
     """A hash of all that the output depends on. Inputs count by path, size and time of change."""
     files = sorted({file for model in models.values() for file in model.files})
     stats = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    text = json.dumps([describe(recipe), more, stats], sort_keys=True, default=str)
+    text = json.dumps([FORM, describe(recipe), more, stats], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -101,7 +105,7 @@ def own_template(model: Model) -> str | None:
 
 def record(recipe: Recipe, outputs: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
     """The content of merge.json."""
-    return {"tool": "distmerge", "recipe": describe(recipe), "inputs": inputs, "outputs": outputs}
+    return {"tool": "distmerge", "form": FORM, "recipe": describe(recipe), "inputs": inputs, "outputs": outputs}
 
 
 def card(recipe: Recipe, name: str) -> bytes:

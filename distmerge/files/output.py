@@ -107,6 +107,7 @@ class Output:
             fsync_directory(self.path)
             refuse_existing(self.out)
             self.path.rename(self.out)
+        with disk_errors(self.out, "it is whole, but for a file lock"):
             (self.out / LOCK).unlink()  # not before: whoever takes the lock clears the directory
             fsync_directory(self.out)
             fsync_directory(self.out.parent)
@@ -119,9 +120,14 @@ class Output:
     def _take_lock(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held, present = os.fstat(self._lock.fileno()), os.stat(self.path / LOCK)
         except OSError:
             raise UserError(f"another merge is writing {self.out}") from None
-        refuse_existing(self.out)  # the other one may just have published it, with this very lock
+        if held.st_ino != present.st_ino:  # it was published or discarded, and a third merge has begun, in between
+            raise UserError(f"another merge is writing {self.out}")
+        if self.out.exists():
+            self.discard()
+            refuse_existing(self.out)
 
     def _resume(self, identity: str) -> bool:
         """Whether the journal is of this very merge; then ``done`` holds what it vouches for."""
@@ -161,14 +167,14 @@ def refuse_existing(out: Path) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """A disk that is full or not writable is the user's error."""
+def disk_errors(path: Path, state: str = "nothing was published") -> Iterator[None]:
+    """A disk that is full or not writable is the user's error; ``state`` is what there is of the output."""
     try:
         yield
     except OSError as error:
         if error.errno not in (*DISK_ERRORS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG):
             raise
-        raise UserError(f"cannot write {path}: {error.strerror}; nothing was published") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; {state}") from None
 
 
 def fsync_directory(path: Path) -> None:

@@ -3,7 +3,7 @@
 Their bits come from PCG64DXSM (Melissa O'Neill's, in numpy, whose streams do not change between versions), which can be set to
 any position of its stream. A number has 48 bits. The lower 32 are a hash of the position, the two-round multiply-xorshift of
 Chris Wellons (https://nullprogram.com/blog/2018/07/31/): far dearer, and wanted only where the upper ones equal a bar's. A
-coin, of which all have one chance, costs a bit for each digit of the chance.
+coin, of which all have one chance, takes a bit for each digit of the chance, up to 12; again the hash decides what is left.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ WORD = 1 << LOW
 ONE = 1 << 48
 """The number of all numbers: a probability in their unit."""
 
-DIGITS = 32
-"""Binary digits of a coin's chance."""
+DIGITS = 12
+"""Binary digits of a coin's number that are drawn: one coin in 4,096 then wants the lower 32."""
 
 
 def key_of(*parts: object) -> int:
@@ -76,28 +76,44 @@ def below(key: int, start: int, bars: Tensor) -> Tensor:
 
 
 def chance(key: int, probability: float, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """``[count]`` bool from ``start`` on, each true with the probability, which is rounded to DIGITS binary digits.
+    """``[count]`` bool from ``start`` on, each true with the probability, which is rounded to DIGITS + 32 binary digits.
 
-    64 coins are flipped at once. Each has a number, a digit from each of the streams, and is true where it is below the
-    probability: from the last digit that is 1 on upwards, a digit of the probability that is 1 makes a smaller digit of the
-    number win, and one that is 0 makes a larger one lose.
+    64 coins are flipped at once. A coin has a number, one digit from each of the key's streams and then the lower bits, and is
+    true where it is below the probability. From the last digit upwards: where the probability has a 1, a 0 of the number wins;
+    where it has a 0, a 1 loses; else the lower digits decide.
     """
-    share, (first, skip) = round(probability * (1 << DIGITS)), divmod(start, 64)
+    share, (first, skip) = round(probability * (WORD << DIGITS)), divmod(start, 64)
+    upper_share, rest = divmod(share, WORD)
     size = -(-(skip + count) // 64)
-    won = np.full(size, -(share >> DIGITS) & ((1 << 64) - 1), "<u8")
-    for digit in range(last_one(share), 0, -1):
+    won = np.full(size, EVERY if upper_share >> DIGITS else 0, "<u8")
+    might = np.full(size, EVERY, "<u8") if rest else None  # won, if the lower digits win
+    for digit in range(DIGITS if rest else last_one(upper_share), 0, -1):
         zeros = words(key, digit, first, size)  # a set bit is a 0 of the number
-        if share >> (DIGITS - digit) & 1:
-            won |= zeros
-        else:
-            won &= zeros
-    flipped = np.unpackbits(won.view(np.uint8), bitorder="little")[skip : skip + count]
-    return torch.from_numpy(flipped.view(np.bool_)).to(device)
+        decide = np.bitwise_or if upper_share >> (DIGITS - digit) & 1 else np.bitwise_and
+        for flips in (won,) if might is None else (won, might):
+            decide(flips, zeros, out=flips)
+    found = bits_of(won)[skip : skip + count].view(np.bool_)
+    if might is not None:
+        undecided = np.bitwise_xor(won, might)
+        some = np.flatnonzero(undecided)
+        which, bit = np.nonzero(bits_of(undecided[some]).reshape(-1, 64))
+        close = some[which] * 64 + bit - skip
+        close = close[(close >= 0) & (close < count)]
+        found[close] = lower(key, close + start) < rest
+    return torch.from_numpy(found).to(device)
+
+
+EVERY = (1 << 64) - 1
+
+
+def bits_of(packed: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """``[64 n]``: 0 or 1, from the lowest bit of each word on."""
+    return np.unpackbits(packed.view(np.uint8), bitorder="little")
 
 
 def last_one(share: int) -> int:
     """The place of the last digit that is 1, from 1 for a half to DIGITS; 0 if there is none."""
-    return DIGITS + 1 - (share & -share).bit_length() if share & ((1 << DIGITS) - 1) else 0
+    return DIGITS + 1 - (share & -share).bit_length() if share % (1 << DIGITS) else 0
 
 
 def uniform(key: int, start: int, count: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""With compat = "mergekit", every method gives what mergekit 0.1.5 gives (fixtures/make_mergekit.py)."""
+"""With compat = "mergekit", every method gives what mergekit 0.1.5 gives, with the same draws and a stable sort
+(fixtures/make_mergekit.py)."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from distmerge import config_file
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate_directory
 from distmerge.experts.ptm_config import PtmConfig, read
-from distmerge.experts.ptm_curves import knee, reached
+from distmerge.experts.ptm_curves import knee, reached, shape
 from distmerge.experts.ptm_report import hits
 from distmerge.experts.texts import KINDS, kinds_here, write_parts
 from tests.checkpoints.runs import BASE, parameters
@@ -147,7 +147,28 @@ def test_a_similar_loss_lies_on_a_line_between_two_points() -> None:
     assert reached(swept, 1.25) == pytest.approx((0.7, 1.5, 1.25))
     assert reached(swept, 2.0) == pytest.approx((0.4, 1.2, 2.0))
     assert reached(swept, 0.9) == (0.8, 1.6, 1.0)
-    assert reached(swept, 3.5) == (0.0, 1.0, 3.0)
+    assert reached(swept, 3.5) == (0.4, 1.2, 2.0)
+
+
+def test_continued_finetuning_is_compared_at_a_similar_skill_loss() -> None:
+    def point(arm: str, general: float, own: float, omega: float | None = None, tokens: int = 0) -> dict[str, Any]:
+        return {"arm": arm, "skill": "sums", "losses": {"general": general, "sums": own}, "omega": omega, "tokens": tokens}
+
+    swept = [
+        point("ptm", 1.2, 2.5, 0.5),
+        point("ptm", 1.6, 2.0, 1.0),
+        point("wise-ft", 1.1, 2.2, 0.5),
+        point("wise-ft", 2.0, 2.0, 1.0),
+    ]
+    ends = [point("general", 1.0, 3.0), point("cft", 2.0, 2.0, tokens=10), point("rt", 1.1, 2.0, tokens=30)]
+    near = shape("sums", [{"points": ends + swept, "omega": {"sums": 0.5}}])
+    assert near["similar_omega"] == pytest.approx([0.9]) and near["skill_gap"] == pytest.approx([0.05])
+    assert near["cft_general_excess"] == pytest.approx([2.0 - 1.52]) and near["wise_ft_excess"] == pytest.approx([2.0 - 1.55])
+    assert near["rt_tokens"] == [30] and near["ptm_tokens"] == [10]
+    swept[1]["losses"]["sums"] = 2.2
+    far = shape("sums", [{"points": ends + swept, "omega": {"sums": 0.5}}])
+    assert far["similar_omega"] == [1.0] and far["skill_gap"] == pytest.approx([0.1])
+    assert far["cft_general_excess"] == pytest.approx([0.4]) and far["wise_ft_excess"] == pytest.approx([2.0 - 1.1])
 
 
 def test_the_shipped_file_is_read() -> None:

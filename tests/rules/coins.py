@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.rules.counter import DIGITS, words
+from distmerge.rules.counter import DIGITS, lower, words
 
 
 def coins(key: int, start: int, count: int) -> Tensor:
-    """``[count]`` float64 in [0, 1), multiples of 2^-DIGITS: a coin is true where its number is below the probability."""
+    """``[count]`` float64 in [0, 1), multiples of 2^-(DIGITS + 32): a coin is true where it is below the probability."""
     first, skip = divmod(start, 64)
-    total = np.zeros(count)
+    total = lower(key, np.arange(start, start + count, dtype=np.int64)) * 0.5 ** (DIGITS + 32)
     for digit in range(1, DIGITS + 1):
         drawn = words(key, digit, first, (skip + count + 63) // 64)
         zeros = np.unpackbits(drawn.view(np.uint8), bitorder="little")[skip : skip + count]

@@ -129,13 +129,14 @@ def test_random_numbers_depend_on_key_and_place_alone():
         assert abs(float(centred.mean() / centred.std())) * len(centred) ** 0.5 < 4
     odds = torch.linspace(0, 1, 1 << 20)
     assert torch.equal(below(key, 0, bar(odds)), draws < odds.double())
+    assert torch.equal(below(key, 1237, bar(odds[1237:])), (draws < odds.double())[1237:])
     counts = torch.histc(draws, 64, 0, 1)
     assert float(((counts - (1 << 14)) ** 2 / (1 << 14)).sum()) < 120  # chi-squared, 63 degrees of freedom
 
 
-@pytest.mark.parametrize("odds", (0.5, 0.25, 0.1, 205 / 2048, 1 / 3, 1e-5, 0.0, 1.0, 1 - 2**-32, 1 - 2**-34))
+@pytest.mark.parametrize("odds", (0.5, 0.25, 0.1, 205 / 2048, 1 / 3, 1e-5, 1e-9, 0.0, 1.0, 1 - 2**-12, 1 - 2**-44, 1 - 2**-50))
 def test_coins_have_one_chance_and_depend_on_key_and_place_alone(odds):
-    key, share = key_of(0, "tensor", 1), round(odds * 2**32) / 2**32
+    key, share = key_of(0, "tensor", 1), round(odds * 2**44) / 2**44
     for start, count in ((0, 100_003), (1, 64), (63, 130), (64, 64), (77, 0), ((1 << 33) + 5, 1000)):
         assert torch.equal(chance(key, odds, start, count), coins(key, start, count) < share)
     thrown = chance(key, odds, 0, 1 << 20).double()
