@@ -22,7 +22,7 @@ from distmerge.files.rounding import Rounding
 from distmerge.files.sources import DTYPES, Source
 from distmerge.rules.rule import BLOCK, Block, Measured, Rule, Tally, spans
 
-BATCH_BLOCKS = 64
+BATCH_BLOCKS = 128
 """Jobs are taken together until they have this many blocks: enough for all threads, few enough to be still in cache."""
 
 CUDA_BLOCK = 1 << 24
