@@ -59,9 +59,10 @@ def reached(points: list[tuple[float, float, float]], skill_loss: float) -> tupl
 def shape(skill: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
     """What the published curves claim, measured: a value a seed.
 
-    ``cft_general_excess``: continued finetuning's general loss above PTM's where PTM's skill loss is similar, that is SIMILAR
-    above CFT's, or at PTM's least skill loss, if that is higher: ``skill_gap`` is by which share it lies above there, and
-    ``similar_omega`` the place. ``wise_ft_excess``: of WiSE-FT at that skill loss. ``knee``: of the PTM curve. ``front``: the
+    ``cft_general_excess``: continued finetuning's general loss above PTM's where PTM's skill loss is CFT's, or else at PTM's
+    least; ``skill_gap``: the share by which it then lies above. ``similar_excess``: the same where PTM's skill loss is SIMILAR
+    above CFT's, or at its least, if that is higher; ``similar_gap`` and ``similar_omega`` belong to it. ``wise_ft_excess``: of
+    WiSE-FT at that skill loss. ``knee``: of the PTM curve. ``front``: the
     share of PTM's points that no point of WiSE-FT or of linear beats on both.
     """
     found: dict[str, Any] = {}
@@ -70,17 +71,19 @@ def shape(skill: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
         (cft,) = points_of([seed], "cft", skill)
         (rt,) = points_of([seed], "rt", skill)
         general, own = cft["losses"]["general"], cft["losses"][skill]
-        similar = reached(swept, own * (1 + SIMILAR))
+        nearest, similar = reached(swept, own), reached(swept, own * (1 + SIMILAR))
         wise = reached(curve(seed, "wise-ft", skill), max(own * (1 + SIMILAR), similar[2]))
         others = [point for arm in ("linear", "wise-ft") for point in curve(seed, arm, skill)[1:]]
         beaten = [any(o[1] < p[1] and o[2] < p[2] for o in others) for p in swept[1:]]
         values = {
             "omega": seed["omega"][skill],
             "knee": knee(swept),
+            "cft_general_excess": general - nearest[1],
+            "skill_gap": nearest[2] / own - 1,
             "similar_omega": similar[0],
-            "cft_general_excess": general - similar[1],
+            "similar_excess": general - similar[1],
+            "similar_gap": similar[2] / own - 1,
             "wise_ft_excess": general - wise[1],
-            "skill_gap": similar[2] / own - 1,
             "front": 1 - sum(beaten) / len(beaten),
             "rt_tokens": rt["tokens"],
             "ptm_tokens": cft["tokens"],

@@ -160,13 +160,15 @@ def merges_table(found: dict[str, Any]) -> str:
 
 def said(skill: str, results: dict[str, Any]) -> str:
     found = results["skills"][skill]
-    excess, spread = mean_and_spread(found["cft_general_excess"])
+    excess, spread = mean_and_spread(found["similar_excess"])
+    nearest, nearest_spread = mean_and_spread(found["cft_general_excess"])
     wise, wise_spread = mean_and_spread(found["wise_ft_excess"])
-    omega, similar, gap, front = (statistics.mean(found[key]) for key in ("omega", "similar_omega", "skill_gap", "front"))
-    knees = ", ".join(f"{value:g}" for value in found["knee"])
+    omega, similar, gap, front = (statistics.mean(found[key]) for key in ("omega", "similar_omega", "similar_gap", "front"))
+    knees, lack = ", ".join(f"{value:g}" for value in found["knee"]), statistics.mean(found["skill_gap"])
     return (
         f"<p>Where PTM's skill loss is {gap:.1%} above continued finetuning's (omega {similar:.2f}), its general loss is "
-        f"{excess:.3f} ± {spread:.3f} below; WiSE-FT's, where its skill loss is as near, "
+        f"{excess:.3f} ± {spread:.3f} below; where the skill loss is nearest ({lack:.1%} above), "
+        f"{nearest:.3f} ± {nearest_spread:.3f}. WiSE-FT's, where its skill loss is {gap:.1%} above, is "
         f"{wise:.3f} ± {wise_spread:.3f} below. |D| / |G| is {omega:.3g}, the knee of PTM's curve at {knees} (by seed). "
         f"{front:.0%} of PTM's points are beaten on both losses by no point of the other two sweeps.</p>"
     )

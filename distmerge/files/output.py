@@ -120,10 +120,11 @@ class Output:
     def _take_lock(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held, present = os.fstat(self._lock.fileno()), os.stat(self.path / LOCK)
+            # Not the same file if it was published or discarded, and a third merge has begun, in between.
+            held = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / LOCK))
         except OSError:
-            raise UserError(f"another merge is writing {self.out}") from None
-        if held.st_ino != present.st_ino:  # it was published or discarded, and a third merge has begun, in between
+            held = False
+        if not held:
             raise UserError(f"another merge is writing {self.out}")
         if self.out.exists():
             self.discard()

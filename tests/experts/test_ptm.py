@@ -162,13 +162,16 @@ def test_continued_finetuning_is_compared_at_a_similar_skill_loss() -> None:
     ]
     ends = [point("general", 1.0, 3.0), point("cft", 2.0, 2.0, tokens=10), point("rt", 1.1, 2.0, tokens=30)]
     near = shape("sums", [{"points": ends + swept, "omega": {"sums": 0.5}}])
-    assert near["similar_omega"] == pytest.approx([0.9]) and near["skill_gap"] == pytest.approx([0.05])
-    assert near["cft_general_excess"] == pytest.approx([2.0 - 1.52]) and near["wise_ft_excess"] == pytest.approx([2.0 - 1.55])
+    assert near["similar_omega"] == pytest.approx([0.9]) and near["similar_gap"] == pytest.approx([0.05])
+    assert near["similar_excess"] == pytest.approx([2.0 - 1.52]) and near["wise_ft_excess"] == pytest.approx([2.0 - 1.55])
+    assert near["cft_general_excess"] == pytest.approx([2.0 - 1.6]) and near["skill_gap"] == [0.0]
     assert near["rt_tokens"] == [30] and near["ptm_tokens"] == [10]
     swept[1]["losses"]["sums"] = 2.2
     far = shape("sums", [{"points": ends + swept, "omega": {"sums": 0.5}}])
-    assert far["similar_omega"] == [1.0] and far["skill_gap"] == pytest.approx([0.1])
-    assert far["cft_general_excess"] == pytest.approx([0.4]) and far["wise_ft_excess"] == pytest.approx([2.0 - 1.1])
+    assert far["similar_omega"] == [1.0] and far["similar_gap"] == far["skill_gap"] == pytest.approx([0.1])
+    assert far["cft_general_excess"] == far["similar_excess"] == pytest.approx([0.4]) and far[
+        "wise_ft_excess"
+    ] == pytest.approx([2.0 - 1.1])
 
 
 def test_the_shipped_file_is_read() -> None:
