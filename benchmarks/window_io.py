@@ -1,7 +1,8 @@
 """distmerge window over ten blocks of 700 MB (70 MB with --small) against reading them once and writing one.
 
 The floor reads each block into one reused buffer, and writes one block's bytes with an fsync; both on a warm cache, in turns.
-The merge runs in a process of its own, which tells the seconds after its imports and its peak of anonymous memory.
+The merge runs in a process of its own, which tells the seconds after its imports and its peak of anonymous memory. It runs once
+over blocks as a run publishes them, and once over the same models without their records, which are hashed by SHA-256.
 
     python benchmarks/window_io.py [--small] [--out DIR] [--record]
 """
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch
 from report import Report, parser, spread
 from safetensors.torch import save_file
+
+from distmerge.checkpoints.block import Block, publish_files
 
 BLOCKS = 10
 REPEATS = 5
@@ -48,17 +51,21 @@ print(json.dumps({"seconds": seconds, "anonymous_bytes": peak[0]}))
 
 
 def make_blocks(root: Path, size_bytes: int) -> list[Path]:
-    """Ten bfloat16 models that differ a little, in tensors of 8 MB."""
+    """Ten bfloat16 models that differ a little, in tensors of 8 MB, published as a run's blocks are."""
     shutil.rmtree(root, ignore_errors=True)
     generator = torch.Generator().manual_seed(0)
     count = max(1, size_bytes // (8 << 20))
     names = [f"model.layers.{index}.mlp.up_proj.weight" for index in range(count)]
     base = [torch.randn(1024, 4096, generator=generator) * 0.02 for _ in range(min(4, count))]
-    paths = [root / f"block-{index}" for index in range(BLOCKS)]
-    for index, path in enumerate(paths):
-        path.mkdir(parents=True)
+    paths = []
+    for index in range(BLOCKS):
+        temporary = root / "temporary"
+        temporary.mkdir(parents=True)
         tensors = {name: (base[at % len(base)] * (1 + 0.01 * index)).bfloat16() for at, name in enumerate(names)}
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        block = Block(100 * index + 1, 100 * index + 100, 1000 * index, 1000 * index + 1000, 1e-3, 2.0, "mean", 0)
+        paths.append(root / block.name)
+        publish_files(temporary, paths[-1], block)
     os.sync()  # or the kernel would write them out behind what is measured
     return paths
 
@@ -82,6 +89,24 @@ def floor(paths: list[Path], out: Path) -> float:
     return seconds
 
 
+def without_records(paths: list[Path]) -> list[Path]:
+    """The same models as foreign checkpoints: links to the files, no block.json."""
+    bare = [path.with_name(f"checkpoint-{step}") for step, path in enumerate(paths)]
+    for path, link in zip(paths, bare, strict=True):
+        link.mkdir()
+        os.link(path / "model.safetensors", link / "model.safetensors")
+    return bare
+
+
+def merge(paths: list[Path], out: Path) -> dict[str, float]:
+    """What a process of its own says of the merge."""
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-c", CHILD, "window", *map(str, paths), "--curve", "linear", "--out", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    shutil.rmtree(out)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 def free_bytes() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -98,21 +123,20 @@ def main() -> None:
         return
     root = report.out / "blocks"
     paths = make_blocks(root, size)
-    floors, merges = [], []
+    bare = without_records(paths)
+    floors, merges, unrecorded = [], [], []
     for _ in range(REPEATS + 1):
         floors.append(floor(paths, report.out / "floor.bin"))
-        out = report.out / "merged"
-        shutil.rmtree(out, ignore_errors=True)
-        command = [sys.executable, "-c", CHILD, "window", *map(str, paths), "--curve", "linear", "--out", str(out)]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-        merges.append(json.loads(run.stdout.splitlines()[-1]))
-        shutil.rmtree(out)
+        merges.append(merge(paths, report.out / "merged"))
+        unrecorded.append(merge(bare, report.out / "merged"))
     shutil.rmtree(root)
-    seconds = [merge["seconds"] for merge in merges[1:]]  # the first round warms the cache
+    seconds = [run["seconds"] for run in merges[1:]]  # the first round warms the cache
     report.data |= {"block_bytes": size, "floor_seconds": spread(floors[1:]), "merge_seconds": spread(seconds)}
+    report.data["without_records_seconds"] = spread([run["seconds"] for run in unrecorded[1:]])
+    report.say(f"without the blocks' records: {report.data['without_records_seconds']['median']:.2f} s")
     ratio = spread(seconds)["median"] / spread(floors[1:])["median"]
     report.bar("distmerge window's work takes at most 1.5x reading the blocks and writing one", ratio, "<=", 1.5)
-    memory = max(merge["anonymous_bytes"] for merge in merges) / 1e6
+    memory = max(run["anonymous_bytes"] for run in (*merges, *unrecorded)) / 1e6
     report.bar("MB of anonymous memory", memory, "<=", 400)
     report.finish()
 

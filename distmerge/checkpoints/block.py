@@ -62,8 +62,7 @@ def publish_block(root: Path, block: Block, model: nn.Module, tokenizer: PreTrai
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_model(model, tokenizer, temporary, dtype)
-        record = {"step": block.last_step} | asdict(block) | {"files": seal(temporary)}
-        publish(temporary, published, record, RECORD)
+        publish_files(temporary, published, block)
 
     try:
         guarded(published, write)
@@ -71,6 +70,12 @@ def publish_block(root: Path, block: Block, model: nn.Module, tokenizer: PreTrai
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return published
+
+
+def publish_files(temporary: Path, published: Path, block: Block) -> None:
+    """Give the directory of a block's files its record and its name."""
+    record = {"step": block.last_step} | asdict(block) | {"files": seal(temporary)}
+    publish(temporary, published, record, RECORD)
 
 
 def read_block(path: Path) -> Block:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distmerge.errors import UserError
+from distmerge.files.digests import entry_of
 
 MANIFEST = "manifest.json"
 
@@ -156,7 +157,7 @@ def seal(path: Path) -> dict[str, Any]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        entries[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        entries[file.name] = entry_of(file)
     return entries
 
 

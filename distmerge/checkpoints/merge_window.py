@@ -25,9 +25,10 @@ from distmerge.checkpoints.curvature import Curvature, newest_curvature
 from distmerge.checkpoints.curves import effective_count, implied_curve, token_shares, weights
 from distmerge.checkpoints.foreign import as_safetensors, is_foreign, newest_tag
 from distmerge.errors import UserError
+from distmerge.files.digests import Digests
 from distmerge.files.header import FLOATS
-from distmerge.files.models import TOKENIZER_FILES, Model, check_recorded, open_model
-from distmerge.files.output import RECORD, Digests, refuse_existing
+from distmerge.files.models import TOKENIZER_FILES, Model, open_model, recorded_files
+from distmerge.files.output import RECORD, refuse_existing
 from distmerge.files.publish import Report, write_model
 from distmerge.files.sources import Maps, OnDisk
 from distmerge.files.stream import Job, Settings, Stream
@@ -158,14 +159,14 @@ def write(
     dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(options.dtype)
 
     def close(report: Report) -> dict[str, bytes]:
-        check_recorded((member.model for member in members), report.inputs)
         small = newest.carried(("generation_config.json", *TOKENIZER_FILES))
         if newest.config:
             small["config.json"] = as_json(newest.config | ({"dtype": dtype} if dtype else {}))
         return small | {RECORD: as_json(record | {"inputs": report.inputs, "outputs": report.outputs})}
 
     settings = Settings(options.threads or len(os.sched_getaffinity(0)), options.chunk)
-    with Stream(jobs, settings) as stream, closing(Digests(settings.threads)) as digests:
+    recorded = recorded_files(member.model for member in members)
+    with Stream(jobs, settings) as stream, closing(Digests(settings.threads, recorded)) as digests:
         write_model(stream, out, identity(record, members, options.dtype), SHARD_BYTES, close, digests)
 
 

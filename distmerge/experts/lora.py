@@ -20,9 +20,10 @@ from distmerge.experts.methods import checked
 from distmerge.experts.recipe import SHARD_SIZE, Entry, Recipe
 from distmerge.experts.record import as_json
 from distmerge.files.adapters import CONFIG, PREFIX, WEIGHTS, Adapter, Factors, is_adapter, read_adapter
+from distmerge.files.digests import Digests
 from distmerge.files.layout import shard
 from distmerge.files.models import TOKENIZER_FILES
-from distmerge.files.output import RECORD, Digests, Output
+from distmerge.files.output import RECORD, Output
 from distmerge.files.sources import NAMES, Maps, OnDisk, Source
 from distmerge.rules.counter import key_of, uniform
 from distmerge.rules.rule import spans

@@ -15,8 +15,9 @@ from distmerge.experts.members import open_all
 from distmerge.experts.pairing import check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice
 from distmerge.experts.record import identity, small_files
-from distmerge.files.models import Model
-from distmerge.files.output import Digests, refuse_existing
+from distmerge.files.digests import Digests
+from distmerge.files.models import Model, recorded_files
+from distmerge.files.output import refuse_existing
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)?", re.IGNORECASE)
 AUTO = "auto"
@@ -50,7 +51,8 @@ def merge(recipe: Recipe, out: Path, options: argparse.Namespace) -> None:
     small = small_files(recipe, models, out_layers(recipe), recipe.out_dtype or recipe.dtype)
 
     more = {"shards": shard_bytes, "stochastic": options.stochastic, "report": options.report}
-    with closing(Digests(options.threads or len(os.sched_getaffinity(0)))) as digests:
+    threads = options.threads or len(os.sched_getaffinity(0))
+    with closing(Digests(threads, recorded_files(models.values()))) as digests:
         digests.begin(dict.fromkeys(item.stored.file for pairing in pairings for item in pairing.inputs))
         from distmerge.experts.run import run  # imports torch, and all that can fail without it has been tried
 

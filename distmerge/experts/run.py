@@ -18,8 +18,9 @@ from distmerge.experts.recipe import Recipe
 from distmerge.experts.record import as_json, card, record
 from distmerge.experts.survey import ThresholdSurvey
 from distmerge.experts.vocabulary import Alignment
-from distmerge.files.models import Model, check_recorded
-from distmerge.files.output import RECORD, Digests
+from distmerge.files.digests import Digests
+from distmerge.files.models import Model
+from distmerge.files.output import RECORD
 from distmerge.files.publish import Report, write_model
 from distmerge.files.rounding import Rounding
 from distmerge.files.sources import Maps
@@ -47,7 +48,6 @@ def run(
         stream.rounding = Rounding(options.stochastic)
 
         def close(report: Report) -> dict[str, bytes]:
-            check_recorded(models.values(), report.inputs)
             said = {RECORD: as_json(record(recipe, report.outputs, report.inputs)), "README.md": card(recipe, out.name)}
             if options.report:
                 said["report.json"] = as_json(summarise(report.notes, *roles(pairings[0])))

@@ -36,7 +36,7 @@ class Model:
         tensors: all that its files hold, by name, in file order.
         config: config.json, {} without one.
         factors: a LoRA adapter's factors on top of the tensors, by the tensor's name.
-        recorded: size and SHA-256 of its files, by name, where a window's block says them.
+        recorded: size and hashes of its files, by name, where a window's block says them.
         adapter: the directory of the adapter, where there is one: its training is recorded there.
     """
 
@@ -76,8 +76,7 @@ def open_model(reference: str, allow_pickle: bool = False) -> Model:
     if not tensors:
         raise UserError(f"{reference} holds no tensors")
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
-    recorded = read_json(path / BLOCK_RECORD).get("files", {}) if (path / BLOCK_RECORD).exists() else {}
-    return Model(reference, path, tensors, config, recorded=recorded)
+    return Model(reference, path, tensors, config, recorded=read_recorded(path))
 
 
 def with_adapter(base: Model, reference: str, factors: dict[str, Any]) -> Model:
@@ -97,20 +96,21 @@ def with_adapter(base: Model, reference: str, factors: dict[str, Any]) -> Model:
     return Model(reference, base.path, base.tensors, base.config, factors, base.recorded)
 
 
-def check_recorded(models: Iterable[Model], found: dict[str, Any]) -> None:
-    """Blocks must be what their records say.
+def read_recorded(path: Path) -> dict[str, dict[str, Any]]:
+    """What a block's record says of its files, by name; {} where there is no record."""
+    if not (path / BLOCK_RECORD).exists():
+        return {}
+    files = read_json(path / BLOCK_RECORD).get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
+    ):
+        raise UserError(f"{path / BLOCK_RECORD} must have a table of files, with the bytes and sha256 of each")
+    return files
 
-    Args:
-        found: size and SHA-256 of every file that was read, by path.
 
-    Raises:
-        UserError: naming the first file that is not.
-    """
-    for model in models:
-        for file in model.files:
-            said = model.recorded.get(file.name)
-            if said is not None and found.get(str(file), said) != said:
-                raise UserError(f"{file} does not have the SHA-256 that {BLOCK_RECORD} says; nothing was published")
+def recorded_files(models: Iterable[Model]) -> dict[Path, dict[str, Any]]:
+    """What records say of the files of several models."""
+    return {file: model.recorded[file.name] for model in models for file in model.files if file.name in model.recorded}
 
 
 def locate(reference: str) -> Path:

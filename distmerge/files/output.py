@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
-import mmap
 import os
 import shutil
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,80 +181,3 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-HEAD_START_BYTES = 3 << 29
-"""What a core hashes in about a second, the time that it takes to import torch. Inputs that small stay in the page cache."""
-
-PIECE_BYTES = 1 << 26
-
-
-class Digests:
-    """SHA-256 of files, computed behind a merge that reads or writes them, while their pages are still in memory."""
-
-    def __init__(self, threads: int):
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="digest")
-        self._followers: dict[Path, Follower] = {}
-        self._waiting: list[Future[None]] = []
-        self._stop = threading.Event()
-
-    def begin(self, inputs: Iterable[Path]) -> None:
-        """Hash the first of the inputs' bytes, on one thread, before anything reads them."""
-        left = HEAD_START_BYTES
-        ahead: list[tuple[Follower, int]] = []
-        for path in inputs:
-            follower = self._followers[path] = Follower(path)
-            ahead.append((follower, min(left, follower.bytes)))
-            left -= ahead[-1][1]
-        self._waiting.append(self._pool.submit(self._run_ahead, ahead))
-
-    def _run_ahead(self, ahead: list[tuple[Follower, int]]) -> None:
-        for follower, stop in ahead:
-            for to in range(PIECE_BYTES, stop + PIECE_BYTES, PIECE_BYTES):
-                if self._stop.is_set():
-                    return
-                follower.follow(min(to, stop))
-
-    def advance(self, path: Path, to: int | None = None) -> None:
-        """The first ``to`` bytes of the file are final; all of them, if it is None."""
-        if path not in self._followers:
-            self._followers[path] = Follower(path)
-        self._waiting = [future for future in self._waiting if not future.done() or future.result()]
-        self._waiting.append(self._pool.submit(self._followers[path].follow, to))
-
-    def close(self) -> None:
-        self._stop.set()
-        self._pool.shutdown(cancel_futures=True)
-
-    def finish(self) -> dict[Path, dict[str, Any]]:
-        """Size and SHA-256 of every file named so far."""
-        for path in self._followers:
-            self.advance(path)
-        for future in self._waiting:
-            future.result()
-        self.close()
-        return {path: follower.result() for path, follower in self._followers.items()}
-
-
-class Follower:
-    """The hash of a file's first ``at`` bytes."""
-
-    def __init__(self, path: Path):
-        self._digest, self._at, self._lock = hashlib.sha256(), 0, threading.Lock()
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    @property
-    def bytes(self) -> int:
-        return len(self._map)
-
-    def follow(self, to: int | None) -> None:
-        with self._lock, memoryview(self._map) as view:
-            stop = len(view) if to is None else to
-            if stop > self._at:
-                self._digest.update(view[self._at : stop])
-                self._at = stop
-
-    def result(self) -> dict[str, Any]:
-        assert self._at == len(self._map)
-        return {"bytes": self._at, "sha256": self._digest.hexdigest()}

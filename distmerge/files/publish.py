@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from distmerge.errors import UserError
+from distmerge.files.digests import Digests
 from distmerge.files.layout import Shard, index_of, lay_out
-from distmerge.files.output import Digests, Output, refuse_existing
+from distmerge.files.output import Output, refuse_existing
 from distmerge.files.sources import DTYPES
 from distmerge.files.stream import Job, Stream
 

@@ -90,7 +90,9 @@ def test_blocks_of_a_window(tmp_path):
     raw = bytearray((blocks[1] / "model.safetensors").read_bytes())
     raw[-2] ^= 1
     (blocks[1] / "model.safetensors").write_bytes(raw)
-    with pytest.raises(UserError, match=r"block-00000016/model.safetensors does not have the SHA-256 that block.json says"):
+    with pytest.raises(
+        UserError, match=r"block-00000016/model.safetensors does not have the XXH128 that the record beside it says"
+    ):
         merge(blocks[0], blocks[1], tmp_path / "damaged")
     assert not (tmp_path / "damaged").exists()
 

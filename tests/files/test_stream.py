@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from distmerge import cli
 from distmerge.errors import UserError
-from distmerge.files import output
+from distmerge.files import digests
 from tests.files.models import family, tensors, write
 
 METHODS = {
@@ -109,8 +109,8 @@ def test_output_loads_anywhere_and_says_what_it_is(tmp_path):
 
 @pytest.mark.parametrize("head_start", [0, 1000, 1 << 30])
 def test_hashes_are_of_whole_files(head_start, tmp_path, monkeypatch):
-    monkeypatch.setattr(output, "HEAD_START_BYTES", head_start)
-    monkeypatch.setattr(output, "PIECE_BYTES", 300)
+    monkeypatch.setattr(digests, "HEAD_START_BYTES", head_start)
+    monkeypatch.setattr(digests, "PIECE_BYTES", 300)
     merge("linear", family(tmp_path, shards=2), tmp_path / "out")
     record = json.loads((tmp_path / "out" / "merge.json").read_text())
     found = record["inputs"] | {str(tmp_path / "out" / name): entry for name, entry in record["outputs"].items()}

@@ -1,0 +1,133 @@
+"""Hashes of the files that a merge reads and writes, computed behind it while their pages are still in memory.
+
+A file's SHA-256 says what it is. Where a record that was made with the file says its SHA-256 and also its XXH128 (XXH3 of
+128 bits, https://xxhash.com, which runs at the speed of memory), the second is enough to see that nothing has damaged the
+file since; against who forges the file, and could as well forge its record, neither hash helps. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from distmerge.errors import UserError
+
+HEAD_START_BYTES = 3 << 29
+"""What a core hashes in about a second, the time that it takes to import torch. Inputs that small stay in the page cache."""
+
+PIECE_BYTES = 1 << 26
+
+NEW = {"sha256": hashlib.sha256, "xxh128": xxhash.xxh3_128}
+NAMES = {"bytes": "size", "sha256": "SHA-256", "xxh128": "XXH128"}
+
+
+class Digests:
+    """Sizes and hashes of files.
+
+    Args:
+        threads: threads that hash.
+        recorded: what records say of files, ``{"bytes", "sha256"}`` and perhaps ``"xxh128"``; it must come out.
+    """
+
+    def __init__(self, threads: int, recorded: Mapping[Path, dict[str, Any]] | None = None):
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="digest")
+        self._recorded = recorded or {}
+        self._followers: dict[Path, Follower] = {}
+        self._waiting: list[Future[None]] = []
+        self._stop = threading.Event()
+
+    def begin(self, inputs: Iterable[Path]) -> None:
+        """Hash the first of the inputs' bytes, on one thread, before anything reads them."""
+        left = HEAD_START_BYTES
+        ahead: list[tuple[Follower, int]] = []
+        for path in inputs:
+            follower = self._follower(path)
+            ahead.append((follower, min(left, follower.bytes)))
+            left -= ahead[-1][1]
+        self._waiting.append(self._pool.submit(self._run_ahead, ahead))
+
+    def _follower(self, path: Path) -> Follower:
+        if path not in self._followers:
+            kind = "xxh128" if "xxh128" in self._recorded.get(path, {}) else "sha256"
+            self._followers[path] = Follower(path, kind)
+        return self._followers[path]
+
+    def _run_ahead(self, ahead: list[tuple[Follower, int]]) -> None:
+        for follower, stop in ahead:
+            for to in range(PIECE_BYTES, stop + PIECE_BYTES, PIECE_BYTES):
+                if self._stop.is_set():
+                    return
+                follower.follow(min(to, stop))
+
+    def advance(self, path: Path, to: int | None = None) -> None:
+        """The first ``to`` bytes of the file are final; all of them, if it is None."""
+        self._waiting = [future for future in self._waiting if not future.done() or future.result()]
+        self._waiting.append(self._pool.submit(self._follower(path).follow, to))
+
+    def close(self) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def finish(self) -> dict[Path, dict[str, Any]]:
+        """Size and SHA-256 of every file named so far.
+
+        Raises:
+            UserError: naming the first file that is not what its record says.
+        """
+        for path in self._followers:
+            self.advance(path)
+        for future in self._waiting:
+            future.result()
+        self.close()
+        return {path: self._entry(path, follower) for path, follower in self._followers.items()}
+
+    def _entry(self, path: Path, follower: Follower) -> dict[str, Any]:
+        found = follower.result()
+        said = self._recorded.get(path, found)
+        for key, value in found.items():
+            if said.get(key) != value:
+                raise UserError(f"{path} does not have the {NAMES[key]} that the record beside it says; nothing was published")
+        return {"bytes": said["bytes"], "sha256": said["sha256"]}
+
+
+class Follower:
+    """The hash of a file's first bytes."""
+
+    def __init__(self, path: Path, kind: str):
+        self._kind, self._digest, self._at, self._lock = kind, NEW[kind](), 0, threading.Lock()
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @property
+    def bytes(self) -> int:
+        return len(self._map)
+
+    def follow(self, to: int | None) -> None:
+        with self._lock, memoryview(self._map) as view:
+            stop = len(view) if to is None else to
+            if stop > self._at:
+                self._digest.update(view[self._at : stop])
+                self._at = stop
+
+    def result(self) -> dict[str, Any]:
+        assert self._at == len(self._map)
+        return {"bytes": self._at, self._kind: self._digest.hexdigest()}
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """What a record says of a file: its size and both hashes."""
+    digests = {kind: new() for kind, new in NEW.items()}
+    size = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            size += len(piece)
+            for digest in digests.values():
+                digest.update(piece)
+    return {"bytes": size} | {kind: digest.hexdigest() for kind, digest in digests.items()}
