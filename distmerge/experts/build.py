@@ -16,6 +16,7 @@ from distmerge.files.sources import Adapted, Cast, Maps, OnDisk, Source
 from distmerge.files.stream import Job
 from distmerge.rules.consensus import ModelStock, Sce
 from distmerge.rules.counter import key_of
+from distmerge.rules.dare import Dare
 from distmerge.rules.linear import Linear, Same, Scaled
 from distmerge.rules.rule import Rule
 from distmerge.rules.slerp import Nuslerp, Slerp
@@ -120,7 +121,8 @@ def task_vectors(recipe: Recipe, form: dict[str, str], pairing: Pairing, dtype: 
     thin, unit = sparsifier(recipe, form, pairing, dtype)
     if thin is None and combine.elect == "none":
         return TaskArithmetic(weights, combine, dtype)
-    return TaskVectors(weights, combine, thin, rescale, dtype, numel_of(pairing), unit)
+    kind = Dare if isinstance(thin, AtRandom) else TaskVectors
+    return kind(weights, combine, thin, rescale, dtype, numel_of(pairing), unit)
 
 
 def rescaling(recipe: Recipe, form: dict[str, str], pairing: Pairing) -> str:

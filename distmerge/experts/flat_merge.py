@@ -19,6 +19,7 @@ from distmerge.experts.pairing import take
 from distmerge.files.sources import Maps
 from distmerge.rules import similarity
 from distmerge.rules.counter import key_of
+from distmerge.rules.dare import Dare
 from distmerge.rules.linear import Linear
 from distmerge.rules.rule import Rule, Tally, run, spans
 from distmerge.rules.sparsify import AtRandom, ByMagnitude
@@ -52,7 +53,7 @@ def rule_of(method: str, count: int, numel: int, scale: float, density: float, s
         return TaskVectors(ones, elected, trim if density < 1 else None, "none", torch.float32, numel)
     if method in ("dare", "dare_ties"):
         drop = AtRandom([density] * count, [key_of(seed, "theta", index) for index in range(count)])
-        return TaskVectors(ones, elected if method == "dare_ties" else plain, drop, "inverse", torch.float32, numel)
+        return Dare(ones, elected if method == "dare_ties" else plain, drop, "inverse", torch.float32, numel)
     weights = [1 / count] * count if method == "mean" else ones
     return TaskVectors(weights, plain, None, "none", torch.float32, numel)
 

@@ -16,7 +16,7 @@ from distmerge.experts.recipe import Recipe
 from distmerge.files.models import TOKENIZER_FILES, Model, read_json
 from distmerge.files.output import RECORD
 
-FORM = 2
+FORM = 3
 """Raised whenever the same recipe gives other bytes than before (its masks, the order of its sums): an interrupted merge of
 another form is begun anew."""
 

@@ -22,7 +22,7 @@ from distmerge.errors import UserError
 HEAD_START_BYTES = 3 << 29
 """What a core hashes in about a second, the time that it takes to import torch. Inputs that small stay in the page cache."""
 
-PIECE_BYTES = 1 << 26
+PIECE_BYTES = 1 << 28
 
 NEW = {"sha256": hashlib.sha256, "xxh128": xxhash.xxh3_128}
 NAMES = {"bytes": "size", "sha256": "SHA-256", "xxh128": "XXH128"}

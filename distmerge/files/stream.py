@@ -163,7 +163,7 @@ class Stream:
             merged = job.rule.merge(block, state)
         except ValueError as error:
             raise UserError(f"{job.name} {error}") from None
-        for values in (merged, *block.members) if job.rule.drops else (merged,):
+        for values in (merged, *block.members) if job.rule.hides(state) else (merged,):
             if values.is_floating_point() and not bool(torch.isfinite(values.sum())):
                 self._blame(job, block)
         rounded = self.rounding.to(DTYPES[job.dtype], merged, job.name, block.start)

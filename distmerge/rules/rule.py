@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 BLOCK = 1 << 19
 """Elements of a block on a CPU. Smaller ones stay in a nearer cache, but threads then wait for the interpreter in turn."""
@@ -77,12 +78,10 @@ class Rule:
     Attributes:
         passes: how often it passes over all blocks before it merges.
         unit: elements that no block may divide, such as a row.
-        drops: whether a member's element may be left out, so that a NaN in it need not show in the result.
     """
 
     passes: int = 0
     unit: int = 1
-    drops: bool = False
 
     def measure(self, step: int, block: Block, state: Any) -> Measured:
         """What pass ``step`` needs to know of a block; ``state`` is what the last pass settled."""
@@ -95,6 +94,10 @@ class Rule:
     def merge(self, block: Block, state: Any) -> Tensor:
         """``[n]``, the merged block."""
         raise NotImplementedError
+
+    def hides(self, state: Any) -> bool:
+        """Whether a member's element may be left out, so that a NaN in it need not show in the result."""
+        return False
 
 
 def spans(numel: int, unit: int, block: int = BLOCK) -> Iterator[tuple[int, int]]:
@@ -153,3 +156,23 @@ def summed(rows: Iterable[Tensor], count: int) -> Tensor:
             total.add_(row)
     assert total is not None
     return total.to(dtype)
+
+
+LANES = 256
+"""Elements of a row of ``folded``; dare.c has the same."""
+
+
+def folded(x: Tensor) -> Tensor:
+    """``[M]``: the sums of ``x [M, n]`` in the wide dtype, in an order that does not depend on the machine.
+
+    Rows of LANES elements are added in pairs, their sums in pairs, and so on to one row, whose halves are added likewise.
+    """
+    rows = pad(x.to(wide(x.dtype)), (0, -x.shape[1] % LANES)).view(len(x), -1, LANES)
+    while rows.shape[1] > 1:
+        pairs = rows[:, 0:-1:2] + rows[:, 1::2]
+        rows = torch.cat([pairs, rows[:, -1:]], 1) if rows.shape[1] % 2 else pairs
+    row = rows.sum(1)  # of one, or of none
+    while row.shape[1] > 1:
+        half = row.shape[1] // 2
+        row = row[:, :half] + row[:, half:]
+    return row.squeeze(1)

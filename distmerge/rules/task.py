@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from distmerge.rules.rule import INTEGERS, Block, Measured, Rule, Tally, deltas, summed, wide
+from distmerge.rules.rule import INTEGERS, Block, Measured, Rule, Tally, deltas, folded, summed, wide
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, Trim
 from distmerge.rules.threshold import value_of
 
@@ -96,10 +96,17 @@ def bits(x: Tensor) -> Tensor:
 
 
 class Settled(NamedTuple):
-    """What the passes over a tensor found: its thresholds, and each member's factor of the rescaling."""
+    """What the passes over a tensor found.
+
+    Attributes:
+        trim: its thresholds.
+        factors: each member's, of the rescaling.
+        finite: whether all elements are known to be finite.
+    """
 
     trim: Trim | None = None
     factors: list[float] | None = None
+    finite: bool = False
 
 
 class TaskVectors(Rule):
@@ -123,15 +130,14 @@ class TaskVectors(Rule):
         self.dtype, self.numel, self.unit = dtype, numel, unit
         self.trims = sparsifier.passes if isinstance(sparsifier, ByMagnitude) else 0
         self.passes = self.trims + (rescale == "l1" and sparsifier is not None)
-        self.drops = sparsifier is not None
 
     def measure(self, step: int, block: Block, state: Settled | None) -> Measured:
         _, delta = deltas(block, self.dtype)
         if step < self.trims:
             assert isinstance(self.sparsifier, ByMagnitude)
             return self.sparsifier.measure(step, delta, state.trim if state else None)
-        before = delta.abs_().sum(1, dtype=wide(self.dtype))  # what survives depends on magnitudes and places alone
-        after = self.thinned(delta, block, state).sum(1, dtype=wide(self.dtype))
+        before = magnitude(delta.abs_())  # what survives depends on magnitudes and places alone
+        after = magnitude(self.thinned(delta, block, state))
         return Measured(kept={"norms": torch.stack([before, after])})
 
     def settle(self, step: int, tally: Tally, state: Settled | None) -> Settled:
@@ -140,7 +146,7 @@ class TaskVectors(Rule):
             return Settled(self.sparsifier.settle(step, tally, state.trim if state else None, self.numel))
         before, after = tally.total("norms").to(rescaling_dtype(self.dtype))
         factor = torch.where((before < TINY) | (after < TINY), torch.ones_like(before), before / after)
-        return Settled(state.trim if state else None, factor.tolist())
+        return Settled(state.trim if state else None, factor.tolist(), bool(torch.isfinite(before).all()))
 
     def merge(self, block: Block, state: Settled | None) -> Tensor:
         base, delta = deltas(block, self.dtype)
@@ -151,6 +157,9 @@ class TaskVectors(Rule):
                     row.mul_(factor)
         return self.combine(delta, self.weights).to(wide(self.dtype)).add_(base)
 
+    def hides(self, state: Settled | None) -> bool:
+        return self.sparsifier is not None and not (state is not None and state.finite)
+
     def thinned(self, delta: Tensor, block: Block, state: Settled | None) -> Tensor:
         """The task vectors with what is dropped set to 0; ``delta`` is used up."""
         if isinstance(self.sparsifier, ByMagnitude):
@@ -158,6 +167,11 @@ class TaskVectors(Rule):
             return state.trim.thin(delta, self.dtype, block.index)
         assert self.sparsifier is not None
         return self.sparsifier.thin(delta, block.start, self.rescale == "inverse")
+
+
+def magnitude(delta: Tensor) -> Tensor:
+    """``[M]``: the sums of ``delta [M, n]``, where nothing is negative."""
+    return folded(delta) if delta.dtype == torch.bfloat16 else delta.sum(1, dtype=wide(delta.dtype))
 
 
 def rescaling_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -194,10 +208,11 @@ class GlobalTrim(Rule):
         thresholds: one bit pattern for each member, filled in before the merge; what is equal to it is kept.
     """
 
-    drops = True
-
     def __init__(self, weights: list[float], combine: Combine, thresholds: list[int]):
         self.weights, self.combine, self.thresholds = weights, combine, thresholds
+
+    def hides(self, state: Any) -> bool:
+        return True
 
     def merge(self, block: Block, state: Any) -> Tensor:
         base, delta = deltas(block, torch.float32)
