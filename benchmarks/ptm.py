@@ -50,6 +50,7 @@ def configuration(options: Any, report: Report) -> PtmConfig:
         "steps": steps,
         "omegas": [0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
         "replay": [0.25] if options.small else [0.25, 0.5],
+        "shorter": [0.5] if options.small else [0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
         "model": {"config": MODEL},
         "train": {"batch_size": 8, "threads": 1},
         "optimizer": {"lr": 3e-3},
@@ -62,6 +63,10 @@ def configuration(options: Any, report: Report) -> PtmConfig:
 def judge(report: Report, results: dict[str, Any]) -> None:
     """The bars, of the skill for which each holds least."""
     skills = results["skills"].values()
+    claim = (
+        "general loss above PTM's of continued finetuning that ends at its skill loss: mean less deviation, worst skill, nats"
+    )
+    report.bar(claim, worst(skills, "equal_excess"), ">=", 0.05, quality=True)
     claim = "continued finetuning's general loss above PTM's at the nearest skill loss: mean less deviation, worst skill, nats"
     report.bar(claim, worst(skills, "cft_general_excess"), ">=", 0.05, quality=True)
     gap = max(statistics.mean(found["skill_gap"]) for found in skills)

@@ -1,8 +1,8 @@
 """``distmerge ptm``: the experiment of parallel-train-then-merge, from a base to a report.
 
-base -> general; base -> one expert a skill; general -> each skill (continued finetuning, CFT), the same with general text
-replayed; base -> general and skill together (retraining, RT). Then merges of them are measured on test texts that no run has
-seen. Each run is an ordinary training run in a directory of its own; what is finished is not run again.
+base -> general; base -> one expert a skill; general -> each skill (continued finetuning, CFT), also for fewer steps, and with
+general text replayed; base -> general and skill together (retraining, RT). Then merges of them are measured on test texts that
+no run has seen. Each run is an ordinary training run in a directory of its own; what is finished is not run again.
 
 Source: Merge to Learn, https://arxiv.org/abs/2410.12937; WiSE-FT, https://arxiv.org/abs/2109.01903
 """
@@ -135,11 +135,15 @@ def train_all(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> Run
     steps, g, d = config.steps, texts.general["train"], {name: parts["train"] for name, parts in texts.skills.items()}
     base = config.model.path or model("base", steps.base, pretraining_texts(config, texts), None)
     general = model("general", steps.general, [g], base)
-    experts, finetuned, replayed, retrained = {}, {}, {}, {}
+    experts, finetuned, shorter, replayed, retrained = {}, {}, {}, {}, {}
     for name, file in d.items():
         experts[name] = model(f"expert-{name}", steps.skill, [file], base, expert={"skill": name})
         cft = {"skill": name, "base": base}
         finetuned[name] = model(f"cft-{name}", steps.skill, [file], general, expert=cft)
+        shorter[name] = {
+            share: model(f"cft-{name}-{share:g}", config.steps_of(share), [file], general, expert=cft, share=share)
+            for share in config.shorter
+        }
         replayed[name] = {}
         for source, share in replays(config, texts):
             # The same skill tokens as without replay: the general ones come on top.
@@ -150,7 +154,7 @@ def train_all(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> Run
         share = steps.skill / (steps.skill + steps.general)
         both = {"data": {"replay": {"share": share, "files": [file]}}}
         retrained[name] = model(f"rt-{name}", steps.general + steps.skill, [g], base, **both)
-    return Runs(base, general, experts, finetuned, replayed, retrained)
+    return Runs(base, general, experts, finetuned, shorter, replayed, retrained)
 
 
 def replays(config: PtmConfig, texts: Texts) -> list[tuple[str, float]]:

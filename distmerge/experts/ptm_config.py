@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -53,6 +54,9 @@ class PtmConfig(Section):
     """Of the sweeps; 0 is the general model itself."""
     replay: list[float] = Field(default=[0.25, 0.5])
     """Shares of general text that continued finetuning mixes in."""
+    shorter: list[float] = Field(default=[0.25, 0.5])
+    """Shares of the skill's steps after which continued finetuning ends in runs of their own, their schedule as much shorter:
+    what it has forgotten when it knows as much of the skill as PTM does."""
     eval_sequences: int = Field(default=256, ge=1)
     """Test sequences of each text."""
     sequence_length: int = Field(default=128, ge=2)
@@ -72,6 +76,8 @@ class PtmConfig(Section):
             raise UserError(f"omegas must be > 0 and ascend, got {self.omegas}")
         if any(not 0 < share < 1 for share in self.replay):
             raise UserError(f"replay must be shares between 0 and 1, got {self.replay}")
+        if any(not 0 < share < 1 for share in self.shorter) or len(set(self.shorter)) < len(self.shorter):
+            raise UserError(f"shorter must be different shares between 0 and 1, got {self.shorter}")
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds must differ, got {self.seeds}")
         for name in self.skills:
@@ -79,8 +85,15 @@ class PtmConfig(Section):
                 raise UserError(f"skills must have a word as a name, other than {' and '.join(TAKEN)}, got {name!r}")
         return self
 
-    def run(self, seed: int, name: str, steps: int, files: list[str], start: str | None, **more: Any) -> TrainConfig:
-        """The configuration of one training run: ``OUT/seed-N/NAME``, from the model ``start``, or from scratch."""
+    def steps_of(self, share: float) -> int:
+        """Of a shorter run of continued finetuning."""
+        return max(1, round(share * self.steps.skill))
+
+    def run(
+        self, seed: int, name: str, steps: int, files: list[str], start: str | None, share: float = 1.0, **more: Any
+    ) -> TrainConfig:
+        """The configuration of one training run: ``OUT/seed-N/NAME``, from the model ``start``, or from scratch; ``share`` is
+        by how much its schedule's warmup and decay are shortened."""
         folder = Path(self.out) / f"seed-{seed}"
         table: dict[str, Any] = {key: getattr(self, key).model_dump() for key in ("train", "optimizer", "schedule")}
         table |= {
@@ -93,6 +106,8 @@ class PtmConfig(Section):
             "checkpoint": {"every": max(100, steps // 4), "keep": 1},
             "log": {"every": max(1, steps // 20)},
         }
+        for key in ("warmup", "decay"):
+            table["schedule"][key] = math.ceil(share * table["schedule"][key])
         table["data"] |= more.pop("data", {})
         if start and self.finetune_lr is not None:
             table["optimizer"]["lr"] = self.finetune_lr
@@ -118,6 +133,7 @@ class Runs(NamedTuple):
     general: str
     experts: dict[str, str]
     finetuned: dict[str, str]
+    shorter: dict[str, dict[float, str]]
     replayed: dict[str, dict[str, str]]
     retrained: dict[str, str]
 
@@ -131,4 +147,6 @@ def read(path: str, overrides: dict[str, Any]) -> PtmConfig:
     config = config_file.validate_as(PtmConfig, config_file.read_table(path) | overrides)
     for steps in (config.steps.base, config.steps.general, config.steps.skill):
         config.run(0, "any", steps, ["any"], None)
+    for share in config.shorter:
+        config.run(0, "any", config.steps_of(share), ["any"], None, share)
     return config

@@ -56,14 +56,30 @@ def reached(points: list[tuple[float, float, float]], skill_loss: float) -> tupl
     return min(points, key=lambda point: point[2])
 
 
+def finetuning(seed: dict[str, Any], skill: str) -> list[tuple[float, float, float]]:
+    """(steps, general loss, skill loss) of continued finetuning, from the general model on: each a run of its own."""
+    arms = ("general", "cft")
+    found = [p for p in seed["points"] if p["skill"] in (skill, None) and (p["arm"] in arms or p["arm"].startswith("cft 0"))]
+    return sorted((0.0 if p["arm"] == "general" else p["steps"], p["losses"]["general"], p["losses"][skill]) for p in found)
+
+
+def as_skilled(runs: list[tuple[float, float, float]], skill_loss: float) -> tuple[float, float, float]:
+    """The run that comes nearest to a skill loss from above, so that what is said of its general loss is said of a model that
+    knows no more of the skill; the least skilled, where all know more. The first of ``runs`` is none.
+    """
+    above = [run for run in runs[1:] if run[2] >= skill_loss]
+    return min(above, key=lambda run: run[2]) if above else max(runs[1:], key=lambda run: run[2])
+
+
 def shape(skill: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
     """What the published curves claim, measured: a value a seed.
 
-    ``cft_general_excess``: continued finetuning's general loss above PTM's where PTM's skill loss is CFT's, or else at PTM's
-    least; ``skill_gap``: the share by which it then lies above. ``similar_excess``: the same where PTM's skill loss is SIMILAR
-    above CFT's, or at its least, if that is higher; ``similar_gap`` and ``similar_omega`` belong to it. ``wise_ft_excess``: of
-    WiSE-FT at that skill loss. ``knee``: of the PTM curve. ``front``: the
-    share of PTM's points that no point of WiSE-FT or of linear beats on both.
+    ``equal_excess``: the general loss above PTM's at |D| / |G|, of a run of continued finetuning (CFT) that ends at PTM's skill
+    loss or ``equal_gap`` above it, after ``equal_steps``. ``cft_general_excess``: that of the longest run of CFT above PTM's
+    where PTM's skill loss is CFT's, or else at PTM's least; ``skill_gap``: the share by which it then lies above.
+    ``similar_excess``: the same where PTM's skill loss is SIMILAR above CFT's, or at its least, if that is higher;
+    ``similar_gap`` and ``similar_omega`` belong to it. ``wise_ft_excess``: of WiSE-FT at that skill loss. ``knee``: of the PTM
+    curve. ``front``: the share of PTM's points that no point of WiSE-FT or of linear beats on both.
     """
     found: dict[str, Any] = {}
     for seed in measured:
@@ -74,10 +90,15 @@ def shape(skill: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
         nearest, similar = reached(swept, own), reached(swept, own * (1 + SIMILAR))
         wise = reached(curve(seed, "wise-ft", skill), max(own * (1 + SIMILAR), similar[2]))
         others = [point for arm in ("linear", "wise-ft") for point in curve(seed, arm, skill)[1:]]
+        (ptm,) = points_of([seed], "ptm", skill, seed["omega"][skill])
+        equal = as_skilled(finetuning(seed, skill), ptm["losses"][skill])
         beaten = [any(o[1] < p[1] and o[2] < p[2] for o in others) for p in swept[1:]]
         values = {
             "omega": seed["omega"][skill],
             "knee": knee(swept),
+            "equal_excess": equal[1] - ptm["losses"]["general"],
+            "equal_gap": equal[2] / ptm["losses"][skill] - 1,
+            "equal_steps": equal[0],
             "cft_general_excess": general - nearest[1],
             "skill_gap": nearest[2] / own - 1,
             "similar_omega": similar[0],

@@ -58,6 +58,8 @@ def measure(config: PtmConfig, seed: int, texts: Texts, runs: Runs) -> dict[str,
         seen = ["general", name]
         points.append(point("expert", name, bench.losses(expert), runs.experts[name]))
         points.append(point("cft", name, bench.losses(finetuned), runs.finetuned[name]))
+        for share, path in runs.shorter[name].items():
+            points.append(point(f"cft {share:g}", name, bench.losses(bench.vector(path), seen), path))
         for label, path in runs.replayed[name].items():
             points.append(point(f"cft+replay {label}", name, bench.losses(bench.vector(path)), path))
         points.append(point("rt", name, bench.losses(bench.vector(runs.retrained[name])), runs.retrained[name]))

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from distmerge.experts.ptm_config import PtmConfig
-from distmerge.experts.ptm_curves import curve, points_of, shape
+from distmerge.experts.ptm_curves import curve, finetuning, points_of, shape
 
 MERGED = ("ptm", "linear", "wise-ft")
 
@@ -160,14 +160,18 @@ def merges_table(found: dict[str, Any]) -> str:
 
 def said(skill: str, results: dict[str, Any]) -> str:
     found = results["skills"][skill]
+    equal, equal_spread = mean_and_spread(found["equal_excess"])
+    steps, above = (statistics.mean(found[key]) for key in ("equal_steps", "equal_gap"))
     excess, spread = mean_and_spread(found["similar_excess"])
     nearest, nearest_spread = mean_and_spread(found["cft_general_excess"])
     wise, wise_spread = mean_and_spread(found["wise_ft_excess"])
     omega, similar, gap, front = (statistics.mean(found[key]) for key in ("omega", "similar_omega", "similar_gap", "front"))
     knees, lack = ", ".join(f"{value:g}" for value in found["knee"]), statistics.mean(found["skill_gap"])
     return (
-        f"<p>Where PTM's skill loss is {gap:.1%} above continued finetuning's (omega {similar:.2f}), its general loss is "
-        f"{excess:.3f} ± {spread:.3f} below; where the skill loss is nearest ({lack:.1%} above), "
+        f"<p>Continued finetuning that ends with PTM's skill loss at |D| / |G| (after {steps:.0f} steps, {above:.1%} above it) "
+        f"has a general loss {equal:.3f} ± {equal_spread:.3f} above PTM's. "
+        f"Where PTM's skill loss is {gap:.1%} above that of continued finetuning's longest run (omega {similar:.2f}), its "
+        f"general loss is {excess:.3f} ± {spread:.3f} below; where the skill loss is nearest ({lack:.1%} above), "
         f"{nearest:.3f} ± {nearest_spread:.3f}. WiSE-FT's, where its skill loss is {gap:.1%} above, is "
         f"{wise:.3f} ± {wise_spread:.3f} below. |D| / |G| is {omega:.3g}, the knee of PTM's curve at {knees} (by seed). "
         f"{front:.0%} of PTM's points are beaten on both losses by no point of the other two sweeps.</p>"
@@ -200,9 +204,11 @@ def pareto(skill: str, seeds: list[dict[str, Any]]) -> Figure:
             axes.plot(
                 mean[at, 1], mean[at, 2], marker="*", markersize=16, color=drawn.get_color(), linestyle="", label="|D| / |G|"
             )
+    mean = np.mean([finetuning(seed, skill) for seed in seeds], axis=0)
+    axes.plot(mean[:, 1], mean[:, 2], marker=".", linestyle=":", color="black", label="cft of more and more steps")
     names = dict.fromkeys(point["arm"] for point in seeds[0]["points"] if point["skill"] in (skill, None))
     for name in names:
-        if name not in MERGED:
+        if name not in MERGED and not name.startswith("cft 0"):
             losses = [[p["losses"]["general"], p["losses"][skill]] for p in points_of(seeds, name, skill)]
             x, y = np.mean(losses, axis=0)
             axes.plot(x, y, marker="x", linestyle="", color="black")
@@ -215,7 +221,8 @@ def pareto(skill: str, seeds: list[dict[str, Any]]) -> Figure:
 def cost(results: dict[str, Any]) -> Figure:
     """Training tokens of each trained arm, for the first skill."""
     first = next(iter(results["skills"]))
-    rows = [row for row in results["arms"] if row["skill"] == first and row["tokens"] and not row["arm"].startswith("linear")]
+    left_out = ("linear", "cft 0")
+    rows = [row for row in results["arms"] if row["skill"] == first and row["tokens"] and not row["arm"].startswith(left_out)]
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.add_subplot()
     axes.barh([row["arm"] for row in rows], [row["tokens"] for row in rows])

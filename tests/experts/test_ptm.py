@@ -15,7 +15,7 @@ from distmerge import config_file
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate_directory
 from distmerge.experts.ptm_config import PtmConfig, read
-from distmerge.experts.ptm_curves import knee, reached, shape
+from distmerge.experts.ptm_curves import as_skilled, knee, reached, shape
 from distmerge.experts.ptm_report import hits
 from distmerge.experts.texts import KINDS, kinds_here, write_parts
 from tests.checkpoints.runs import BASE, parameters
@@ -73,7 +73,8 @@ def test_every_arm_has_its_cost(folder: Path) -> None:
     for skill in ("sums", "calls"):
         steps = {arm: count for (name, arm), count in found.items() if name == skill}
         assert steps == {
-            "base": 0, "general": 8, "expert": 4, "cft": 4, "cft+replay 0.5 own": 8, "cft+replay 0.5 other": 8, "rt": 12,
+            "base": 0, "general": 8, "expert": 4, "cft": 4, "cft 0.25": 1, "cft 0.5": 2,
+            "cft+replay 0.5 own": 8, "cft+replay 0.5 other": 8, "rt": 12,
             "ptm at 0.5": 4, "linear at 0.5": 4, "wise-ft at 0.5": 4,
         }  # fmt: skip
     assert {row["tokens"] / row["steps"] for row in results_of(folder)["arms"] if row["steps"]} == {4 * 32}
@@ -107,7 +108,7 @@ def test_the_page_needs_no_other_file(folder: Path) -> None:
 def test_what_is_finished_is_not_done_again(folder: Path) -> None:
     seed = folder / "out" / "seed-0"
     times = {path: path.stat().st_mtime_ns for path in seed.glob("*/final/model.safetensors")}
-    assert len(times) == 12
+    assert len(times) == 16
     before = results_of(folder)
     (seed / "measured.json").unlink()
     summary = seed / "rt-sums" / "summary.json"
@@ -152,7 +153,10 @@ def test_a_similar_loss_lies_on_a_line_between_two_points() -> None:
 
 def test_continued_finetuning_is_compared_at_a_similar_skill_loss() -> None:
     def point(arm: str, general: float, own: float, omega: float | None = None, tokens: int = 0) -> dict[str, Any]:
-        return {"arm": arm, "skill": "sums", "losses": {"general": general, "sums": own}, "omega": omega, "tokens": tokens}
+        return {
+            "arm": arm, "skill": "sums", "losses": {"general": general, "sums": own}, "omega": omega, "tokens": tokens,
+            "steps": tokens,
+        }  # fmt: skip
 
     swept = [
         point("ptm", 1.2, 2.5, 0.5),
@@ -161,11 +165,17 @@ def test_continued_finetuning_is_compared_at_a_similar_skill_loss() -> None:
         point("wise-ft", 2.0, 2.0, 1.0),
     ]
     ends = [point("general", 1.0, 3.0), point("cft", 2.0, 2.0, tokens=10), point("rt", 1.1, 2.0, tokens=30)]
+    ends += [point("cft 0.5", 1.3, 2.6, tokens=5), point("cft 0.7", 1.5, 2.4, tokens=7)]
     near = shape("sums", [{"points": ends + swept, "omega": {"sums": 0.5}}])
     assert near["similar_omega"] == pytest.approx([0.9]) and near["similar_gap"] == pytest.approx([0.05])
     assert near["similar_excess"] == pytest.approx([2.0 - 1.52]) and near["wise_ft_excess"] == pytest.approx([2.0 - 1.55])
     assert near["cft_general_excess"] == pytest.approx([2.0 - 1.6]) and near["skill_gap"] == [0.0]
     assert near["rt_tokens"] == [30] and near["ptm_tokens"] == [10]
+    # PTM at 0.5 has a skill loss of 2.5; the run that comes nearest from above is the one of 5 steps, at 2.6.
+    assert near["equal_excess"] == pytest.approx([1.3 - 1.2]) and near["equal_gap"] == pytest.approx([0.1 / 2.5])
+    assert near["equal_steps"] == [5]
+    runs = [(0, 1.0, 3.0), (5, 1.3, 2.6), (7, 1.5, 2.4)]
+    assert as_skilled(runs, 2.7) == runs[1] and as_skilled(runs, 2.3) == runs[2]
     swept[1]["losses"]["sums"] = 2.2
     far = shape("sums", [{"points": ends + swept, "omega": {"sums": 0.5}}])
     assert far["similar_omega"] == [1.0] and far["similar_gap"] == far["skill_gap"] == pytest.approx([0.1])
@@ -192,6 +202,7 @@ def test_hits_are_counted() -> None:
     [
         ({"omegas": [0.5, 0.2]}, "omegas must be > 0 and ascend"),
         ({"replay": [1.0]}, "replay must be shares between 0 and 1"),
+        ({"shorter": [0.5, 0.5]}, "shorter must be different shares between 0 and 1"),
         ({"seeds": [1, 1]}, "seeds must differ"),
         ({"skills": {"general": []}}, "skills must have a word as a name, other than general and other, got 'general'"),
         ({"skills": {"a/b": []}}, "skills must have a word as a name"),
