@@ -174,7 +174,7 @@ def test_continued_finetuning_is_compared_at_a_similar_skill_loss() -> None:
     # PTM at 0.5 has a skill loss of 2.5; the run that comes nearest from above is the one of 5 steps, at 2.6.
     assert near["equal_excess"] == pytest.approx([1.3 - 1.2]) and near["equal_gap"] == pytest.approx([0.1 / 2.5])
     assert near["equal_steps"] == [5]
-    runs = [(0, 1.0, 3.0), (5, 1.3, 2.6), (7, 1.5, 2.4)]
+    runs = [(0.0, 1.0, 3.0), (5.0, 1.3, 2.6), (7.0, 1.5, 2.4)]
     assert as_skilled(runs, 2.7) == runs[1] and as_skilled(runs, 2.3) == runs[2]
     swept[1]["losses"]["sums"] = 2.2
     far = shape("sums", [{"points": ends + swept, "omega": {"sums": 0.5}}])
