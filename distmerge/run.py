@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distmerge.checkpoints import relayout
-from distmerge.checkpoints.durable import guarded, read_manifest, reader
+from distmerge.checkpoints.durable import guarded, reader
 from distmerge.checkpoints.preview import Preview
 from distmerge.checkpoints.recovery import Recovery
 from distmerge.checkpoints.store import Store
@@ -26,6 +26,7 @@ from distmerge.engine.build import build_engine
 from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import with_lora
 from distmerge.experts.training import ExpertTraining
+from distmerge.files.manifest import read_manifest
 from distmerge.flat import fingerprint
 from distmerge.launch import REQUEUE
 from distmerge.mesh import Mesh

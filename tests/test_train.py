@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distmerge import cli, config_file
-from distmerge.checkpoints.durable import read_manifest, verify
+from distmerge.checkpoints.durable import verify
 from distmerge.checkpoints.store import published_checkpoints
+from distmerge.files.manifest import read_manifest
 from tests import jobs
 from tests.ranks import Outcome, Ranks, command
 

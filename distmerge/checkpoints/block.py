@@ -13,8 +13,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from distmerge.checkpoints.durable import as_json, guarded, hash_of, publish, published_directories, read_manifest, seal, verify
+from distmerge.checkpoints.durable import guarded, publish, published_directories, seal, verify
 from distmerge.errors import UserError
+from distmerge.files.manifest import as_json, read_manifest, sealed
 from distmerge.model import save_model
 from distmerge.rundir import write_atomically
 
@@ -107,7 +108,7 @@ def mark_tainted(path: Path) -> None:
     """
     if verify(path, name=RECORD) is None:
         record = read_manifest(path, RECORD) | {"tainted": True}
-        write_atomically(path / RECORD, as_json(record | {"sha256": hash_of(record)}).decode())
+        write_atomically(path / RECORD, as_json(sealed(record)).decode())
 
 
 def marks(root: Path) -> dict[str, bool]:

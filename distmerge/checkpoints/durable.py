@@ -20,9 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distmerge.errors import UserError
-from distmerge.files.digests import entry_of
-
-MANIFEST = "manifest.json"
+from distmerge.files.manifest import MANIFEST, as_json, entry_of, read_manifest, sealed
 
 BUFFER_BYTES = 1 << 20
 
@@ -120,10 +118,6 @@ def write_tensors(file: DurableFile, tensors: dict[str, Tensor]) -> None:
         file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def as_json(content: Any) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()
-
-
 def read_file(path: Path) -> Any:
     match path.suffix:
         case ".safetensors":
@@ -142,7 +136,7 @@ def reader(path: Path) -> Callable[[str], Any]:
 
 def publish(temporary: Path, published: Path, manifest: dict[str, Any], name: str = MANIFEST) -> None:
     """Write the manifest and give the directory its name. Only after this does it exist for anyone."""
-    write_file(temporary / name, manifest | {"sha256": hash_of(manifest)})
+    write_file(temporary / name, sealed(manifest))
     sync_directory(temporary)
     os.rename(temporary, published)
     sync_directory(published.parent)
@@ -187,18 +181,6 @@ def damage(file: Path, entry: dict[str, Any], manifest: str) -> str | None:
         return "is missing"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-
-
-def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any]:
-    """A directory's manifest, which carries a hash of itself."""
-    written = (path / name).read_bytes()
-    manifest = json.loads(written)
-    if written != as_json(manifest):
-        raise ValueError("it is not as it was written")
-    stored = manifest.pop("sha256")
-    if hash_of(manifest) != stored:
-        raise ValueError("its own SHA-256 does not match")
-    return manifest
 
 
 def published_directories(root: Path, prefix: str) -> list[Path]:
@@ -267,7 +249,3 @@ def sync_directory(path: Path) -> None:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -141,7 +141,7 @@ def train_all(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> Run
         cft = {"skill": name, "base": base}
         finetuned[name] = model(f"cft-{name}", steps.skill, [file], general, expert=cft)
         shorter[name] = {
-            share: model(f"cft-{name}-{share:g}", config.steps_of(share), [file], general, expert=cft, share=share)
+            share: model(f"shorter-{name}-{share:g}", config.steps_of(share), [file], general, expert=cft, share=share)
             for share in config.shorter
         }
         replayed[name] = {}

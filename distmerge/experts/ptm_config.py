@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -76,7 +75,9 @@ class PtmConfig(Section):
             raise UserError(f"omegas must be > 0 and ascend, got {self.omegas}")
         if any(not 0 < share < 1 for share in self.replay):
             raise UserError(f"replay must be shares between 0 and 1, got {self.replay}")
-        if any(not 0 < share < 1 for share in self.shorter) or len(set(self.shorter)) < len(self.shorter):
+        if any(not 0 < share < 1 for share in self.shorter) or len({f"{share:g}" for share in self.shorter}) < len(
+            self.shorter
+        ):
             raise UserError(f"shorter must be different shares between 0 and 1, got {self.shorter}")
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds must differ, got {self.seeds}")
@@ -106,8 +107,10 @@ class PtmConfig(Section):
             "checkpoint": {"every": max(100, steps // 4), "keep": 1},
             "log": {"every": max(1, steps // 20)},
         }
-        for key in ("warmup", "decay"):
-            table["schedule"][key] = math.ceil(share * table["schedule"][key])
+        if share < 1:
+            warmup, decay = (round(share * table["schedule"][key]) for key in ("warmup", "decay"))
+            least = min(1, self.schedule.decay)
+            table["schedule"] |= {"warmup": min(warmup, steps - least), "decay": max(least, min(decay, steps - warmup))}
         table["data"] |= more.pop("data", {})
         if start and self.finetune_lr is not None:
             table["optimizer"]["lr"] = self.finetune_lr

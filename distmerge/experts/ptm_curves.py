@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+SHORTER = "cft "
+"""How the arms begin that are shorter runs of continued finetuning; their share of its steps follows."""
+
 SIMILAR = 0.05
 """By which share a skill loss may lie above another and still count as similar."""
 
@@ -58,17 +61,17 @@ def reached(points: list[tuple[float, float, float]], skill_loss: float) -> tupl
 
 def finetuning(seed: dict[str, Any], skill: str) -> list[tuple[float, float, float]]:
     """(steps, general loss, skill loss) of continued finetuning, from the general model on: each a run of its own."""
-    arms = ("general", "cft")
-    found = [p for p in seed["points"] if p["skill"] in (skill, None) and (p["arm"] in arms or p["arm"].startswith("cft 0"))]
+    own = [p for p in seed["points"] if p["skill"] in (skill, None)]
+    found = [p for p in own if p["arm"] in ("general", "cft") or p["arm"].startswith(SHORTER)]
     return sorted((0.0 if p["arm"] == "general" else p["steps"], p["losses"]["general"], p["losses"][skill]) for p in found)
 
 
 def as_skilled(runs: list[tuple[float, float, float]], skill_loss: float) -> tuple[float, float, float]:
     """The run that comes nearest to a skill loss from above, so that what is said of its general loss is said of a model that
-    knows no more of the skill; the least skilled, where all know more. The first of ``runs`` is none.
+    knows no more of the skill. Where all know more it is the first, which has not begun.
     """
-    above = [run for run in runs[1:] if run[2] >= skill_loss]
-    return min(above, key=lambda run: run[2]) if above else max(runs[1:], key=lambda run: run[2])
+    above = [run for run in runs if run[2] >= skill_loss]
+    return min(above, key=lambda run: run[2]) if above else runs[0]
 
 
 def shape(skill: str, measured: list[dict[str, Any]]) -> dict[str, Any]:

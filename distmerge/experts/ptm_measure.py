@@ -16,6 +16,7 @@ from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import Theta
 from distmerge.experts.flat_merge import compare, diagnose, line, merge, read_model
 from distmerge.experts.ptm_config import PtmConfig, Runs, Texts
+from distmerge.experts.ptm_curves import SHORTER
 from distmerge.flat import FlatParameters
 from distmerge.model import load_model
 
@@ -59,7 +60,7 @@ def measure(config: PtmConfig, seed: int, texts: Texts, runs: Runs) -> dict[str,
         points.append(point("expert", name, bench.losses(expert), runs.experts[name]))
         points.append(point("cft", name, bench.losses(finetuned), runs.finetuned[name]))
         for share, path in runs.shorter[name].items():
-            points.append(point(f"cft {share:g}", name, bench.losses(bench.vector(path), seen), path))
+            points.append(point(f"{SHORTER}{share:g}", name, bench.losses(bench.vector(path), seen), path))
         for label, path in runs.replayed[name].items():
             points.append(point(f"cft+replay {label}", name, bench.losses(bench.vector(path)), path))
         points.append(point("rt", name, bench.losses(bench.vector(runs.retrained[name])), runs.retrained[name]))

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from distmerge.experts.ptm_config import PtmConfig
-from distmerge.experts.ptm_curves import curve, finetuning, points_of, shape
+from distmerge.experts.ptm_curves import SHORTER, curve, finetuning, points_of, shape
 
 MERGED = ("ptm", "linear", "wise-ft")
 
@@ -208,7 +208,7 @@ def pareto(skill: str, seeds: list[dict[str, Any]]) -> Figure:
     axes.plot(mean[:, 1], mean[:, 2], marker=".", linestyle=":", color="black", label="cft of more and more steps")
     names = dict.fromkeys(point["arm"] for point in seeds[0]["points"] if point["skill"] in (skill, None))
     for name in names:
-        if name not in MERGED and not name.startswith("cft 0"):
+        if name not in MERGED and not name.startswith(SHORTER):
             losses = [[p["losses"]["general"], p["losses"][skill]] for p in points_of(seeds, name, skill)]
             x, y = np.mean(losses, axis=0)
             axes.plot(x, y, marker="x", linestyle="", color="black")
@@ -219,9 +219,9 @@ def pareto(skill: str, seeds: list[dict[str, Any]]) -> Figure:
 
 
 def cost(results: dict[str, Any]) -> Figure:
-    """Training tokens of each trained arm, for the first skill."""
+    """Training tokens of each trained arm at its full length, for the first skill."""
     first = next(iter(results["skills"]))
-    left_out = ("linear", "cft 0")
+    left_out = ("linear", SHORTER)
     rows = [row for row in results["arms"] if row["skill"] == first and row["tokens"] and not row["arm"].startswith(left_out)]
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.add_subplot()

@@ -7,7 +7,6 @@ file since; against who forges the file, and could as well forge its record, nei
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import threading
 from collections.abc import Iterable, Mapping
@@ -15,16 +14,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from distmerge.errors import UserError
+from distmerge.files.manifest import HASHES
 
 HEAD_START_BYTES = 3 << 29
-"""What a core hashes in about a second, the time that it takes to import torch. Inputs that small stay in the page cache."""
+"""What a core hashes by SHA-256 in about a second, the time that it takes to import torch. Inputs that small stay in the page
+cache."""
 
 PIECE_BYTES = 1 << 28
 
-NEW = {"sha256": hashlib.sha256, "xxh128": xxhash.xxh3_128}
 NAMES = {"bytes": "size", "sha256": "SHA-256", "xxh128": "XXH128"}
 
 
@@ -101,7 +99,7 @@ class Follower:
     """The hash of a file's first bytes."""
 
     def __init__(self, path: Path, kind: str):
-        self._kind, self._digest, self._at, self._lock = kind, NEW[kind](), 0, threading.Lock()
+        self._kind, self._digest, self._at, self._lock = kind, HASHES[kind](), 0, threading.Lock()
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -119,15 +117,3 @@ class Follower:
     def result(self) -> dict[str, Any]:
         assert self._at == len(self._map)
         return {"bytes": self._at, self._kind: self._digest.hexdigest()}
-
-
-def entry_of(path: Path) -> dict[str, Any]:
-    """What a record says of a file: its size and both hashes."""
-    digests = {kind: new() for kind, new in NEW.items()}
-    size = 0
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            size += len(piece)
-            for digest in digests.values():
-                digest.update(piece)
-    return {"bytes": size} | {kind: digest.hexdigest() for kind, digest in digests.items()}

@@ -14,6 +14,7 @@ from typing import Any
 
 from distmerge.errors import UserError
 from distmerge.files.header import Stored, read_header, shown
+from distmerge.files.manifest import read_manifest
 
 INDEX = "model.safetensors.index.json"
 BLOCK_RECORD = "block.json"
@@ -97,15 +98,19 @@ def with_adapter(base: Model, reference: str, factors: dict[str, Any]) -> Model:
 
 
 def read_recorded(path: Path) -> dict[str, dict[str, Any]]:
-    """What a block's record says of its files, by name; {} where there is no record."""
+    """What a block's record says of its files, by name; {} where there is no record.
+
+    Raises:
+        UserError: where the record is not as it was written.
+    """
     if not (path / BLOCK_RECORD).exists():
         return {}
-    files = read_json(path / BLOCK_RECORD).get("files")
-    if not isinstance(files, dict) or not all(
-        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
-    ):
-        raise UserError(f"{path / BLOCK_RECORD} must have a table of files, with the bytes and sha256 of each")
-    return files
+    try:
+        return read_manifest(path, BLOCK_RECORD)["files"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path / BLOCK_RECORD} cannot be read ({error}); remove it to merge the model without its hashes"
+        ) from None
 
 
 def recorded_files(models: Iterable[Model]) -> dict[Path, dict[str, Any]]:

@@ -6,12 +6,14 @@
 #include <stdint.h>
 #include <string.h>
 
+const int dare_form = 1; /* dare.py has the same */
+
 #define LANES 256  /* rule.py has the same */
 #define TOGETHER 4 /* rows whose sums never leave the registers */
 #define LEVELS 48  /* a sum of fewer than 2^48 times so many rows */
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define EVERY_PROCESSOR __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
+#define EVERY_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define EVERY_PROCESSOR
 #endif
@@ -118,7 +120,8 @@ EVERY_PROCESSOR void dare_merge(int64_t n, int64_t count, const uint16_t *base, 
         if (elect) {
             uint32_t sign[LANES];
             float agreed[LANES] = {0};
-            for (int j = 0; j < LANES; j++) sign[j] = bits_of(sum[j] + 0.0f) & 0x80000000u; /* and here it shall: 0 elects + */
+            for (int j = 0; j < LANES; j++) /* 0 elects +, and so does a NaN, of which processors have both signs */
+                sign[j] = sum[j] == sum[j] ? bits_of(sum[j] + 0.0f) & 0x80000000u : 0;
             for (int64_t m = 0; m < count; m++)
                 for (int j = 0; j < LANES; j++) {
                     int32_t size = (int32_t)(bits_of(delta[m][j]) ^ sign[j]);

@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 
 from distmerge.rules.counter import chance
-from distmerge.rules.rule import Block, Measured
+from distmerge.rules.rule import Block, Measured, folded
 from distmerge.rules.sparsify import AtRandom
 from distmerge.rules.task import Settled, TaskVectors
+
+FORM = 1
+"""Of dare.c's functions, raised when they change; dare.c has the same."""
+
+MOST = 1000
+"""Members that its stack has room for."""
 
 
 class Dare(TaskVectors):
@@ -28,7 +34,7 @@ class Dare(TaskVectors):
         if compiled is None:
             return super().measure(step, block, state)
         assert block.base is not None
-        norms = torch.empty(len(block.members), 2)
+        norms = torch.empty((len(block.members), 2), dtype=torch.float32, device="cpu")
         for row, member, keep in zip(norms, block.members, self.kept(block), strict=True):
             compiled.dare_norms(len(member), at(block.base), at(member), at(keep), at(row))
         return Measured(kept={"norms": norms.T})
@@ -42,8 +48,8 @@ class Dare(TaskVectors):
         divisors = self.sparsifier.density if self.rescale == "inverse" else ones
         factors = ones if state is None or state.factors is None else state.factors
         weights = torch.tensor(self.weights, dtype=self.dtype).tolist()
-        numbers = torch.tensor([divisors, factors, weights])
-        out = torch.empty(len(block.base), dtype=torch.float32)
+        numbers = torch.tensor([divisors, factors, weights], dtype=torch.float32, device="cpu")
+        out = torch.empty(len(block.base), dtype=torch.float32, device="cpu")
         compiled.dare_merge(
             len(out), len(keep), at(block.base), all_at(block.members), all_at(keep), *map(at, numbers),
             self.combine.elect == "after", self.combine.scale, at(out),
@@ -54,10 +60,14 @@ class Dare(TaskVectors):
         """The code for such a block, if there is some."""
         combine = self.combine
         known = combine.elect in ("none", "after") and combine.on_cancel == "positive" and combine.divide == "none"
+        known &= len(block.members) <= MOST
         for tensor in (block.base, *block.members):
             assert tensor is not None
-            known &= tensor.device.type == "cpu" and tensor.dtype == self.dtype == torch.bfloat16
+            known &= tensor.device.type == "cpu" and tensor.dtype == self.dtype == torch.bfloat16 and tensor.is_contiguous()
         return library() if known else None
+
+    def magnitude(self, delta: Tensor) -> Tensor:
+        return folded(delta) if delta.dtype == torch.bfloat16 else super().magnitude(delta)
 
     def kept(self, block: Block) -> list[Tensor]:
         """``[n]`` bool for each member."""
@@ -77,11 +87,17 @@ def all_at(tensors: list[Tensor]) -> ctypes.Array[c_void_p]:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled dare.c; None where it was not compiled. Other threads run while its functions do."""
+    """The compiled dare.c; None where it was not compiled, or when it was another. Other threads run while its functions do."""
     found = find_spec("distmerge.rules._dare")
     if found is None or found.origin is None:
         return None
-    compiled = ctypes.CDLL(found.origin)
+    try:
+        compiled = ctypes.CDLL(found.origin)
+        form = c_int.in_dll(compiled, "dare_form").value
+    except (OSError, ValueError):  # of another machine, or half a file
+        return None
+    if form != FORM:
+        return None
     many = POINTER(c_void_p)
     compiled.dare_norms.argtypes = (c_int64, c_void_p, c_void_p, c_void_p, c_void_p)
     numbers = (c_void_p, c_void_p, c_void_p)

@@ -167,7 +167,9 @@ def folded(x: Tensor) -> Tensor:
 
     Rows of LANES elements are added in pairs, their sums in pairs, and so on to one row, whose halves are added likewise.
     """
-    rows = pad(x.to(wide(x.dtype)), (0, -x.shape[1] % LANES)).view(len(x), -1, LANES)
+    x = x.to(wide(x.dtype))
+    lacking = -x.shape[1] % LANES
+    rows = (pad(x, (0, lacking)) if lacking else x).view(len(x), -1, LANES)
     while rows.shape[1] > 1:
         pairs = rows[:, 0:-1:2] + rows[:, 1::2]
         rows = torch.cat([pairs, rows[:, -1:]], 1) if rows.shape[1] % 2 else pairs

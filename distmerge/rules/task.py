@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from distmerge.rules.rule import INTEGERS, Block, Measured, Rule, Tally, deltas, folded, summed, wide
+from distmerge.rules.rule import INTEGERS, Block, Measured, Rule, Tally, deltas, summed, wide
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, Trim
 from distmerge.rules.threshold import value_of
 
@@ -136,8 +136,8 @@ class TaskVectors(Rule):
         if step < self.trims:
             assert isinstance(self.sparsifier, ByMagnitude)
             return self.sparsifier.measure(step, delta, state.trim if state else None)
-        before = magnitude(delta.abs_())  # what survives depends on magnitudes and places alone
-        after = magnitude(self.thinned(delta, block, state))
+        before = self.magnitude(delta.abs_())  # what survives depends on magnitudes and places alone
+        after = self.magnitude(self.thinned(delta, block, state))
         return Measured(kept={"norms": torch.stack([before, after])})
 
     def settle(self, step: int, tally: Tally, state: Settled | None) -> Settled:
@@ -160,6 +160,10 @@ class TaskVectors(Rule):
     def hides(self, state: Settled | None) -> bool:
         return self.sparsifier is not None and not (state is not None and state.finite)
 
+    def magnitude(self, delta: Tensor) -> Tensor:
+        """``[M]``: the sums of ``delta [M, n]``, where nothing is negative."""
+        return delta.sum(1, dtype=wide(delta.dtype))
+
     def thinned(self, delta: Tensor, block: Block, state: Settled | None) -> Tensor:
         """The task vectors with what is dropped set to 0; ``delta`` is used up."""
         if isinstance(self.sparsifier, ByMagnitude):
@@ -167,11 +171,6 @@ class TaskVectors(Rule):
             return state.trim.thin(delta, self.dtype, block.index)
         assert self.sparsifier is not None
         return self.sparsifier.thin(delta, block.start, self.rescale == "inverse")
-
-
-def magnitude(delta: Tensor) -> Tensor:
-    """``[M]``: the sums of ``delta [M, n]``, where nothing is negative."""
-    return folded(delta) if delta.dtype == torch.bfloat16 else delta.sum(1, dtype=wide(delta.dtype))
 
 
 def rescaling_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from distmerge import config
-from distmerge.checkpoints.durable import MANIFEST, read_manifest, reader, verify
+from distmerge.checkpoints.durable import reader, verify
 from distmerge.checkpoints.store import Store, published_checkpoints
 from distmerge.errors import UserError
+from distmerge.files.manifest import MANIFEST, read_manifest
 from distmerge.launch import Place
 from distmerge.mesh import Mesh
 from tests.ranks import Ranks

@@ -17,10 +17,10 @@ from distmerge import cli
 from distmerge.checkpoints.block import published_blocks, stable_blocks
 from distmerge.checkpoints.curvature import newest_curvature
 from distmerge.checkpoints.curves import weights
-from distmerge.checkpoints.durable import as_json, hash_of, read_manifest
 from distmerge.config import Optimizer
 from distmerge.engine.optimizers import build_optimizers
 from distmerge.errors import UserError
+from distmerge.files.manifest import as_json, read_manifest, sealed
 from tests.checkpoints.runs import lines, parameters, run, same, write_text
 
 
@@ -174,7 +174,7 @@ def test_stable_blocks_verify_are_untainted_and_of_one_stretch(trained: Path, tm
 def taint(path: Path, **changes: Any) -> None:
     """The block's record, written again, says that a spike touched it, or what else it is told to."""
     record = read_manifest(path, "block.json") | {"tainted": True} | changes
-    (path / "block.json").write_bytes(as_json(record | {"sha256": hash_of(record)}))
+    (path / "block.json").write_bytes(as_json(sealed(record)))
 
 
 def test_blocks_that_do_not_fit_are_refused(trained: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distmerge.checkpoints.durable import read_manifest
 from distmerge.checkpoints.store import published_checkpoints
+from distmerge.files.manifest import read_manifest
 from tests import jobs
 from tests.ranks import Outcome, Ranks, command
 

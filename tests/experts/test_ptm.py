@@ -175,13 +175,24 @@ def test_continued_finetuning_is_compared_at_a_similar_skill_loss() -> None:
     assert near["equal_excess"] == pytest.approx([1.3 - 1.2]) and near["equal_gap"] == pytest.approx([0.1 / 2.5])
     assert near["equal_steps"] == [5]
     runs = [(0.0, 1.0, 3.0), (5.0, 1.3, 2.6), (7.0, 1.5, 2.4)]
-    assert as_skilled(runs, 2.7) == runs[1] and as_skilled(runs, 2.3) == runs[2]
+    assert [as_skilled(runs, loss) for loss in (2.3, 2.5, 2.6, 2.7)] == [runs[2], runs[1], runs[1], runs[0]]
     swept[1]["losses"]["sums"] = 2.2
     far = shape("sums", [{"points": ends + swept, "omega": {"sums": 0.5}}])
     assert far["similar_omega"] == [1.0] and far["similar_gap"] == far["skill_gap"] == pytest.approx([0.1])
     assert far["cft_general_excess"] == far["similar_excess"] == pytest.approx([0.4]) and far[
         "wise_ft_excess"
     ] == pytest.approx([2.0 - 1.1])
+
+
+@pytest.mark.parametrize(("skill", "warmup", "decay"), [(70, 35, 35), (10, 1, 9), (100, 50, 50), (3, 0, 1), (70, 10, 35)])
+def test_a_shorter_run_has_a_shorter_schedule(skill: int, warmup: int, decay: int) -> None:
+    schedule = {"name": "wsd", "warmup": warmup, "decay": decay}
+    table = {"out": "x", "model": BASE["model"], "steps": {"skill": skill}, "schedule": schedule}
+    config = config_file.validate_as(PtmConfig, table)
+    for share in (0.01, 0.29, 0.5, 0.99):
+        run = config.run(0, "shorter", config.steps_of(share), ["text"], "base", share)
+        assert run.schedule.warmup + run.schedule.decay <= run.steps == max(1, round(share * skill))
+        assert run.schedule.warmup <= round(share * warmup) and 1 <= run.schedule.decay <= max(1, round(share * decay))
 
 
 def test_the_shipped_file_is_read() -> None:
