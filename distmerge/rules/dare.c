@@ -1,7 +1,7 @@
 /* DARE's two passes over a block of bfloat16, each in one loop: what TaskVectors (task.py) computes operation by operation.
 
-   The numbers are the same to the bit: each step is rounded to bfloat16, sums have the order of `folded` (rule.py), and no
-   multiplication is contracted with an addition. A bfloat16 is the upper half of a float. */
+   The numbers are the same to the bit wherever sums do not overflow: each step is rounded to bfloat16, sums have the order of
+   `folded` (rule.py), and no multiplication is contracted with an addition. A bfloat16 is the upper half of a float. */
 
 #include <stdint.h>
 #include <string.h>
@@ -120,7 +120,7 @@ EVERY_PROCESSOR void dare_merge(int64_t n, int64_t count, const uint16_t *base, 
         if (elect) {
             uint32_t sign[LANES];
             float agreed[LANES] = {0};
-            for (int j = 0; j < LANES; j++) /* 0 elects +, and so does a NaN, of which processors have both signs */
+            for (int j = 0; j < LANES; j++) /* 0 elects +, and so does inf - inf, whose sign is the processor's */
                 sign[j] = sum[j] == sum[j] ? bits_of(sum[j] + 0.0f) & 0x80000000u : 0;
             for (int64_t m = 0; m < count; m++)
                 for (int j = 0; j < LANES; j++) {
