@@ -21,16 +21,16 @@ import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from report import Report, parser, remembered, spread
 from torch import Tensor
+from window_shares import ANNEALS, Size, advised, best_share, errors, shares, told
 
 from distmerge import config_file
-from distmerge.checkpoints.gate import advise, gram_of
-from distmerge.checkpoints.prediction import corrected, corrections
+from distmerge.checkpoints.gate import gram_of
 from distmerge.checkpoints.window import Window
 from distmerge.config import TrainConfig
 from distmerge.config_checkpoints import Window as WindowSection
@@ -42,22 +42,10 @@ from distmerge.mesh import Mesh
 from distmerge.model import build_model, load_tokenizer
 from distmerge.schedule import decayed
 
-ANNEALS = ("linear", "1-sqrt")
 CURVES = ("linear", "1-sqrt", "cosine", "wma")
 CHOOSING_SEEDS = (100, 101, 10, 11, 12)
 FIRST_JUDGED = 20  # no seed that was looked at when the prediction was designed
 EVAL_BATCHES = 32
-
-
-class Size(NamedTuple):
-    """Steps of the constant-rate run, its blocks, and the lengths of decays, in steps; where the earlier forks end, and
-    their lengths."""
-
-    steps: int
-    every: int
-    lengths: tuple[int, ...]
-    early: int
-    early_lengths: tuple[int, ...]
 
 
 FULL = Size(steps=900, every=10, lengths=(50, 100, 200, 300), early=600, early_lengths=(100, 200))
@@ -195,54 +183,6 @@ def run(seed: int, size: Size) -> dict[str, Any]:
     return found
 
 
-def shares(result: dict[str, Any], name: str) -> float:
-    """Of one merge: the annealing gain recovered, against the better true decay of the same length."""
-    length = name.split()[2]
-    annealed = min(result["annealed"][f"{curve} {length}"] for curve in ANNEALS)
-    return (result["constant"] - result["merged"][name]) / (result["constant"] - annealed)
-
-
-def ledger(result: dict[str, Any], size: Size, early: bool = False) -> list[dict[str, Any]]:
-    """The linear decays of one seed, as lines of a run's ledger."""
-    end, prefix = (size.early, "early_") if early else (size.steps, "")
-    return [
-        {
-            "from": end - length,
-            "decay_steps": length,
-            "curve": "linear",
-            "merged": result[f"{prefix}merged"][f"mean linear {length}"],
-            "outcome": result[f"{prefix}annealed"][f"linear {length}"],
-        }
-        for length in (size.early_lengths if early else size.lengths)
-    ]
-
-
-def errors(judged: list[dict[str, Any]], choosing: list[dict[str, Any]], size: Size) -> dict[str, dict[int, list[float]]]:
-    """Relative errors of predictions of a linear decay, by length, of each judged seed.
-
-    corrected: as ``distmerge anneal --calibrate`` with the runs of the choosing seeds. raw: the merge alone. own: the merge
-    corrected by the run's own fork of that length that ended a third of the run earlier. unmerged: no merge, but what annealing
-    gained on the choosing seeds.
-    """
-    known = [line for result in choosing for line in ledger(result, size)]
-    found: dict[str, dict[int, list[float]]] = {kind: {} for kind in ("corrected", "raw", "own", "unmerged")}
-    for result in judged:
-        early = {line["decay_steps"]: line for line in ledger(result, size, early=True)}
-        for line in ledger(result, size):
-            length = line["decay_steps"]
-            gains = [other["constant"] / other["annealed"][f"linear {length}"] for other in choosing]
-            said = {
-                "corrected": corrected(line["merged"], corrections(line, known)),
-                "raw": line["merged"],
-                "unmerged": result["constant"] / statistics.mean(gains),
-            }
-            if length in early:
-                said["own"] = line["merged"] * early[length]["outcome"] / early[length]["merged"]
-            for kind, predicted in said.items():
-                found[kind].setdefault(length, []).append(predicted / line["outcome"] - 1)
-    return found
-
-
 def main() -> None:
     options = parser(__doc__, seeds=3).parse_args()
     report = Report("window", options)
@@ -273,33 +213,11 @@ def main() -> None:
     claim = "the merge, corrected by forks of other seeds, predicts the loss of a linear decay of that length to within"
     report.bar(claim, worst, "<=", 0.01, quality=True)
     for metric in ("plain", "curved"):
-        regret = [best_share(result) - shares(result, advised(result, metric)) for result in judged]
+        regret = [best_share(result) - shares(result, advised(result, metric, size.every)) for result in judged]
         report.data[f"advice_regret_{metric}"] = regret
-        said = [advised(result, metric) for result in judged]
+        said = [advised(result, metric, size.every) for result in judged]
         report.say(f"the gate, distances {metric}, advised {said}: {statistics.mean(regret):.2f} of share lost to the best")
     report.finish()
-
-
-def told(result: dict[str, Any]) -> dict[str, Any]:
-    """What a record keeps of one seed."""
-    return {key: value for key, value in result.items() if key != "grams"}
-
-
-def advised(result: dict[str, Any], metric: str) -> str:
-    """The merge nearest to the gate's advice among those that were measured.
-
-    Args:
-        metric: plain, or curved: distances weighed with Adam's second moments as the curvature's diagonal.
-    """
-    grams, every = result["grams"], FULL.every
-    advice = advise(np.array(grams[metric]), grams["starts"], grams["end"])
-    lengths = sorted({int(name.split()[2]) for name in result["merged"]})
-    length = min(lengths, key=lambda measured: abs(measured - advice.count * every))
-    return f"mean {advice.curve} {length}"
-
-
-def best_share(result: dict[str, Any]) -> float:
-    return max(shares(result, name) for name in result["merged"] if name.startswith("mean"))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ With outer rate 1 and no momentum this is parameter averaging (local SGD), and o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,13 +35,12 @@ from distmerge.config_file import checked
 from distmerge.engine.flatten import check_peers, flatten
 from distmerge.flat import FlatParameters
 from distmerge.rules.mean import token_weight
-from distmerge.workers.flight import AllReduce, Exchange, Flight, InFlight, share_numel, total_weight
+from distmerge.workers.flight import Flight, InFlight, total_weight
 from distmerge.workers.fragments import Bucket, cut_fragments, due_fragment
-from distmerge.workers.outer_state import OuterState, own_shares, share_slices
-from distmerge.workers.radial import RadialMean
+from distmerge.workers.outer_state import OuterState, own_shares
 from distmerge.workers.report import MergeReport, Spread
+from distmerge.workers.sender import Sender
 from distmerge.workers.total import Peers
-from distmerge.workers.wire import WIRES
 
 
 class DiLoCo:
@@ -100,7 +98,6 @@ class DiLoCo:
         self.policies = buffer_policies(self.flat.model, buffers)
         bucket_numel = self.flat.vector.numel() if rule == "radial" else bucket_bytes // 4
         self.fragments = cut_fragments(self.flat, fragments, fragment_order, bucket_numel)
-        self.wire = WIRES[wire]
         self.weight = 1.0
         self.round = 0
         self.steps, self.tokens = 0, 0.0
@@ -109,8 +106,7 @@ class DiLoCo:
         self.flying: InFlight | None = None
         self.peers.start_equal(self.flat)
         self.outer = self._start_outer()
-        self.residuals = self._zero_residuals() if error_feedback else {}
-        self._message = self.flat.vector.new_empty(0)
+        self.sender = Sender(self.settings, self.flat, self.peers, self.buckets, self.outer)
         self._reported = (0, 0.0)
 
     def step(self, tokens: float = 1.0) -> MergeReport | None:
@@ -153,7 +149,7 @@ class DiLoCo:
         steps, weight = self._begin_round(number)
         spread = Spread(self.flat.vector.device)
         for bucket in self.fragments[number]:
-            flight = self._send(bucket, self._shared_message(bucket), weight, spread)
+            flight = self.sender.send(bucket, self.sender.room_for(bucket), weight, spread)
             self._receive(bucket, flight, weight, mix, spread)
             waited += flight.waited
         return self._report(number, steps, weight, spread, began, waited, full)
@@ -165,7 +161,7 @@ class DiLoCo:
         steps, weight = self._begin_round(number)
         vector = self.flat.vector
         spread = Spread(vector.device)
-        flights = [self._send(b, vector.new_empty(b.numel + 1), weight, spread) for b in self.fragments[number]]
+        flights = [self.sender.send(b, vector.new_empty(b.numel + 1), weight, spread) for b in self.fragments[number]]
         if not self.settings.outer_sharded:
             spread.begin(self.peers, self.flat, weight)
         self.flying = InFlight(number, flights, spread, weight, steps)
@@ -189,23 +185,6 @@ class DiLoCo:
             self._receive(bucket, flight, flying.weight, self.settings.mix, flying.spread)
         waited = sum(flight.waited for flight in flying.flights)
         return self._report(flying.fragment, flying.steps, flying.weight, flying.spread, began, waited)
-
-    def _send(self, bucket: Bucket, message: Tensor, weight: float, spread: Spread) -> Flight:
-        """Begin the mean of a bucket's deltas; of the parameters themselves where no whole anchor is at hand."""
-        theta, sharded = self.flat.vector, self.settings.outer_sharded
-        if weight > 0:
-            for part, place in bucket.parts(theta):
-                if self.outer is None or sharded:
-                    message[place].copy_(theta[part])
-                else:
-                    spread.add_own(self.outer.delta(theta[part], part, out=message[place]))
-        if self.settings.rule == "radial":
-            return RadialMean(self.peers, self.flat, message, weight)
-        if sharded:
-            return Exchange(self.peers, message, weight, self.wire, owner=self._owner(bucket, spread))
-        if self.wire.name == "fp32":
-            return AllReduce(self.peers, message, weight)
-        return Exchange(self.peers, message, weight, self.wire, self.residuals.get(bucket.index))
 
     def _receive(self, bucket: Bucket, flight: Flight, weight: float, mix: float, spread: Spread) -> None:
         """Take the outer step along the mean, and start the next round from the anchor."""
@@ -263,30 +242,6 @@ class DiLoCo:
     def buckets(self) -> list[Bucket]:
         return [bucket for fragment in self.fragments for bucket in fragment]
 
-    def _owner(self, bucket: Bucket, spread: Spread) -> Callable[[Tensor], None]:
-        """What this peer does to the mean of its share of a bucket: the outer step of a sharded anchor."""
-        part = share_slices(self.buckets, self.peers.size)[bucket.index]
-
-        def step(mean: Tensor) -> None:
-            assert self.outer is not None
-            anchor = self.outer.step(self.outer.delta(mean, part, out=torch.empty_like(mean)), part)
-            spread.add_merged_share(mean - anchor)
-            mean.copy_(anchor)
-
-        return step
-
-    def _zero_residuals(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Error feedback's memory, by bucket: of what this worker sends, and of the mean that it sends as an owner."""
-        shares = {bucket.index: share_numel(bucket.numel, self.peers.size) for bucket in self.buckets}
-        new = self.flat.vector.new_zeros
-        return {index: (new(self.peers.size * share), new(share)) for index, share in shares.items()}
-
-    def _shared_message(self, bucket: Bucket) -> Tensor:
-        """Room for one message, used for one bucket after the other and kept: fresh memory costs as much as a copy."""
-        if self._message.numel() <= bucket.numel:
-            self._message = self.flat.vector.new_empty(bucket.numel + 1)
-        return self._message[: bucket.numel + 1]
-
     @property
     def anchor(self) -> Tensor | None:
         """What the workers share, in the layout of the flat vector; None where it is theta itself, or sharded."""
@@ -308,7 +263,7 @@ class DiLoCo:
             "tokens": self.tokens,
             "sent": self.sent,
             "outer": None if self.outer is None else self.outer.state_dict(),
-            "residuals": self.residuals,
+            "residuals": self.sender.residuals,
             "flying": None if self.flying is None else self.flying.state_dict(),
             "ledger": self.peers.ledger.state_dict(),
         }
@@ -320,7 +275,7 @@ class DiLoCo:
         if self.outer is not None:
             self.outer.load_state_dict(state["outer"])
         for index, theirs in state["residuals"].items():
-            for mine, values in zip(self.residuals[index], theirs, strict=True):
+            for mine, values in zip(self.sender.residuals[index], theirs, strict=True):
                 mine.copy_(values)
         self.flying = None if state["flying"] is None else InFlight.from_state(state["flying"], self.flat.vector.device)
         self.peers.ledger.load_state_dict(state["ledger"])
