@@ -90,7 +90,8 @@ def published_steps(run_dir: Path) -> dict[int, Path]:
 def member_at(reference: str, step: int, patience_seconds: float | None) -> Path:
     """What a model to merge with is at a step: itself, or of a run, its newest published step that is not later.
 
-    A run that ended before is its final model.
+    A run that ended before is its final model; at its last published step it is that step's, whether or not it has ended by
+    now, so that nothing depends on which of two runs is ahead.
 
     Args:
         patience_seconds: how long to wait for a run that trains at the same time; None takes what is there.
@@ -104,7 +105,7 @@ def member_at(reference: str, step: int, patience_seconds: float | None) -> Path
         if (path / "config.json").exists() or (path / "adapter_config.json").exists():
             return path
         run, steps = RunDirectory(path), published_steps(path)
-        if run.finished(1) is not None and max(steps, default=0) <= step:
+        if run.finished(1) is not None and max(steps, default=0) < step:
             return run.final
         earlier = [where for at, where in steps.items() if at <= step]
         if earlier and (patience_seconds is None or max(steps) >= step):

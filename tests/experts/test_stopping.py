@@ -39,6 +39,7 @@ def test_a_sibling_is_its_newest_step_that_is_not_later(tmp_path: Path) -> None:
     (tmp_path / "final").mkdir()
     (tmp_path / "summary.json").write_text(json.dumps({"steps": 4, "stopped": "early"}))
     assert member_at(str(tmp_path), 8, 1.0).name == "final"
+    assert member_at(str(tmp_path), 4, 1.0).name == "step-00000004"  # ended by now or not
     with pytest.raises(ValueError, match="nowhere holds no model"):
         member_at(str(tmp_path / "nowhere"), 8, None)
 
