@@ -14,7 +14,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from distmerge.rules.counter import chance
 from distmerge.rules.rule import Block, Measured, folded
 from distmerge.rules.sparsify import AtRandom
 from distmerge.rules.task import Settled, TaskVectors
@@ -33,9 +32,10 @@ class Dare(TaskVectors):
         compiled = self.compiled(block)
         if compiled is None:
             return super().measure(step, block, state)
-        assert block.base is not None
+        assert block.base is not None and isinstance(self.sparsifier, AtRandom)
+        masks = self.sparsifier.kept(block.start, len(block.base))
         norms = torch.empty((len(block.members), 2), dtype=torch.float32, device="cpu")
-        for row, member, keep in zip(norms, block.members, self.kept(block), strict=True):
+        for row, member, keep in zip(norms, block.members, masks, strict=True):
             compiled.dare_norms(len(member), at(block.base), at(member), at(keep), at(row))
         return Measured(kept={"norms": norms.T})
 
@@ -44,7 +44,7 @@ class Dare(TaskVectors):
         if compiled is None:
             return super().merge(block, state)
         assert block.base is not None and isinstance(self.sparsifier, AtRandom)
-        keep, ones = self.kept(block), [1.0] * len(block.members)
+        keep, ones = list(self.sparsifier.kept(block.start, len(block.base))), [1.0] * len(block.members)
         divisors = self.sparsifier.density if self.rescale == "inverse" else ones
         factors = ones if state is None or state.factors is None else state.factors
         weights = torch.tensor(self.weights, dtype=self.dtype).tolist()
@@ -68,12 +68,6 @@ class Dare(TaskVectors):
 
     def magnitude(self, delta: Tensor) -> Tensor:
         return folded(delta) if delta.dtype == torch.bfloat16 else super().magnitude(delta)
-
-    def kept(self, block: Block) -> list[Tensor]:
-        """``[n]`` bool for each member."""
-        assert isinstance(self.sparsifier, AtRandom)
-        drawn = zip(self.sparsifier.keys, self.sparsifier.density, block.members, strict=True)
-        return [chance(key, density, block.start, member.numel()) for key, density, member in drawn]
 
 
 def at(tensor: Tensor) -> c_void_p:

@@ -6,6 +6,7 @@ survive to 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -200,11 +201,16 @@ class AtRandom:
     def thin(self, delta: Tensor, start: int, inverse: bool) -> Tensor:
         """``delta [M, n]`` from offset ``start`` on, in place, with what is not drawn set to 0; the rest is divided by
         its odds if ``inverse``."""
-        for row, key, density in zip(delta, self.keys, self.density, strict=True):
-            keep_bits(row, chance(key, density, start, row.numel(), row.device))
+        kept = self.kept(start, delta.shape[1], delta.device)
+        for row, mask, density in zip(delta, kept, self.density, strict=True):
+            keep_bits(row, mask)
             if inverse:
                 row.div_(density)
         return delta
+
+    def kept(self, start: int, count: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+        """For each member ``[count]`` bool from offset ``start`` on: what is drawn."""
+        return (chance(key, density, start, count, device) for key, density in zip(self.keys, self.density, strict=True))
 
 
 def keep_bits(row: Tensor, mask: Tensor) -> None:
