@@ -96,7 +96,8 @@ def check_structure(recipe: Recipe) -> None:
             others = [entry for entry in others if entry.model != recipe.general]
         if len(others) < low or (high is not None and len(others) > high):
             count = str(low) if low == high else f"at least {low}"
-            raise UserError(f"{recipe.method} takes {count} models{beside(form)}, got {len(others)}")
+            beside = "" if form.base == "none" else " beside the base"
+            raise UserError(f"{recipe.method} takes {count} models{beside}, got {len(others)}")
         if len({entry.model for entry in slice.entries}) < len(slice.entries) and form.base != "none":
             raise UserError(f"{recipe.method} takes each model once")
         for where, table in [("parameters", slice.parameters), *((entry.model, entry.parameters) for entry in slice.entries)]:
@@ -104,10 +105,6 @@ def check_structure(recipe: Recipe) -> None:
     if recipe.general is not None and recipe.method != "ptm":
         raise UserError(f"general is for ptm alone, got method {recipe.method}")
     check_known(recipe.method, form, "parameters", recipe.parameters)
-
-
-def beside(form: Method) -> str:
-    return "" if form.base == "none" else " beside the base"
 
 
 def check_known(name: str, form: Method, where: str, table: dict[str, Any]) -> None:
