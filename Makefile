@@ -1,9 +1,10 @@
 # make train / make test: the two commands of the README. Both need only Python 3.11+, make and pip.
+# make test runs a pairwise part of the large matrices; make test-all runs everything.
 PYTHON ?= python3
 BIN := .venv/bin
 CONFIG ?= configs/quickstart.toml
 
-.PHONY: setup train test lint clean
+.PHONY: setup train test test-all lint clean
 
 setup: .venv/.installed
 
@@ -23,6 +24,10 @@ train: setup
 test: setup
 	$(BIN)/distmerge build-ops
 	$(BIN)/python -m pytest
+
+test-all: setup
+	$(BIN)/distmerge build-ops
+	$(BIN)/python -m pytest -m 'full or not full'
 
 lint: setup
 	$(BIN)/ruff format --check .

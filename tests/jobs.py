@@ -11,6 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+PATIENCE_SECONDS = 1200.0
+"""How long a test waits for what must happen: long enough for a machine with 15 processes a core. Waits end early, so it
+costs nothing unless something is wrong."""
+
 TIMING_KEYS = {"seconds", "tokens_per_second", "merge/seconds", "merge/wait_seconds"}
 
 MODEL = """
@@ -98,7 +102,7 @@ class Job:
                 found[int(rank)] = child
         return found
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = PATIENCE_SECONDS) -> int:
         """The exit status; within a finite time, or the test fails."""
         try:
             return self.process.wait(seconds)
@@ -158,7 +162,7 @@ def alive(process: int) -> bool:
         return False
 
 
-def wait_for(condition: Any, what: str, seconds: float = 120) -> Any:
+def wait_for(condition: Any, what: str, seconds: float = PATIENCE_SECONDS) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"

@@ -29,10 +29,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-COLLECTIVE_SECONDS = 30.0
+COLLECTIVE_SECONDS = 600.0
 """A collective whose peer is gone fails after this."""
 
-STRAGGLER_SECONDS = 5.0
+STRAGGLER_SECONDS = 30.0
 """After one rank raised, the others are given this long to answer; they may hang in a collective."""
 
 
@@ -50,7 +50,7 @@ class Ranks:
     def __init__(self) -> None:
         self.processes: list[tuple[Any, Connection]] = []
 
-    def run(self, world: int, function: Callable[..., Any], *arguments: Any, group: bool = True, seconds: float = 120) -> list:
+    def run(self, world: int, function: Callable[..., Any], *arguments: Any, group: bool = True, seconds: float = 1200) -> list:
         """``function(*arguments)`` on each rank of a world; the results in the order of ranks.
 
         Args:

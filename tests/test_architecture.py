@@ -31,7 +31,7 @@ FLOORS: dict[str, int] = {
     "sources": 1,
     "section": 1, "config_checkpoints": 1, "config_data": 1, "config_engine": 1, "config_experts": 1,
     "labels": 1, "instructions": 1,
-    "errors": 0, "presets": 0, "quiet": 0,
+    "errors": 0, "presets": 0, "quiet": 0, "plotting": 1,
 }  # fmt: skip
 """A room may import rooms of its own floor and of those below."""
 

@@ -102,7 +102,7 @@ def test_a_library_that_prints_is_not_in_the_result(tmp_path: Path) -> None:
         "distmerge.evaluate.evaluate_directory = loud\ncli.main()\n"
     )
     given = ["eval", str(tmp_path / "model"), "--files", str(tmp_path / "a.txt"), "--sequence-length", "20"]
-    job = subprocess.run([sys.executable, str(tmp_path / "run.py"), *given], capture_output=True, text=True, timeout=120)
+    job = subprocess.run([sys.executable, str(tmp_path / "run.py"), *given], capture_output=True, text=True, timeout=1200)
     assert job.returncode == 0, job.stderr
     assert json.loads(job.stdout)["tokens"] == 50 * 19
     assert "hello" in job.stderr and "its child" in job.stderr and "its logger" in job.stderr

@@ -45,5 +45,5 @@ def test_it_runs_as_it_stands(ranks: Ranks, tmp_path: Path, name: str) -> None:
     if "deepspeed" in code:
         pytest.importorskip("deepspeed")
     world = 4 if "mesh" in code else 2
-    said = ranks.run(world, run_example, code, tmp_path, group=False, seconds=400)
+    said = ranks.run(world, run_example, code, tmp_path, group=False)
     assert all(re.search(r"\d+ bytes", text) for text in said), said

@@ -103,7 +103,7 @@ def kill_launcher(job: jobs.Job, run: Path) -> None:
 
 def kill_rank(job: jobs.Job, run: Path) -> None:
     jobs.kill(job.ranks()[1], signal.SIGKILL)
-    assert job.wait(60) == 1
+    assert job.wait() == 1
     assert "error: rank 1 was killed by SIGKILL; start the same command again to resume" in job.output
 
 
@@ -151,8 +151,8 @@ def test_kill_and_resume_moves_no_bit(uninterrupted: Path, config: str, tmp_path
         assert sorted(ranks) == [0, 1]
         time.sleep(moments.uniform(0, 0.02))
         kill(job, run)
-        jobs.wait_for(lambda gone=ranks: not any(map(jobs.alive, gone.values())), "no rank survives", 20)
-        job.wait(20)
+        jobs.wait_for(lambda gone=ranks: not any(map(jobs.alive, gone.values())), "no rank survives")
+        job.wait()
         step = jobs.last_step(run)
         assert target <= step < STEPS, f"{kill.__name__} landed between two steps"
         checkpoints = published_checkpoints(run / "checkpoints")
@@ -216,5 +216,5 @@ def test_a_rank_whose_launcher_died_before_it_looked_ends(tmp_path: Path) -> Non
     code = "from distmerge.launch import die_with_parent; die_with_parent(); print('lives')"
     for launcher, outcome in ((os.getpid(), (0, "lives\n")), (os.getppid(), (1, ""))):
         environment = os.environ | {"DISTMERGE_LAUNCHED": str(launcher)}
-        job = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+        job = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=jobs.PATIENCE_SECONDS)
         assert (job.returncode, job.stdout) == outcome

@@ -8,19 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from distmerge.checkpoints.curves import effective_count, frequency_response, implied_curve
-from distmerge.errors import UserError
 
 
 def plot(members: Sequence[float] | np.ndarray, shares: Sequence[float], path: Path, title: str = "") -> None:
-    """Write the picture; the suffix of ``path`` chooses the format (.svg, .png, .pdf).
+    """Write the picture; the suffix of ``path`` chooses the format (.svg, .png, .pdf)."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        UserError: without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("a plot needs matplotlib; pip install 'distmerge[bench]'") from None
     curve = implied_curve(members, shares)
     cycles = np.linspace(0, len(shares), 400)
     figure = Figure(figsize=(12, 3.4), layout="constrained")

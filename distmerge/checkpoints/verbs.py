@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distmerge.errors import UserError
+from distmerge.plotting import require_matplotlib
 
 if TYPE_CHECKING:
     from distmerge.config import TrainConfig
@@ -66,10 +67,19 @@ def run(options: argparse.Namespace, train: Callable[[TrainConfig, list[str]], i
 def window(options: argparse.Namespace) -> int:
     if options.out is None and not options.explain and options.plot is None:
         raise UserError("distmerge window needs --out DIR, --explain or --plot FILE")
+    if options.plot is not None:
+        check_plot(options.plot)
     from distmerge.checkpoints.merge_window import merge_window
 
     merge_window(options, span_of(options.steps))
     return 0
+
+
+def check_plot(path: str) -> None:
+    """Refuse a picture that could not be drawn before anything is merged."""
+    require_matplotlib("--plot")
+    if Path(path).suffix not in (".svg", ".png", ".pdf"):
+        raise UserError(f"--plot must be a .svg, .png or .pdf file, got {path}")
 
 
 def anneal(options: argparse.Namespace, train: Callable[[TrainConfig, list[str]], int]) -> int:

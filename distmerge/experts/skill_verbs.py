@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distmerge.errors import UserError
+from distmerge.plotting import require_matplotlib
 from distmerge.quiet import quiet
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def add_parsers(verbs: Any) -> None:
 
 def run(options: argparse.Namespace, train: Callable[[TrainConfig, int], None]) -> int:
     """The verb's exit status. ``train`` trains one run to its end."""
+    require_matplotlib(f"distmerge {options.verb}")
     if options.verb == "examples":
         from distmerge.experts import memorised
 

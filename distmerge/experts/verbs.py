@@ -9,6 +9,7 @@ from typing import Any
 from distmerge.errors import UserError
 from distmerge.experts.methods import METHODS, PARAMETERS, VARIANTS
 from distmerge.experts.recipe import SHARD_SIZE, Recipe
+from distmerge.plotting import require_matplotlib
 
 PARAMETER_FLAGS = [key for key, parameter in PARAMETERS.items() if key != "weight" and parameter.holds is not None]
 SWITCHES = [key for key, parameter in PARAMETERS.items() if parameter.holds is None and key != "rescale"]
@@ -89,6 +90,8 @@ def run(options: argparse.Namespace) -> int:
             raise UserError(f"{name} must be >= 1, got {value}")
     if options.verb in ("diagnose", "sweep"):
         check_text_flags(options)
+        if options.plot is not None:
+            require_matplotlib("--plot")
     if options.verb == "diagnose":
         from distmerge.experts import inspect
 

@@ -44,7 +44,7 @@ def settings(engine: dict[str, Any], merger: str = "diloco", **train: Any) -> Tr
     return config_file.validate(
         {
             "run_dir": "unused",
-            "mesh": {"workers": 2, "device": "cpu", "timeout_seconds": 30},
+            "mesh": {"workers": 2, "device": "cpu", "timeout_seconds": 600},
             "model": {"config": {"model_type": "llama"}},
             "merge": [MERGERS[merger]],
             "engine": engine,
@@ -145,6 +145,6 @@ def train_plainly(mesh: Mesh, engine: dict[str, Any], steps: int = 20) -> dict[s
 def many(cases: list[tuple[Callable[..., Any], tuple]]) -> list[Any]:
     """``function(mesh, *arguments)`` for several cases in the same groups, of two workers."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    mesh = Mesh(sections.Mesh(workers=2, device="cpu", timeout_seconds=30), Place(rank, world, rank, world), threads=1)
+    mesh = Mesh(sections.Mesh(workers=2, device="cpu", timeout_seconds=600), Place(rank, world, rank, world), threads=1)
     with contextlib.closing(mesh):
         return [function(mesh, *arguments) for function, arguments in cases]

@@ -33,7 +33,7 @@ def seen() -> dict[tuple[Any, ...], list[dict[str, Any]]]:
     found = {}
     ranks = Ranks()
     for world in (4, 2):
-        answers = ranks.run(world, many, work, group=False, seconds=400)
+        answers = ranks.run(world, many, work, group=False)
         for index, key in enumerate(keys):
             found[(world, key)] = [answer[index] for answer in answers]
     ranks.close()

@@ -37,6 +37,6 @@ def test_a_compiler_at_work_is_waited_for(tmp_path: Path) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(8)
         compiler.stdin.close()
-    said, _ = waiting.communicate(timeout=60)
+    said, _ = waiting.communicate(timeout=1200)
     assert said == "in\n"
     assert not (folder / "lock").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 def test_malformed_inputs(tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "tests.experts.malformed", str(tmp_path)],
-        capture_output=True, text=True, check=True, timeout=120, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, check=True, timeout=1200, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     found = json.loads(run.stdout.splitlines()[-1])
     assert len(found) >= 50

@@ -1,0 +1,20 @@
+"""What draws: matplotlib, from the extra ``plot``. It is asked for before a verb begins its work, and loaded when it draws."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from distmerge.errors import UserError
+
+
+def require_matplotlib(what: str) -> None:
+    """Refuse to begin what would end in a picture that cannot be drawn.
+
+    Args:
+        what: the verb or the flag that draws, for the error.
+
+    Raises:
+        UserError: without matplotlib.
+    """
+    if find_spec("matplotlib") is None:
+        raise UserError(f"{what} needs matplotlib, which draws its pictures: pip install 'distmerge[plot]'")
