@@ -17,7 +17,7 @@ from distmerge import config_file
 from distmerge.config import TrainConfig
 from distmerge.errors import UserError
 from distmerge.files.durable import make_directory, sync_directory, write_atomically
-from distmerge.files.manifest import read_manifest
+from distmerge.files.manifest import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
     from distmerge.mesh import Mesh
@@ -91,8 +91,11 @@ class RunDirectory:
             raise UserError(
                 f"{self.summary} cannot be read ({type(error).__name__}: {error}); delete it, and the next start writes it anew"
             ) from None
-        try:
-            of_steps = read_manifest(self.diverged if diverged else self.final)["steps"]
+        place = self.diverged if diverged else self.final
+        if not place.is_dir():
+            return None
+        try:  # an older version's final model has no manifest
+            of_steps = read_manifest(place)["steps"] if (place / MANIFEST).exists() else ended
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return summary if over and of_steps == ended else None

@@ -48,8 +48,8 @@ class Preview:
     def _sound_blocks(self, step: int) -> list[Block]:
         """The newest mergeable blocks that are still what was published; a collective.
 
-        One that vanished, or is damaged, is forgotten, and the record says so. Its files are read anyway where it is merged, and
-        their XXH128 costs a tenth of that.
+        One that vanished, or is damaged, is forgotten, and the record says so. Its files are read anyway where it is merged,
+        and their XXH128 costs a tenth of that.
         """
         window, sound = self.window, []
         while left := [block for block in window.mergeable(self.section.last) if block not in sound]:

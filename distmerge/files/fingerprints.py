@@ -18,7 +18,7 @@ BLOCKS = 16
 """Of each file, at fixed positions, the first and the last bytes among them; a file that is no longer is read whole."""
 
 BUDGET_BLOCKS = 4096
-"""Of all files together, 256 MiB: of more than 256 files each gives fewer blocks, of more than 4096 only every n-th gives one."""
+"""Of all files together, 256 MiB: of more than 256 files each gives fewer blocks, beyond 4096 only every n-th gives one."""
 
 
 def fingerprints(files: Mapping[str, Path]) -> dict[str, list[Any]]:
