@@ -9,6 +9,7 @@ over blocks as a run publishes them, and once over the same models without their
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -21,7 +22,8 @@ import torch
 from report import Report, parser, spread
 from safetensors.torch import save_file
 
-from distmerge.checkpoints.block import Block, publish_files
+from distmerge.checkpoints.block import RECORD, Block, record_of
+from distmerge.checkpoints.durable import publish_directory
 
 BLOCKS = 10
 REPEATS = 5
@@ -59,15 +61,16 @@ def make_blocks(root: Path, size_bytes: int) -> list[Path]:
     base = [torch.randn(1024, 4096, generator=generator) * 0.02 for _ in range(min(4, count))]
     paths = []
     for index in range(BLOCKS):
-        temporary = root / "temporary"
-        temporary.mkdir(parents=True)
         tensors = {name: (base[at % len(base)] * (1 + 0.01 * index)).bfloat16() for at, name in enumerate(names)}
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         block = Block(100 * index + 1, 100 * index + 100, 1000 * index, 1000 * index + 1000, 1e-3, 2.0, "mean", 0)
         paths.append(root / block.name)
-        publish_files(temporary, paths[-1], block)
+        publish_directory(paths[-1], record_of(block), functools.partial(write_model, tensors), RECORD)
     os.sync()  # or the kernel would write them out behind what is measured
     return paths
+
+
+def write_model(tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def floor(paths: list[Path], out: Path) -> float:

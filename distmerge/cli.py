@@ -16,7 +16,7 @@ from distmerge.checkpoints import verbs as checkpoints
 from distmerge.errors import UserError
 from distmerge.experts import skill_verbs as skills
 from distmerge.experts import verbs as experts
-from distmerge.launch import LAUNCHED
+from distmerge.launch import DIVERGED, LAUNCHED
 from distmerge.quiet import quiet
 
 RESUMED = ("train", "anneal", "experts", "merge", "ptm")
@@ -85,6 +85,7 @@ def run(arguments: list[str]) -> int:
     train = verbs.add_parser("train", help="train a run, or resume it", add_help=False, allow_abbrev=False)
     train.add_argument("config", nargs="?", metavar="CONFIG.toml")
     train.add_argument("--ranks", type=int, help="ranks to launch on this machine (default: mesh.workers)")
+    train.add_argument("--restart", action="store_true", help="begin anew; what is in run_dir is moved to RUN_DIR.old-N")
     train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # after the verb
     train.add_argument("-h", "--help", action="store_true")
     evaluate = verbs.add_parser("eval", help="the loss of a model directory on text", allow_abbrev=False)
@@ -138,9 +139,34 @@ def train_verb(options: argparse.Namespace, overrides: list[str], arguments: lis
     if here is not None:
         from distmerge.train import train
 
+        if options.restart:
+            raise UserError(
+                "--restart is for distmerge train started alone: a launcher that starts its job again would begin anew each "
+                f"time; move {config.run_dir} away by hand"
+            )
         train(config, here, ["distmerge", *arguments])
         return 0
-    return start(config, config.mesh.workers if options.ranks is None else options.ranks, arguments)
+    ranks = config.mesh.workers if options.ranks is None else options.ranks
+    if options.restart:
+        begin_anew(config, ranks)
+        arguments = [argument for argument in arguments if argument != "--restart"]
+    return start(config, ranks, arguments)
+
+
+def begin_anew(config, ranks: int) -> None:
+    """Move an old run aside, once it is known that the new one can start as far as can be known here."""
+    from distmerge import rundir
+    from distmerge.sources import check_sources
+
+    check_ranks(config, ranks)
+    check_sources(config)
+    if (aside := rundir.begin_anew(rundir.RunDirectory(config.run_dir))) is not None:
+        print(f"the run in {config.run_dir} is moved to {aside}; beginning anew", file=sys.stderr)
+
+
+def check_ranks(config, ranks: int) -> None:
+    if ranks < 1 or ranks % config.mesh.workers:
+        raise UserError(f"--ranks must be a multiple of config.mesh.workers = {config.mesh.workers}, got {ranks}")
 
 
 def start(config, ranks: int, arguments: list[str]) -> int:
@@ -149,8 +175,7 @@ def start(config, ranks: int, arguments: list[str]) -> int:
     from distmerge.rundir import Lock, RunDirectory
     from distmerge.sources import check_sources
 
-    if ranks < 1 or ranks % config.mesh.workers:
-        raise UserError(f"--ranks must be a multiple of config.mesh.workers = {config.mesh.workers}, got {ranks}")
+    check_ranks(config, ranks)
     directory = RunDirectory(config.run_dir)
     directory.check(config)
     lock = Lock(directory)
@@ -158,6 +183,9 @@ def start(config, ranks: int, arguments: list[str]) -> int:
     lock.release()
     summary = directory.finished(config.steps)
     if summary is not None:
+        if summary.get("diverged"):
+            print(f"error: {directory.told_of_divergence(summary['diverged'])}", file=sys.stderr)
+            return DIVERGED
         from distmerge.metrics import table
 
         print(f"{directory.path} has finished its {summary['steps']} steps")
@@ -190,7 +218,11 @@ def experts_verb(options: argparse.Namespace, overrides: list[str], arguments: l
 
         run, place = plan.place_of(here)
         if RunDirectory(run.run_dir).finished(run.steps) is None:
-            train(run, place, ["distmerge", *arguments])
+            try:
+                train(run, place, ["distmerge", *arguments])
+            except SystemExit as end:
+                if end.code != DIVERGED:  # that ends this expert alone; its siblings go on
+                    raise
         return 0
     if here is not None:
         raise UserError('mode must be "side-by-side" under a launcher; in turn, each expert is a job that distmerge launches')
@@ -198,7 +230,9 @@ def experts_verb(options: argparse.Namespace, overrides: list[str], arguments: l
         check_sources(run)
         RunDirectory(run.run_dir).check(run)
     if plan.mode == "side-by-side" and any(RunDirectory(run.run_dir).finished(run.steps) is None for run in plan.runs):
-        return launch.launch(sum(plan.ranks), arguments)
+        status = launch.launch(sum(plan.ranks), arguments)
+        ends = [RunDirectory(run.run_dir).finished(run.steps) for run in plan.runs]
+        return status or (DIVERGED if any(end and end.get("diverged") for end in ends) else 0)
     for run, ranks in zip(plan.runs, plan.ranks, strict=True):
         path = f"{run.run_dir}.toml"
         write_atomically(Path(path), config_file.dump(run))

@@ -209,7 +209,7 @@ class Log(Section):
 class TrainConfig(Section):
     """Everything that a training run is told. Only run_dir and [model] have no default."""
 
-    run_dir: str
+    run_dir: str = Field(min_length=1)
     """Where everything that the run writes lies. Started again on it, the run resumes."""
     seed: int = Field(default=0, ge=0)
     """Seed of the weights, the order of the data and dropout."""

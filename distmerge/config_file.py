@@ -218,5 +218,6 @@ ALLOWED = {
     "dict_type": "a table",
     "model_type": "a table",
     "model_attributes_type": "a table",
+    "string_too_short": "a word, and not empty",
     "too_long": "at most {max_length} long",
 }

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 REQUEUE = 75
 """The exit status that asks to be started again: EX_TEMPFAIL of sysexits.h."""
 
+DIVERGED = 3
+"""The exit status of a run that has come to its end with a model that is no result."""
+
 LAUNCHED = "DISTMERGE_LAUNCHED"
 """The launcher's process in the environment of its ranks, where it is ours: it speaks for them when they are interrupted."""
 
@@ -118,8 +121,9 @@ def explain_failure(error) -> int:
     statuses = {rank: failure.exitcode for rank, failure in error.failures.items()}
     if 2 in statuses.values():
         return 2  # a user's error: the rank has printed its line
-    if REQUEUE in statuses.values():
-        return REQUEUE
+    for status in (DIVERGED, REQUEUE):
+        if status in statuses.values():
+            return status
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from distmerge.engine.engine import StepResult
+from distmerge.files.lines import Lines
 from distmerge.rundir import RunDirectory
 from distmerge.workers.report import MergeReport
 
@@ -97,35 +97,34 @@ class MetricsLog:
     def __init__(self, run: RunDirectory, keep_bytes: int, steps: int, name: str = ""):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only for this rank
 
-        self.file = open(run.metrics, "a")  # noqa: SIM115
-        self.file.truncate(min(keep_bytes, os.fstat(self.file.fileno()).st_size))
+        self.lines, self.events = Lines(run.metrics, keep_bytes), Lines(run.events)
         shutil.rmtree(run.tensorboard, ignore_errors=True)
         self.board = SummaryWriter(str(run.tensorboard))
-        for line in run.metrics.read_text().splitlines():
-            self._draw(json.loads(line))
-        self.events = open(run.events, "a")  # noqa: SIM115
-        self.events.truncate(run.events.read_bytes().rfind(b"\n") + 1)  # a line that a crash tore is none
-        for line in run.events.read_text().splitlines():
-            self._note(json.loads(line))
+        for line in self.lines.read():
+            self._draw(line)
+        for line in self.events.read():
+            self._note(line)
         self.steps, self.name = steps, name
         self.bar = progress_bar(steps) if sys.stderr.isatty() and not name else None
+        for record in (self.lines, self.events):
+            if record.cut_bytes:
+                self.say(f"cut {record.cut_bytes} bytes that a crash left at the end of {record.path}")
 
-    @property
-    def bytes_written(self) -> int:
-        """The record's length: part of a checkpoint, so that a resume can cut it back."""
-        return os.fstat(self.file.fileno()).st_size
+    def durable_bytes(self) -> int:
+        """The record's length, once it and the events are on the disk: part of a checkpoint, so that a resume can cut it
+        back, and never finds less."""
+        self.events.sync()
+        return self.lines.sync()
 
     def write(self, line: dict[str, Any]) -> None:
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        self.lines.append(line)
         self._draw(line)
         self.say("  ".join(shown(line, self.steps)), line["step"])
 
     def event(self, step: int, kind: str, facts: dict[str, Any]) -> None:
         """A decision, as a line of events.jsonl, which is only ever added to, and as a text in TensorBoard."""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, "event": kind} | facts
-        self.events.write(json.dumps(line) + "\n")
-        self.events.flush()
+        self.events.append(line)
         self._note(line)
         self.board.flush()
         if kind != "block":
@@ -149,7 +148,7 @@ class MetricsLog:
             self.bar.stop()
         self.board.close()
         self.events.close()
-        self.file.close()
+        self.lines.close()
 
     def _draw(self, line: dict[str, Any]) -> None:
         for key, value in line.items():

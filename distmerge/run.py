@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +13,27 @@ import torch
 from torch import Tensor
 
 from distmerge.checkpoints import relayout
-from distmerge.checkpoints.durable import guarded, reader
+from distmerge.checkpoints.durable import reader
 from distmerge.checkpoints.preview import Preview
 from distmerge.checkpoints.recovery import Recovery
 from distmerge.checkpoints.store import Store
 from distmerge.checkpoints.window import Window
+from distmerge.claim import Claim
 from distmerge.config import TrainConfig
 from distmerge.data import IndexedBatches, open_corpus
+from distmerge.ending import divergence, publish_end
 from distmerge.engine.build import build_engine
 from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import with_lora
 from distmerge.experts.training import ExpertTraining
 from distmerge.files.manifest import read_manifest
 from distmerge.flat import fingerprint
-from distmerge.launch import REQUEUE
+from distmerge.launch import DIVERGED, REQUEUE
 from distmerge.mesh import Mesh
-from distmerge.metrics import Meter, MetricsLog, table
+from distmerge.metrics import Meter, MetricsLog
 from distmerge.model import build_model, check_fits, load_tokenizer
 from distmerge.preemption import Preemption
-from distmerge.rundir import RunDirectory, write_atomically
+from distmerge.rundir import RunDirectory
 from distmerge.stream import StreamBatches, stream_corpus
 from distmerge.workers.build import build_mergers
 from distmerge.workers.diloco import DiLoCo
@@ -41,10 +41,14 @@ from distmerge.workers.sparta import SPARTA
 
 
 class Run:
-    """The parts of a run. What it depends on from step to step is in their states, and in ``step``."""
+    """The parts of a run. What it depends on from step to step is in their states, and in ``step``.
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, directory: RunDirectory):
-        self.config, self.mesh, self.directory = config, mesh, directory
+    Args:
+        command: that it was started by, for the record.
+    """
+
+    def __init__(self, config: TrainConfig, mesh: Mesh, directory: RunDirectory, command: Sequence[str] = ()):
+        self.config, self.mesh, self.directory, self.path = config, mesh, directory, directory.path
         with mesh.together():
             self.tokenizer = load_tokenizer(config.data.tokenizer)
             model = build_model(config.model, self.tokenizer, config.seed)
@@ -58,11 +62,12 @@ class Run:
         with mesh.together():
             self.mergers: list[DiLoCo | SPARTA] = build_mergers(config, self.engine.parameters, mesh)
         torch.manual_seed(config.seed * 1_000_003 + mesh.rank)  # dropout draws apart on each rank
-        section = config.checkpoint
-        self.store = Store(directory.checkpoints, mesh, section.keep, section.asynchronous, relayout.layout(config, mesh))
+        section, layout = config.checkpoint, relayout.layout(config, mesh)
+        self.claim = Claim(directory, config, mesh, command)
+        self.store = Store(directory.checkpoints, mesh, section.keep, section.asynchronous, layout, self.claim.identity)
         self.meter = Meter(mesh.device, self.tokens_per_step)
         self.log: MetricsLog | None = None
-        self.path, self.step = directory.path, 0
+        self.step = 0
         self.committed = 0  # the step of the newest checkpoint
         with mesh.together():
             self.window = self._open_window()
@@ -77,7 +82,8 @@ class Run:
         section, root, flat = self.config.window, self.directory.window, self.engine.parameters
         if section is None:
             return None
-        return Window(section, root, flat, self.mergers, self.mesh, self.tokens_per_step, self.tokenizer, self.tell)
+        claim = self.claim.identity
+        return Window(section, root, flat, self.mergers, self.mesh, self.tokens_per_step, self.tokenizer, self.tell, claim)
 
     def _open_preview(self) -> Preview | None:
         section = self.config.preview
@@ -143,9 +149,10 @@ class Run:
 
     def commit(self) -> None:
         """Publish everything that later steps depend on."""
+        self.claim.take()
         with self.meter.paused():
             if self.log is not None:
-                self.meter.log_bytes = self.log.bytes_written
+                self.meter.log_bytes = self.log.durable_bytes()
             self.store.commit(self.step, self.engine.state_files() | {f"rank-{self.mesh.rank:05}.pt": self._state()})
         self.committed = self.step
 
@@ -228,7 +235,7 @@ class Run:
         """What annealing would reach, as far as the merged window tells."""
         assert self.preview is not None
         with self.meter.paused():
-            return self.preview.loss()
+            return self.preview.loss(self.step)
 
     def _loss(self) -> float:
         """The loss of the model as it stands; a collective."""
@@ -236,8 +243,8 @@ class Run:
         place = (self.mesh.rank, self.mesh.world)
         return evaluate(self.engine.model, self.held_out, self.config.train.batch_size, section.batches, *place).loss
 
-    def leave(self) -> None:
-        """Keep the state for whoever starts the run again."""
+    def leave(self) -> int:
+        """Keep the state for whoever starts the run again; the exit status that asks for it."""
         if self.committed != self.step:
             self.commit()
         self.store.wait()
@@ -245,9 +252,11 @@ class Run:
             self.log.say(f"told to leave: checkpoint of step {self.step} committed, status {REQUEUE} asks for a requeue")
             self.log.close()
         self.engine.close()
+        return REQUEUE
 
-    def close(self) -> None:
-        """Keep the last state, merge what is left to merge, publish the model, and say what came out."""
+    def close(self) -> int:
+        """Keep the last state, merge what is left to merge, publish the model, and say what came out; the exit status."""
+        self.claim.take()
         if self.committed != self.step:
             self.commit()
         self.store.wait()
@@ -256,17 +265,15 @@ class Run:
         step = self.expert.finish()
         loss = self.evaluate()
         self.write_line(loss)
+        diverged = divergence(self.engine.parameters, self.mesh, self.meter.first_eval, loss)
         whole = self.engine.whole_state()
         with self.mesh.together():
             if self.log is not None:
                 self.log.close()
-                temporary = self.directory.path / ".final"
-                shutil.rmtree(temporary, ignore_errors=True)
-                guarded(temporary, lambda: self.expert.save(temporary, step, whole))
-                self.directory.publish_final(temporary)
-                write_atomically(self.directory.summary, json.dumps(self.summary(loss), indent=2) + "\n")
-                print(table(self.directory, self.summary(loss)), flush=True)
+                about, summary = self.claim.said() | {"step": step}, self.summary(loss) | {"diverged": diverged}
+                publish_end(self.directory, about, summary, lambda place: self.expert.save(place, step, whole))
         self.engine.close()
+        return 0 if diverged is None else DIVERGED
 
     def summary(self, loss: float) -> dict[str, Any]:
         numel, ranks, tokens = self.engine.parameters.numel, self.mesh.world, self.step * self.tokens_per_step

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 from distmerge import config_file
 from distmerge.config import TrainConfig
 from distmerge.errors import UserError
+from distmerge.files.durable import make_directory, sync_directory, write_atomically
+from distmerge.files.manifest import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
     from distmerge.mesh import Mesh
 
 
 class RunDirectory:
-    """``RUN_DIR``: config.toml, environment.json, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/, window/, steps/,
-    final/, summary.json."""
+    """``RUN_DIR``: config.toml, run.json, environment.json, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/, window/,
+    steps/, final/ or final.diverged/, summary.json."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -35,28 +36,34 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.window = self.path / "window"
         self.final = self.path / "final"
+        self.diverged = self.path / "final.diverged"
         self.summary = self.path / "summary.json"
+
+    @property
+    def claimed(self) -> bool:
+        """Whether a run has taken its first step here. Until then another configuration may start in the directory."""
+        return self.config.exists()
 
     def check(self, config: TrainConfig) -> None:
         """Refuse a directory that cannot be written or that belongs to another configuration."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             with open(self.path / "lock", "a"):
                 pass
         except OSError as error:
             raise UserError(f"config.run_dir must be writable, got {self.path}: {error.strerror}") from None
-        if not self.config.exists():
+        if not self.claimed:
             return
         stored = config_file.read(str(self.config), [])
         if changed := config_file.differing_keys(stored, config):
             raise UserError(
                 f"config.run_dir {self.path} belongs to a run of another configuration; differing keys: "
-                f"{', '.join(changed)}; take another --run-dir, or only change {', '.join(config_file.MAY_CHANGE[1:])}"
+                f"{', '.join(changed)}; take another --run-dir, begin anew with --restart, or only change "
+                f"{', '.join(config_file.MAY_CHANGE[1:])}"
             )
 
     def begin(self, config: TrainConfig, command: list[str]) -> None:
-        """Write what the run is: the resolved configuration and where the code came from."""
-        write_atomically(self.config, config_file.dump(config))
+        """Write what the run is: where the code came from, then the resolved configuration, which claims the directory."""
         environment = {
             "command": command,
             "revision": git_revision(),
@@ -64,22 +71,53 @@ class RunDirectory:
             "host": socket.gethostname(),
         }
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        write_atomically(self.config, config_file.dump(config))
 
     def finished(self, steps: int) -> dict[str, Any] | None:
-        """The summary of a run that has reached ``steps``, or was stopped before; None while there is work to do."""
-        if not self.summary.exists() or not self.final.exists():
-            return None
-        summary = json.loads(self.summary.read_text())
-        return summary if summary["steps"] >= steps or summary.get("stopped") else None
+        """The summary of a run that has reached ``steps``, or was stopped before; None while there is work to do.
 
-    def publish_final(self, temporary: Path) -> None:
-        """Put a complete model directory in place of ``final``."""
-        old = self.path / ".old-final"
-        shutil.rmtree(old, ignore_errors=True)
-        if self.final.exists():
-            self.final.rename(old)
-        temporary.rename(self.final)
-        shutil.rmtree(old, ignore_errors=True)
+        The model that it speaks of is there: its manifest says the same steps.
+
+        Raises:
+            UserError: where the summary cannot be read.
+        """
+        if not self.summary.exists():
+            return None
+        try:
+            summary = json.loads(self.summary.read_bytes())
+            ended, diverged = summary["steps"], summary.get("diverged")
+            over = ended >= steps or bool(summary.get("stopped"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{self.summary} cannot be read ({type(error).__name__}: {error}); delete it, and the next start writes it anew"
+            ) from None
+        place = self.diverged if diverged else self.final
+        if not place.is_dir():
+            return None
+        try:  # an older version's final model has no manifest
+            of_steps = read_manifest(place)["steps"] if (place / MANIFEST).exists() else ended
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        return summary if over and of_steps == ended else None
+
+    def told_of_divergence(self, reason: str) -> str:
+        """What a user reads of a run that came to its end with a model that is no result, in one line."""
+        return (
+            f"the run in {self.path} diverged: {reason}; its model is kept as {self.diverged.name} and is no result; lower "
+            "optimizer.lr and begin anew with --restart, or go back with distmerge recover --before STEP"
+        )
+
+    def move_aside(self) -> Path:
+        """Rename the directory as ``RUN_DIR.old-N``; its new name."""
+        number = 1
+        while os.path.lexists(aside := self.path.with_name(f"{self.path.name}.old-{number}")):
+            number += 1
+        try:
+            os.rename(self.path, aside)
+            sync_directory(aside.parent)
+        except OSError as error:
+            raise UserError(f"cannot move {self.path} to {aside}: {error.strerror}") from None
+        return aside
 
 
 class Lock:
@@ -123,26 +161,31 @@ class Lock:
         return True
 
 
-def take_lock(directory: RunDirectory, config: TrainConfig, mesh: Mesh, command: list[str]) -> Lock:
+def begin_anew(directory: RunDirectory) -> Path | None:
+    """Move a run's directory aside, unless no run has claimed it; where it is now.
+
+    Raises:
+        UserError: while a job uses it.
+    """
+    if not directory.claimed and not any(directory.checkpoints.glob("step-*")):
+        return None
+    lock = Lock(directory)
+    lock.take_job()
+    try:
+        return directory.move_aside()
+    finally:
+        lock.release()
+
+
+def take_lock(directory: RunDirectory, config: TrainConfig, mesh: Mesh) -> Lock:
     """The run directory, for all ranks of this job and no other."""
     with mesh.together():
         directory.check(config)
         lock = Lock(directory)
         if mesh.leads:
             lock.take_job()
-            directory.begin(config, command)
     lock.join(mesh.rank)
     return lock
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader, or a crash, finds the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def git_revision() -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from distmerge import config_file
 from distmerge.config import TrainConfig
 from distmerge.errors import UserError
-from distmerge.launch import REQUEUE, Place, launch
+from distmerge.launch import Place, launch
 from distmerge.mesh import Mesh
 from distmerge.run import Run
 from distmerge.rundir import RunDirectory, take_lock, write_atomically
@@ -21,18 +21,17 @@ def train(config: TrainConfig, place: Place, command: list[str]) -> None:
     mesh = Mesh(config.mesh, place, config.train.threads)
     try:
         directory = RunDirectory(config.run_dir)
-        lock = take_lock(directory, config, mesh, command)
-        run = Run(config, mesh, directory)
+        lock = take_lock(directory, config, mesh)
+        run = Run(config, mesh, directory, command)
         run.resume()
-        finished = loop(run)
-        run.close() if finished else run.leave()
+        status = run.close() if loop(run) else run.leave()
         run.preemption.close()
         lock.release()
     except RuntimeError as error:
         raise mesh.name_dead_peers(error) from error
     mesh.close()
-    if not finished:
-        raise SystemExit(REQUEUE)
+    if status:
+        raise SystemExit(status)
 
 
 def train_here(config: TrainConfig, ranks: int) -> None:
@@ -65,6 +64,7 @@ def loop(run: Run) -> bool:
         factor = lr_factor(config.schedule, run.step, config.steps) * recovery.lr_factor(run.step) * run.expert.lr_factor
         lr = config.optimizer.lr * factor
         result = run.engine.train_step(run.next_batch(), lr)
+        run.claim.take()
         if recovery.needed(run.step + 1, result):  # before a merge or a block can take in sick values
             recovery.roll_back(run.step + 1)
             continue

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from distmerge import config_file
+from distmerge.checkpoints.durable import publish_directory
 from distmerge.config import TrainConfig
-from distmerge.rundir import Lock, RunDirectory, UserError, write_atomically
+from distmerge.files import durable
+from distmerge.files.durable import write_atomically
+from distmerge.rundir import Lock, RunDirectory, UserError, begin_anew
 
 
 @pytest.fixture
@@ -30,12 +33,21 @@ def test_begin_writes_what_the_run_is(tmp_path: Path, config: TrainConfig) -> No
     run.check(config)
 
 
-def test_final_is_replaced_whole(tmp_path: Path) -> None:
+def publish_final(run: RunDirectory, steps: int, content: str) -> None:
+    publish_directory(run.final, {"step": steps, "steps": steps}, lambda path: write(path / "model", content))
+
+
+def write(path: Path, content: str) -> None:
+    path.write_text(content)
+
+
+@pytest.mark.parametrize("swaps", [True, False], ids=["by one exchange", "where the file system cannot exchange"])
+def test_final_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool) -> None:
     run = RunDirectory(tmp_path)
+    if not swaps:
+        monkeypatch.setattr(durable, "swap", lambda a, b: False)
     for content in ("old", "new"):
-        (tmp_path / ".final").mkdir()
-        (tmp_path / ".final" / "model").write_text(content)
-        run.publish_final(tmp_path / ".final")
+        publish_final(run, 10, content)
     assert (run.final / "model").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final"]
 
@@ -46,8 +58,52 @@ def test_finished_needs_the_model_and_the_steps(tmp_path: Path) -> None:
     run.summary.write_text(json.dumps({"steps": 10}))
     assert run.finished(10) is None
     run.final.mkdir()
+    assert run.finished(10) == {"steps": 10}, "an older version's model has no manifest"
+    run.final.rmdir()
+    publish_final(run, 10, "model")
     assert run.finished(10) == {"steps": 10}
     assert run.finished(11) is None
+    publish_final(run, 12, "a longer run's, whose summary a power loss took")
+    assert run.finished(10) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"steps": "many"}', "\0" * 40, "[" * 100_000])
+def test_a_broken_summary_is_one_line(tmp_path: Path, content: str) -> None:
+    run = RunDirectory(tmp_path)
+    publish_final(run, 10, "model")
+    run.summary.write_text(content)
+    with pytest.raises(UserError, match=r"summary\.json cannot be read") as caught:
+        run.finished(10)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_old_run_is_moved_aside_under_a_free_name(tmp_path: Path, config: TrainConfig) -> None:
+    for number in (1, 2):
+        run = RunDirectory(tmp_path / "run")
+        run.check(config)
+        assert begin_anew(run) is None, "nobody has claimed it"
+        run.begin(config, [])
+        assert begin_anew(run) == tmp_path / f"run.old-{number}"
+        assert not run.path.exists()
+        assert (tmp_path / f"run.old-{number}" / "config.toml").exists()
+
+
+def test_a_run_in_use_is_not_moved_aside(tmp_path: Path, config: TrainConfig) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.check(config)
+    run.begin(config, [])
+    holder = subprocess.Popen(
+        [sys.executable, "-c", JOIN, str(run.path), "0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(UserError, match="is in use by"):
+            begin_anew(run)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert run.claimed
 
 
 def test_atomic_writes(tmp_path: Path) -> None:

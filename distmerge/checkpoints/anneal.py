@@ -17,7 +17,8 @@ from distmerge.checkpoints.prediction import predict
 from distmerge.checkpoints.store import published_checkpoints, step_of
 from distmerge.config import TrainConfig
 from distmerge.errors import UserError
-from distmerge.rundir import write_atomically
+from distmerge.files.durable import write_atomically
+from distmerge.identity import Identity, read_identity
 
 LEDGER = "ledger.jsonl"
 
@@ -40,7 +41,7 @@ def begin(run_dir: Path, step: int, decay_steps: int, curve: str, siblings: list
         check_sibling(sibling, config)
         known += read_ledger(sibling)
     entry |= predict(run_dir, config, entry, known)
-    prepare(Path(fork.run_dir), fork, checkpoint)
+    prepare(Path(fork.run_dir), fork, checkpoint, read_identity(run_dir))
     remember(run_dir, entry)
     return fork, entry
 
@@ -90,7 +91,7 @@ def fork_config(run_dir: Path, config: TrainConfig, step: int, decay_steps: int,
     return config_file.validate(table)
 
 
-def prepare(fork: Path, config: TrainConfig, checkpoint: Path) -> None:
+def prepare(fork: Path, config: TrainConfig, checkpoint: Path, parent: Identity | None) -> None:
     """The fork's directory, with the checkpoint that it goes on from; an interrupted one is resumed as it is."""
     if (fork / "config.toml").exists():
         return
@@ -99,6 +100,8 @@ def prepare(fork: Path, config: TrainConfig, checkpoint: Path) -> None:
         shutil.rmtree(fork, ignore_errors=True)
         target = fork / "checkpoints" / checkpoint.name
         shutil.copytree(checkpoint, target, copy_function=os.link)  # published files never change: links are copies
+        if parent is not None:
+            parent.fork().write(fork)
         write_atomically(fork / "config.toml", config_file.dump(config))
 
     guarded(fork, make)

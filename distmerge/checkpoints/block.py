@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from distmerge.checkpoints.durable import guarded, publish, published_directories, seal, verify
+from distmerge.checkpoints.durable import publish_directory, published_directories, verify
 from distmerge.errors import UserError
+from distmerge.files.durable import write_atomically
 from distmerge.files.manifest import as_json, read_manifest, sealed
 from distmerge.model import save_model
-from distmerge.rundir import write_atomically
 
 RECORD = "block.json"
 
@@ -51,32 +50,32 @@ class Block:
         return f"block-{self.last_step:08}"
 
 
-def publish_block(root: Path, block: Block, model: nn.Module, tokenizer: PreTrainedTokenizerBase, dtype: str) -> Path:
+def publish_block(
+    root: Path,
+    block: Block,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    about: dict[str, Any] | None = None,
+) -> Path:
     """Write the model as it stands as an HF directory with the block's record, and give it its name.
+
+    Args:
+        about: what the record says of the run.
 
     Raises:
         UserError: when the disk is full or not writable; nothing that was published is harmed.
     """
-    temporary, published = root / f".{block.name}", root / block.name
-
-    def write() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_model(model, tokenizer, temporary, dtype)
-        publish_files(temporary, published, block)
-
-    try:
-        guarded(published, write)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    published = root / block.name
+    publish_directory(
+        published, record_of(block) | (about or {}), lambda directory: save_model(model, tokenizer, directory, dtype), RECORD
+    )
     return published
 
 
-def publish_files(temporary: Path, published: Path, block: Block) -> None:
-    """Give the directory of a block's files its record and its name."""
-    record = {"step": block.last_step} | asdict(block) | {"files": seal(temporary)}
-    publish(temporary, published, record, RECORD)
+def record_of(block: Block) -> dict[str, Any]:
+    """What a block's record says beside its files."""
+    return {"step": block.last_step} | asdict(block)
 
 
 def read_block(path: Path) -> Block:
@@ -101,6 +100,11 @@ def legible(path: Path) -> Block:
         raise UserError(f"{path / RECORD} cannot be read ({error}); move the block away to go on without it") from None
 
 
+def intact(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a published block, or None, by the hash that runs at the speed of memory."""
+    return verify(path, part, parts, RECORD, "xxh128")
+
+
 def mark_tainted(path: Path) -> None:
     """Say in a published block's record that a spike touched it: all that may ever change about a block.
 
@@ -108,7 +112,7 @@ def mark_tainted(path: Path) -> None:
     """
     if verify(path, name=RECORD) is None:
         record = read_manifest(path, RECORD) | {"tainted": True}
-        write_atomically(path / RECORD, as_json(sealed(record)).decode())
+        write_atomically(path / RECORD, as_json(sealed(record)))
 
 
 def marks(root: Path) -> dict[str, bool]:

@@ -15,6 +15,8 @@ from distmerge.checkpoints.durable import guarded, verify
 from distmerge.checkpoints.plan import Plan, read_plan, skip_around, write_plan
 from distmerge.checkpoints.store import published_checkpoints, step_of
 from distmerge.errors import UserError
+from distmerge.files.durable import delete
+from distmerge.identity import read_identity, stranger
 from distmerge.rundir import Lock, RunDirectory
 
 
@@ -28,11 +30,12 @@ def recover_by_hand(run_dir: Path, before: int | None, merge_last: int, optimize
         raise UserError(f"RUN_DIR must be a run's directory with checkpoints, got {run_dir}")
     lock = Lock(RunDirectory(run_dir))
     lock.take_job(patience_seconds=0)
+    identity = read_identity(run_dir)
     stable: list[Path] = []
     reasons: list[str] = []
     for path in reversed(published_checkpoints(run_dir / "checkpoints")):
         if (before is None or step_of(path) < before) and len(stable) < merge_last:
-            problem = verify(path) or not_finite(path)
+            problem = verify(path) or stranger(path, identity) or not_finite(path)
             if problem is None:
                 stable.append(path)
             else:
@@ -50,6 +53,7 @@ def recover_by_hand(run_dir: Path, before: int | None, merge_last: int, optimize
         skipped=[*(earlier.skipped if earlier else []), *skip_around(before or 0, skip_batches)],
     )
     guarded(run_dir, lambda: write_plan(run_dir, plan))
+    guarded(run_dir, lambda: delete(run_dir / "summary.json"))  # the end that it speaks of is given up
     lock.release()
     rejected = f"; rejected {'; '.join(reasons)}" if reasons else ""
     what = f"merge {', '.join(plan.members)} at" if len(plan.members) > 1 else "go back to"

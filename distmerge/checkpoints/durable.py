@@ -1,11 +1,13 @@
 """Directories of files that are whole or not there: written through to the disk, hashed, published by one rename.
 
-A directory carries a manifest with every file's size and SHA-256, and a hash of itself. The hash is of what was meant to be
-written, taken on the way, so that a disk that tore or changed a file is found out when it is read.
+A directory carries a manifest with every file's size and SHA-256, and a hash of itself. Checkpoints, blocks of the window,
+published steps and the final model are all published here, by :func:`publish`. The files of a checkpoint are hashed on the
+way to the disk, so that a disk that tore or changed one is found out when it is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,9 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distmerge.errors import UserError
-from distmerge.files.manifest import MANIFEST, as_json, entry_of, read_manifest, sealed
-
-BUFFER_BYTES = 1 << 20
+from distmerge.files.durable import DurableFile, delete, give_name, make_directory, sync_directory, sync_file
+from distmerge.files.manifest import HASH_NAMES, HASHES, MANIFEST, as_json, entry_of, read_manifest, sealed
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -37,54 +38,6 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 """safetensors' names of dtypes."""
-
-
-class DurableFile:
-    """A new file: small writes are gathered, every byte is hashed, and closing it waits for the disk."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self.digest = hashlib.sha256()
-        self.size_bytes = 0
-        self.buffer = bytearray()
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self.digest.update(view)
-        self.size_bytes += len(view)
-        if len(view) < BUFFER_BYTES:
-            self.buffer += view
-            if len(self.buffer) >= BUFFER_BYTES:
-                self.flush()
-        else:
-            self.flush()
-            self._through(view)
-        return len(view)
-
-    def flush(self) -> None:
-        self._through(memoryview(self.buffer))
-        self.buffer = bytearray()
-
-    def _through(self, view: memoryview) -> None:
-        while len(view):
-            view = view[os.write(self.descriptor, view) :]
-
-    def __enter__(self) -> DurableFile:
-        return self
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        try:
-            if kind is None:
-                self.flush()
-                os.fsync(self.descriptor)
-        finally:
-            os.close(self.descriptor)
-
-    @property
-    def entry(self) -> dict[str, Any]:
-        """What a manifest says of the file."""
-        return {"bytes": self.size_bytes, "sha256": self.digest.hexdigest()}
 
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:
@@ -135,48 +88,80 @@ def reader(path: Path) -> Callable[[str], Any]:
 
 
 def publish(temporary: Path, published: Path, manifest: dict[str, Any], name: str = MANIFEST) -> None:
-    """Write the manifest and give the directory its name. Only after this does it exist for anyone."""
+    """Write the manifest of files that are durable, and give the directory its name. Only after this does it exist for
+    anyone; an older directory of that name is replaced."""
     write_file(temporary / name, sealed(manifest))
-    sync_directory(temporary)
-    os.rename(temporary, published)
-    sync_directory(published.parent)
+    give_name(temporary, published)
+
+
+def publish_directory(published: Path, about: dict[str, Any], write: Callable[[Path], None], name: str = MANIFEST) -> None:
+    """Publish what others' code writes, such as a model directory: made under a hidden name, fsynced, hashed, renamed.
+
+    Args:
+        about: what the manifest says beside the files.
+        write: fills the hidden directory, which is there and empty.
+
+    Raises:
+        UserError: when the disk is full or not writable; nothing that was published before is harmed.
+    """
+    temporary = published.with_name(f".{published.name}")
+
+    def work() -> None:
+        delete(temporary)
+        if not published.parent.is_dir():  # those above it must be there: a deleted run does not come back by its parts
+            os.mkdir(published.parent)
+            sync_directory(published.parent.parent)
+        os.mkdir(temporary)
+        write(temporary)
+        publish(temporary, published, about | {"files": seal(temporary)}, name)
+
+    try:
+        guarded(published, work)
+    except UserError:
+        with contextlib.suppress(OSError):
+            delete(temporary)
+        raise
 
 
 def seal(path: Path) -> dict[str, Any]:
     """Manifest entries of files that others wrote into a directory, made durable."""
     entries: dict[str, Any] = {}
-    for file in sorted(path.iterdir()):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        entries[file.name] = entry_of(file)
+    for file in sorted(path.rglob("*")):
+        sync_file(file)
+        if file.is_file():
+            entries[file.relative_to(path).as_posix()] = entry_of(file)
     return entries
 
 
-def verify(path: Path, part: int = 0, parts: int = 1, name: str = MANIFEST) -> str | None:
-    """What is wrong with a published directory, or None. With ``parts``, only every parts-th file is hashed, from ``part``
-    on."""
+def verify(path: Path, part: int = 0, parts: int = 1, name: str = MANIFEST, kind: str = "sha256") -> str | None:
+    """What is wrong with a published directory, or None.
+
+    Args:
+        parts: only every parts-th file is hashed, from ``part`` on.
+        name: of the manifest.
+        kind: of hash, one of ``HASHES``; where the manifest does not have it, its SHA-256.
+    """
     try:
         manifest = read_manifest(path, name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{name} cannot be read ({error})"
-    if not path.name.endswith(f"-{manifest['step']:08}"):
+    number = path.name.rpartition("-")[2]
+    if number.isdigit() and int(number) != manifest["step"]:
         return f"{name} says step {manifest['step']}"
     for file_name, entry in list(manifest["files"].items())[part::parts]:
-        if problem := damage(path / file_name, entry, name):
+        if problem := damage(path / file_name, entry, name, kind):
             return f"{file_name} {problem}"
     return None
 
 
-def damage(file: Path, entry: dict[str, Any], manifest: str) -> str | None:
+def damage(file: Path, entry: dict[str, Any], manifest: str, kind: str = "sha256") -> str | None:
     """What is wrong with a file of which a manifest has an entry."""
     try:
         size = file.stat().st_size
         if size != entry["bytes"]:
             return f"has {size} bytes, {manifest} says {entry['bytes']}"
-        return None if sha256(file) == entry["sha256"] else f"does not have the SHA-256 that {manifest} says"
+        kind = kind if kind in entry else "sha256"
+        return None if hash_file(file, kind) == entry[kind] else f"does not have the {HASH_NAMES[kind]} that {manifest} says"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -195,18 +180,9 @@ def remove(path: Path) -> None:
     delete(doomed)
 
 
-def delete(path: Path) -> None:
-    if path.is_symlink() or not path.is_dir():
-        os.unlink(path)
-        return
-    for inside in sorted(path.iterdir()):
-        delete(inside)
-    os.rmdir(path)
-
-
 def clear_leftovers(root: Path) -> None:
     """Make a directory of published ones, without what an interrupted job left in it."""
-    root.mkdir(parents=True, exist_ok=True)
+    make_directory(root)
     for leftover in root.glob(".*"):
         delete(leftover)
 
@@ -227,7 +203,8 @@ def guarded(path: Path, work: Callable[[], Any]) -> Any:
     except (OSError, SafetensorError, RuntimeError) as error:
         causes = [cause for cause in chain(error) if isinstance(cause, OSError)]
         reason = causes[-1].strerror if causes else str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; free some space or take another run_dir, and start again") from error
+        file = next((cause.filename for cause in causes if cause.filename), path)
+        raise UserError(f"cannot write {file}: {reason}; free some space or take another run_dir, and start again") from error
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
@@ -238,14 +215,6 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-def sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
+def hash_file(path: Path, kind: str) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, HASHES[kind]).hexdigest()

@@ -60,6 +60,7 @@ def as_safetensors(path: Path, allow_pickle: bool) -> Path:
 def keep(path: Path, tensors: dict[str, Tensor], converted: Path) -> None:
     """Write ``tensors``, with the small files beside the checkpoint in ``path``, as ``converted``."""
     from distmerge.checkpoints.durable import write_file
+    from distmerge.files.durable import give_name, write_bytes
 
     temporary = path.with_name(f".{path.name}{SUFFIX}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -67,9 +68,8 @@ def keep(path: Path, tensors: dict[str, Tensor], converted: Path) -> None:
     write_file(temporary / "model.safetensors", tensors)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if (path / name).is_file():
-            shutil.copy(path / name, temporary / name)
-    shutil.rmtree(converted, ignore_errors=True)
-    temporary.rename(converted)
+            write_bytes(temporary / name, (path / name).read_bytes())
+    give_name(temporary, converted)
 
 
 def read_dcp(path: Path) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from distmerge.files.output import RECORD, refuse_existing
 from distmerge.files.publish import Report, write_model
 from distmerge.files.sources import Maps, OnDisk
 from distmerge.files.stream import Job, Settings, Stream
+from distmerge.identity import read_identity, stranger
 from distmerge.rules.linear import Linear, Same, Scaled
 
 SHARD_BYTES = 5 * 10**9
@@ -93,6 +94,10 @@ def find_members(references: list[str], allow_pickle: bool) -> list[Member]:
 def blocks_of(root: Path) -> list[Member]:
     """The newest constant-rate stretch of a run, without tainted blocks."""
     records = [legible(path) for path in published_blocks(root)]
+    identity = read_identity(root.parent)
+    for record in records:
+        if problem := stranger(root / record.name, identity, BLOCK_RECORD):
+            raise UserError(f"{root / record.name}: {problem}; move the block away to go on without it")
     usable = mergeable(records)
     return [member_of(str(root / block.name), 0, False) for block in usable]
 
@@ -120,6 +125,8 @@ def chosen(members: list[Member], last: int | None, span: tuple[int, int] | None
         if any(member.step is None for member in members):
             raise UserError("--steps needs members with a step: blocks, or names that end in one")
         members = [member for member in members if span[0] <= (member.step or 0) <= span[1]]
+    if last is not None and last > len(members):
+        raise UserError(f"--last must be <= {len(members)}, the members that there are to merge, got {last}")
     members = members[-last:] if last is not None else members
     if len(members) < 2:
         raise UserError(f"a window needs at least two members, --last and --steps leave {len(members)}")

@@ -14,7 +14,7 @@ from distmerge.checkpoints.block import mark_tainted, published_blocks
 from distmerge.checkpoints.durable import set_aside
 from distmerge.checkpoints.store import published_checkpoints, step_of
 from distmerge.errors import UserError
-from distmerge.rundir import write_atomically
+from distmerge.files.durable import write_atomically
 
 FILE = "recovery.json"
 

@@ -31,6 +31,7 @@ from distmerge.checkpoints.durable import (
 )
 from distmerge.checkpoints.staging import Staging
 from distmerge.errors import UserError
+from distmerge.identity import Identity, stranger
 from distmerge.mesh import Mesh
 
 
@@ -49,10 +50,19 @@ class Store:
         keep: newest checkpoints to keep.
         asynchronous: copy the state and write it in a thread, which has a process group of its own: the protocol is the
             same, and training goes on after the copy.
+        identity: of the run, on the rank that leads: a checkpoint of another run is rejected.
     """
 
-    def __init__(self, root: Path, mesh: Mesh, keep: int, asynchronous: bool = False, about: dict[str, Any] | None = None):
-        self.root, self.mesh, self.keep = root, mesh, keep
+    def __init__(
+        self,
+        root: Path,
+        mesh: Mesh,
+        keep: int,
+        asynchronous: bool = False,
+        about: dict[str, Any] | None = None,
+        identity: Identity | None = None,
+    ):
+        self.root, self.mesh, self.keep, self.identity = root, mesh, keep, identity
         self.about = about or {"world": mesh.world, "workers": mesh.workers}
         self.staging = Staging(mesh.device) if asynchronous else None
         self.todo: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
@@ -118,6 +128,7 @@ class Store:
                 manifest = {
                     "step": step,
                     **self.about,
+                    **(self.identity.said() if self.identity else {}),
                     "files": {file: entry for part in gathered for file, entry in sorted(part.items())},
                 }
                 guarded(published, lambda: publish(temporary, published, manifest))
@@ -147,13 +158,14 @@ class Store:
                 is of another mesh.
 
         Raises:
-            UserError: when there are checkpoints but all are damaged, or the newest valid one does not fit.
+            UserError: when there are checkpoints but all are damaged or of other runs, or the newest valid one does not fit.
         """
         accepted, rejections = self.valid(1)
         with self.mesh.together():
             if rejections and not accepted:
                 reasons = "; ".join(f"{rejection.path.name}: {rejection.reason}" for rejection in rejections)
-                raise UserError(f"every checkpoint in {self.root} is damaged ({reasons}); move them away to start anew")
+                what = "damaged or of another run" if "of another run" in reasons else "damaged"
+                raise UserError(f"every checkpoint in {self.root} is {what} ({reasons}); move them away to start anew")
             if accepted:
                 (fits or self._check_mesh)(accepted[0])
             if self.mesh.leads:
@@ -182,7 +194,8 @@ class Store:
     def _verify(self, path: Path) -> str | None:
         """What is wrong with a checkpoint; its files are hashed by all ranks, each its part."""
         problems: list[str | None] = [None] * self.mesh.world
-        dist.all_gather_object(problems, verify(path, self.mesh.rank, self.mesh.world), group=self.mesh.files)
+        problem = verify(path, self.mesh.rank, self.mesh.world) or stranger(path, self.identity)
+        dist.all_gather_object(problems, problem, group=self.mesh.files)
         return next((problem for problem in problems if problem), None)
 
     def _check_mesh(self, path: Path) -> None:

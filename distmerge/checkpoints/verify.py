@@ -7,9 +7,13 @@ from typing import NamedTuple
 
 from distmerge.checkpoints.durable import MANIFEST, published_directories, verify
 from distmerge.errors import UserError
+from distmerge.identity import read_identity, stranger
 
-PUBLISHED = (("checkpoints", "step", MANIFEST), ("window", "block", "block.json"))
+PUBLISHED = (("checkpoints", "step", MANIFEST), ("window", "block", "block.json"), ("steps", "step", MANIFEST))
 """Where a run publishes: the directory, its entries' prefix, their manifest."""
+
+MODELS = ("final", "final.diverged")
+"""What a run's end publishes."""
 
 
 class Verdict(NamedTuple):
@@ -21,7 +25,8 @@ class Verdict(NamedTuple):
 
 
 def verify_run(run_dir: Path) -> list[Verdict]:
-    """One verdict for each published directory, checkpoints first, oldest first; and for each that was set aside.
+    """One verdict for each published directory: checkpoints, blocks, steps, oldest first, then the final model; and for each
+    that was set aside.
 
     Raises:
         UserError: where there is nothing to verify.
@@ -29,14 +34,22 @@ def verify_run(run_dir: Path) -> list[Verdict]:
     if not run_dir.is_dir():
         raise UserError(f"RUN_DIR must be a run's directory, got {run_dir}")
     verdicts: list[Verdict] = []
+    identity = read_identity(run_dir)
+
+    def judge(path: Path, manifest: str) -> None:
+        problem = verify(path, name=manifest) or stranger(path, identity, manifest)
+        verdicts.append(Verdict(path.relative_to(run_dir).as_posix(), problem or "ok", problem is not None))
+
     for place, prefix, manifest in PUBLISHED:
         for path in published_directories(run_dir / place, prefix):
-            problem = verify(path, name=manifest)
-            verdicts.append(Verdict(f"{place}/{path.name}", problem or "ok", problem is not None))
+            judge(path, manifest)
         for path in sorted((run_dir / place).glob(f"{prefix}-*.*")):
             # A roll-back sets aside what a spike touched: that is in order.
             why = path.suffix[1:]
             verdicts.append(Verdict(f"{place}/{path.name}", f"was set aside as {why}", why != "tainted"))
+    for name in MODELS:
+        if (run_dir / name).is_dir():
+            judge(run_dir / name, MANIFEST)
     if not verdicts:
-        raise UserError(f"RUN_DIR must hold checkpoints or window blocks, {run_dir} has none")
+        raise UserError(f"RUN_DIR must hold checkpoints, window blocks or models, {run_dir} has none")
     return verdicts

@@ -34,6 +34,7 @@ from distmerge.checkpoints.durable import clear_leftovers, guarded, remove
 from distmerge.checkpoints.store import step_of
 from distmerge.errors import UserError
 from distmerge.flat import FlatParameters
+from distmerge.identity import Identity
 from distmerge.mesh import Mesh
 from distmerge.workers.total import Peers
 
@@ -49,6 +50,7 @@ class Window:
         flat: theta.
         mergers: those that keep an anchor decide what a block averages.
         tokens_per_step: of all workers together.
+        identity: of the run, on the rank that writes its blocks.
 
     Raises:
         UserError: for a block shorter than the merge interval of a merger that keeps an anchor.
@@ -64,9 +66,10 @@ class Window:
         tokens_per_step: int,
         tokenizer: PreTrainedTokenizerBase,
         tell: Tell,
+        identity: Identity | None = None,
     ):
         self.section, self.root, self.flat, self.mesh = section, root, flat, mesh
-        self.tokens_per_step, self.tokenizer, self.tell = tokens_per_step, tokenizer, tell
+        self.tokens_per_step, self.tokenizer, self.tell, self.identity = tokens_per_step, tokenizer, tell, identity
         self.every = steps_per_block(section, tokens_per_step)
         self.anchored = next((merger for merger in mergers if merger.anchor is not None), None)
         if self.anchored is not None and self.every < self.anchored.settings.every:
@@ -206,8 +209,9 @@ class Window:
             self.flat.push()
             if self.mesh.leads:
                 model: nn.Module = self.flat.model
+                about = self.identity.said() if self.identity else None
                 try:
-                    publish_block(self.root, block, model, self.tokenizer, self.section.dtype)
+                    publish_block(self.root, block, model, self.tokenizer, self.section.dtype, about)
                 except UserError as error:
                     problem = [str(error)]
         dist.broadcast_object_list(problem, 0)
@@ -221,8 +225,8 @@ class Window:
         doomed, self.blocks, self.kept = self.blocks[:-keep], self.blocks[-keep:], self.kept[-keep:]
         if self.section.store == "disk" and self.mesh.leads:
             for block in doomed:
-                if (self.root / block.name).is_dir():
-                    remove(self.root / block.name)
+                if (path := self.root / block.name).is_dir():
+                    guarded(path, lambda path=path: remove(path))
 
     def mergeable(self, last: int | None = None) -> list[Block]:
         return mergeable(self.blocks, last)

@@ -52,7 +52,7 @@ def save_expert(
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     found: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)  # pyright: ignore[reportArgumentType]
     save_file({name: value.detach().cpu().clone() for name, value in found.items()}, directory / "adapter_model.safetensors")
     config: Any = model.peft_config["default"]  # pyright: ignore

@@ -130,6 +130,8 @@ def train_all(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> Run
             raise UserError(f"{said}, config.steps now says {run.steps}: take another out")
         if done is None:
             train(run, config.ranks)
+        elif done.get("diverged"):
+            raise UserError(f"{run.run_dir} diverged: {done['diverged']}; take another optimizer.lr, and another out")
         return str(directory.final)
 
     steps, g, d = config.steps, texts.general["train"], {name: parts["train"] for name, parts in texts.skills.items()}

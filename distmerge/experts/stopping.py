@@ -105,11 +105,13 @@ def member_at(reference: str, step: int, patience_seconds: float | None) -> Path
         if (path / "config.json").exists() or (path / "adapter_config.json").exists():
             return path
         run, steps = RunDirectory(path), published_steps(path)
-        if run.finished(1) is not None and max(steps, default=0) < step:
+        ended = run.finished(1)
+        diverged = ended is not None and bool(ended.get("diverged"))  # then there is no final model
+        if ended is not None and not diverged and max(steps, default=0) < step:
             return run.final
         earlier = [where for at, where in steps.items() if at <= step]
-        if earlier and (patience_seconds is None or max(steps) >= step):
+        if earlier and (patience_seconds is None or diverged or max(steps) >= step):
             return earlier[-1]
-        if time.monotonic() >= deadline:
+        if diverged or time.monotonic() >= deadline:
             raise UserError(f"config.stopping.merge_with: {reference} holds no model of step {step} or before")
         time.sleep(0.05)

@@ -7,7 +7,6 @@ merge tool takes |D| and |G| from there. All runs write it, since any can be a b
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -16,19 +15,21 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from distmerge.checkpoints.durable import guarded
+from distmerge.checkpoints.durable import guarded, publish_directory
 from distmerge.config import TrainConfig
 from distmerge.data import IndexedBatches, open_corpus
 from distmerge.engine.engine import Engine
+from distmerge.engine.soundness import sickness
 from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import Theta, save_expert
 from distmerge.experts.examples import Known, look, nothing_known, observe, tracked_rows
 from distmerge.experts.flat_merge import merge, read_model
 from distmerge.experts.stopping import Peak, Plateau, member_at
+from distmerge.files.durable import write_atomically
 from distmerge.mesh import Mesh
 from distmerge.stream import StreamBatches
 
@@ -48,6 +49,7 @@ class Trainable(Protocol):
     tokenizer: PreTrainedTokenizerBase
     path: Path
     recovery: Any
+    claim: Any
 
     def shared(self) -> AbstractContextManager[None]: ...
     def tell(self, step: int, event: str, facts: dict[str, Any]) -> None: ...
@@ -110,7 +112,8 @@ class ExpertTraining:
                 self.run.tell(step, "plateau", {"loss": loss, "lr_factor": self.plateau.lr_factor})
         if not self.due(step):
             return
-        self.publish(step)
+        if not self.publish(step):
+            return
         if len(self.rows):
             self.look(step)
         if self.peak is not None:
@@ -131,18 +134,22 @@ class ExpertTraining:
         self.stopped = reason
         self.run.tell(step, "stopped", {"reason": reason})
 
-    def publish(self, step: int) -> None:
-        """``RUN_DIR/steps/step-N``: the model of this step, in place of an older run's."""
-        root = self.run.path / "steps"
-        temporary, published = root / f".step-{step:08}", root / f"step-{step:08}"
-        with self.run.shared(), self.run.mesh.together():
-            whole = self.run.engine.whole_state()
-            if self.run.mesh.leads:
-                guarded(root, lambda: root.mkdir(exist_ok=True))
-                shutil.rmtree(temporary, ignore_errors=True)
-                guarded(temporary, lambda: self.save(temporary, step, whole))
-                shutil.rmtree(published, ignore_errors=True)
-                guarded(published, lambda: temporary.rename(published))
+    def publish(self, step: int) -> bool:
+        """``RUN_DIR/steps/step-N``: the model of this step, in place of that of a course that was given up.
+
+        Returns:
+            whether it was published; a model that is not finite is left out, and the record says so.
+        """
+        run, published = self.run, self.run.path / "steps" / f"step-{step:08}"
+        with run.shared(), run.mesh.together():
+            if (sick := sickness(run.engine.parameters, run.mesh)) is not None:
+                run.tell(step, "step left out", {"reason": sick})
+                return False
+            whole = run.engine.whole_state()
+            if run.mesh.leads:
+                about = run.claim.said() | {"step": step}
+                publish_directory(published, about, lambda directory: self.save(directory, step, whole))
+        return True
 
     def look(self, step: int) -> None:
         """A pass over the tracked examples."""
@@ -210,7 +217,8 @@ class ExpertTraining:
             the step that the model is of.
         """
         if len(self.rows) and self.run.mesh.leads:
-            save_file(self.known._asdict(), self.run.path / "examples.safetensors")
+            path, known = self.run.path / "examples.safetensors", save(self.known._asdict())
+            guarded(path, lambda: write_atomically(path, known))
         if self.peak is None or not self.peak.best_step or self.peak.best_step == self.run.step:
             return self.run.step
         best = self.run.path / "steps" / f"step-{self.peak.best_step:08}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distmerge.errors import UserError
-from distmerge.files.manifest import HASHES
+from distmerge.files.manifest import HASH_NAMES, HASHES
 
 HEAD_START_BYTES = 3 << 29
 """What a core hashes by SHA-256 in about a second, the time that it takes to import torch. Inputs that small stay in the page
@@ -23,7 +23,7 @@ cache."""
 
 PIECE_BYTES = 1 << 28
 
-NAMES = {"bytes": "size", "sha256": "SHA-256", "xxh128": "XXH128"}
+NAMES = {"bytes": "size"} | HASH_NAMES
 
 
 class Digests:

@@ -12,6 +12,7 @@ import xxhash
 MANIFEST = "manifest.json"
 
 HASHES = {"sha256": hashlib.sha256, "xxh128": xxhash.xxh3_128}
+HASH_NAMES = {"sha256": "SHA-256", "xxh128": "XXH128"}
 
 
 def entry_of(path: Path) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from typing import Any
 
 from distmerge.errors import UserError
 from distmerge.files.header import Stored, read_header, shown
-from distmerge.files.manifest import read_manifest
+from distmerge.files.manifest import MANIFEST, read_manifest
 
 INDEX = "model.safetensors.index.json"
-BLOCK_RECORD = "block.json"
+RECORDS = ("block.json", MANIFEST)
+"""What a run publishes beside a model: a block's record, or the manifest of a step or of the final model."""
+
 JSON_LIMIT_BYTES = 64 << 20
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -37,7 +39,7 @@ class Model:
         tensors: all that its files hold, by name, in file order.
         config: config.json, {} without one.
         factors: a LoRA adapter's factors on top of the tensors, by the tensor's name.
-        recorded: size and hashes of its files, by name, where a window's block says them.
+        recorded: size and hashes of its files, by name, where the run that published it says them.
         adapter: the directory of the adapter, where there is one: its training is recorded there.
     """
 
@@ -98,19 +100,18 @@ def with_adapter(base: Model, reference: str, factors: dict[str, Any]) -> Model:
 
 
 def read_recorded(path: Path) -> dict[str, dict[str, Any]]:
-    """What a block's record says of its files, by name; {} where there is no record.
+    """What a run's record says of the files of a model that it published, by name; {} where there is no record.
 
     Raises:
         UserError: where the record is not as it was written.
     """
-    if not (path / BLOCK_RECORD).exists():
+    name = next((name for name in RECORDS if (path / name).exists()), None)
+    if name is None:
         return {}
     try:
-        return read_manifest(path, BLOCK_RECORD)["files"]
+        return read_manifest(path, name)["files"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path / BLOCK_RECORD} cannot be read ({error}); remove it to merge the model without its hashes"
-        ) from None
+        raise UserError(f"{path / name} cannot be read ({error}); remove it to merge the model without its hashes") from None
 
 
 def recorded_files(models: Iterable[Model]) -> dict[Path, dict[str, Any]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distmerge.errors import UserError
+from distmerge.files.durable import delete, make_directory, sync_directory, write_bytes
 from distmerge.files.layout import Shard
 
 JOURNAL = "journal.jsonl"
@@ -39,7 +40,7 @@ class Output:
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._flushing: Future[None] | None = None
         with disk_errors(self.path):
-            out.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(out.parent)
             self.path.mkdir(exist_ok=True)
             self._lock = open(self.path / LOCK, "a")  # noqa: SIM115
         self._take_lock()
@@ -55,7 +56,7 @@ class Output:
 
     def write(self, shard: Shard, offset: int, data: memoryview) -> None:
         """Put ``data`` at its place; threads may write at once."""
-        with disk_errors(self.path):
+        with disk_errors(self.path / shard.name):
             while data:
                 written = os.pwrite(self.files[shard.name], data, offset)
                 data, offset = data[written:], offset + written
@@ -94,20 +95,18 @@ class Output:
         self.sync()
         with disk_errors(self.path):
             for name, content in extra.items():
-                with open(self.path / name, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
+                delete(self.path / name)  # an interrupted merge may have got this far
+                write_bytes(self.path / name, content)
             for descriptor in self.files.values():
                 os.close(descriptor)
             (self.path / JOURNAL).unlink()
-            fsync_directory(self.path)
+            sync_directory(self.path)
             refuse_existing(self.out)
             self.path.rename(self.out)
         with disk_errors(self.out, "it is whole, but for a file lock"):
             (self.out / LOCK).unlink()  # not before: whoever takes the lock clears the directory
-            fsync_directory(self.out)
-            fsync_directory(self.out.parent)
+            sync_directory(self.out)
+            sync_directory(self.out.parent)
         self._lock.close()
 
     def discard(self) -> None:
@@ -150,7 +149,7 @@ class Output:
             if leftover.name != LOCK:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for part in self.shards:
-            with open(self.path / part.name, "wb") as file:
+            with disk_errors(self.path / part.name), open(self.path / part.name, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, part.bytes)  # a disk too small says so now
                 file.write(part.header)
         with open(self.path / JOURNAL, "w") as file:
@@ -172,12 +171,4 @@ def disk_errors(path: Path, state: str = "nothing was published") -> Iterator[No
     except OSError as error:
         if error.errno not in (*DISK_ERRORS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG):
             raise
-        raise UserError(f"cannot write {path}: {error.strerror}; {state}") from None
-
-
-def fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise UserError(f"cannot write {error.filename or path}: {error.strerror}; {state}") from None

@@ -8,7 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir")
+from distmerge.files import durable
+
+BY_DESCRIPTOR = ("write", "pwrite", "ftruncate", "fsync", "fdatasync", "close")
+CALLS = (*BY_DESCRIPTOR, "open", "mkdir", "rename", "unlink", "rmdir")
 
 KILLS = ("kill", "tear", "zeros", "undo")
 """What the crash does to what was not yet synced: nothing (a killed process); files keep half of it; files keep their
@@ -24,7 +27,8 @@ class Killed(BaseException):
 class FaultyDisk:
     """Lets call number ``at`` that touches ``root`` fail as ``fault`` says; with no fault it only counts.
 
-    After a kill every further call is refused too: what a dead process cannot do must not happen.
+    After a kill every further call is refused too: what a dead process cannot do must not happen. Files that others' code
+    writes without these calls, such as safetensors', count as unsynced until somebody syncs them.
     """
 
     def __init__(self, root: Path, fault: str | None = None, at: int = -1):
@@ -33,17 +37,21 @@ class FaultyDisk:
         self.dead = False
         self.real = {name: getattr(os, name) for name in CALLS}
         self.paths: dict[int, str] = {}
-        self.unsynced: dict[str, int] = {}  # file -> bytes that are synced
+        self.synced: dict[int, int] = {}  # file, by its inode -> bytes of it that are on the disk
         self.renames: list[tuple[str, str]] = []
+        self.swap = durable.swap
 
     def __enter__(self) -> FaultyDisk:
+        self.synced = {path.stat().st_ino: path.stat().st_size for path in self._files()}
         for name in CALLS:
             setattr(os, name, self._wrapper(name))
+        durable.swap = self._swap
         return self
 
     def __exit__(self, *error: object) -> None:
         for name, real in self.real.items():
             setattr(os, name, real)
+        durable.swap = self.swap
         for descriptor in self.paths:
             self.real["close"](descriptor)
         if self.dead:
@@ -62,7 +70,7 @@ class FaultyDisk:
         return call
 
     def _path(self, name: str, arguments: tuple[Any, ...]) -> str | None:
-        if name in ("write", "fsync", "close"):
+        if name in BY_DESCRIPTOR:
             return self.paths.get(arguments[0])
         return os.fspath(arguments[0])
 
@@ -84,25 +92,34 @@ class FaultyDisk:
         match name:
             case "open":
                 self.paths[result] = path
-            case "write":
-                self.unsynced.setdefault(path, 0)
-            case "fsync":
-                self.unsynced.pop(path, None)
+            case "fsync" | "fdatasync":
+                found = os.fstat(arguments[0])
+                self.synced[found.st_ino] = found.st_size
                 self.renames = [(a, b) for a, b in self.renames if os.path.dirname(b) != path]
             case "close":
                 del self.paths[arguments[0]]
             case "rename":
                 self.renames.append((path, os.fspath(arguments[1])))
 
+    def _swap(self, a: Path, b: Path) -> bool:
+        """The exchange of two names, which is a call of the system as well."""
+        self._strike("exchange", str(b), ())
+        self.renames += [(str(a), str(b))]
+        return self.swap(a, b)
+
+    def _files(self) -> list[Path]:
+        return [path for path in Path(self.root).rglob("*") if path.is_file() and path.name != "lock"]
+
     def _crash(self) -> None:
-        for path, synced in self.unsynced.items():
-            if os.path.exists(path):
-                size = os.path.getsize(path)
-                if self.fault == "tear":
-                    os.truncate(path, synced + (size - synced) // 2)
-                if self.fault == "zeros":
-                    Path(path).write_bytes(b"\0" * size)
+        for path in self._files():
+            size, synced = path.stat().st_size, self.synced.get(path.stat().st_ino, 0)
+            if size > synced and self.fault == "tear":
+                os.truncate(path, synced + (size - synced) // 2)
+            if size > synced and self.fault == "zeros":
+                path.write_bytes(path.read_bytes()[:synced] + b"\0" * (size - synced))
         if self.fault == "undo":
             for old, new in reversed(self.renames):
-                if os.path.exists(new) and not os.path.exists(old):
+                if os.path.exists(new) and os.path.exists(old):
+                    self.swap(Path(new), Path(old))
+                elif os.path.exists(new):
                     shutil.move(new, old)

@@ -1,0 +1,27 @@
+"""Whether a model can be published: nothing in it that is not finite. A collective, since each rank holds a part."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from distmerge.flat import FlatParameters
+from distmerge.mesh import Mesh
+
+
+@torch.no_grad()
+def sickness(flat: FlatParameters, mesh: Mesh) -> str | None:
+    """What is not finite in the model as it stands, in words, or None; the same on all ranks.
+
+    A buffer may hold infinities, as masks do, and must not hold NaN.
+    """
+    flat.pull()
+    parameters = ~torch.isfinite(flat.vector).all()
+    buffers = [buffer.isnan().any() for buffer in flat.model.buffers() if buffer.is_floating_point()]
+    buffer = torch.stack(buffers).any() if buffers else torch.zeros_like(parameters)
+    found = torch.stack([parameters, buffer.to(parameters.device)]).to(mesh.device, torch.float32)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    for sick, name in zip(found.tolist(), ("parameters", "buffers"), strict=True):
+        if sick:
+            return f"its {name} are not finite"
+    return None
