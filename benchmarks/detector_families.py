@@ -93,7 +93,7 @@ def sawtooth(random: Random) -> Trace:
 
 def heavy_tails(random: Random) -> Trace:
     """Student's t with 2 degrees of freedom, whose variance is infinite."""
-    return trace(random, curve(STEPS), 0.02 * np.abs(random.standard_t(2, STEPS)))
+    return trace(random, curve(STEPS), np.maximum(0.02 * random.standard_t(2, STEPS), -0.5))
 
 
 def autoregressive(random: Random) -> Trace:

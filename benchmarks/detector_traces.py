@@ -16,11 +16,11 @@ import socket
 import sysconfig
 import tempfile
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydoc_data import topics
 from torch import Tensor
 
 from distmerge import config_file
