@@ -205,7 +205,7 @@ def explosion(random: Random, level: float) -> np.ndarray:
     return 5.5 * (1 + random.uniform(1, 49) * np.exp(-AFTER_LONG / 200))
 
 
-AFTER_LONG = np.arange(400)
+AFTER_LONG = np.arange(800)
 
 DIVERGENCES: dict[str, Callable[[Random, float], np.ndarray]] = {
     made.__name__: made for made in (doubling, linear, untrained, collapse, explosion)

@@ -19,7 +19,7 @@ import math
 import statistics
 from typing import Any, Literal, NamedTuple
 
-from distmerge.checkpoints.tails import LEAST_SAMPLES, LONG, NEGLIGIBLE, RISING, TRENDS, History, trend
+from distmerge.checkpoints.tails import LEAST_SAMPLES, LONG, NEGLIGIBLE, RISING, SHORT, TRENDS, History, trend
 
 CALM = 4
 """Ordinary steps in a row that end a suspicion."""
@@ -103,7 +103,8 @@ class Detector:
     def accept(self) -> None:
         """The caller goes on with this level, having used up its attempts to go back: take it as the normal one."""
         if self.suspicious:
-            self.start = max(self.start, UNEXPLAINED * self._loss(self._newest(max(TRENDS))))
+            level = statistics.median([step.value for step in self.suspicious][-max(TRENDS) :])
+            self.start = max(self.start, UNEXPLAINED * self._loss(level))
             self._move()
 
     def check(self, loss: float, grad_norm: float) -> Verdict:
@@ -128,9 +129,7 @@ class Detector:
         self.suspicious.append(step)
         self.calm = 0 if step.unusual else self.calm + 1
         if self.calm == CALM:
-            for healthy in self.suspicious:
-                self._learn(healthy)
-            self._release()
+            self._learn_scare()
             return Verdict("healthy")
         return self._judge(f"{self._why()} (loss {loss:.4g}, gradient norm {grad_norm:.4g})")
 
@@ -143,39 +142,47 @@ class Detector:
         found = self.history.statistics([*(step.value for step in self.suspicious), value])
         limits = self.history.limits()
         ratios = {name: found[name] / limits[name] for name in UNUSUAL if name in found}
+        if len(self.history.losses) < LONG:
+            ratios.pop("fall", None)  # early on, learning is sudden
         name, ratio = max(ratios.items(), key=lambda item: item[1])
-        words = (
-            f"loss too low ({-found[name]:+.0%})" if name == "fall" else f"loss too high ({name}: {ratio:.1f} times the usual)"
-        )
-        return Step(value, found, words if ratio > 1 else "")
+        if ratio > 1 and name == "fall":
+            return Step(value, found, f"loss too low: {math.exp(-found[name]):.2g} times the level")
+        if ratio > 1:
+            return Step(value, found, f"loss too high: {name}, {ratio:.1f} times the usual")
+        high = self._loss(self.history.level()) > self._untrained()
+        return Step(value, found, f"loss as high as at the start ({self.start:.4g})" if high else "")
 
     def _judge(self, reason: str) -> Verdict:
         """A suspicion goes on, is proved, or ends with its level accepted."""
         steps, since = len(self.suspicious), len(self.suspicious) - 1
-        values = [step.value for step in self.suspicious]
-        before = self._before()
-        trends = {count: trend(values, count) for count in TRENDS if steps >= 2 * count}
-        limits = self.history.limits()
-        growing = [count for count, rise in trends.items() if rise > limits[f"trend of {count}"]]
+        limits, before = self.history.limits(), self._before()
+        values = self._since_the_last_fall(limits["fall"])
+        trends = {count: trend(values, count) for count in TRENDS if len(values) >= 2 * count}
+        growing = {count for count, rise in trends.items() if rise > limits[f"trend of {count}"]}
         explained = min(UNEXPLAINED * before, max(self.start, SAME * before))
-        for count in growing:
-            if (level := self._loss(self._newest(count))) > explained:
-                return Verdict("diverged", f"the loss grew from {before:.4g} to {level:.4g} and still grows: {reason}", since)
-        if steps < PATIENCE:
+        level = max((self._loss(statistics.median(values[-count:])) for count in growing), default=0.0)
+        if level > explained:
+            return Verdict("diverged", f"the loss grew from {before:.4g} to {level:.4g} and still grows: {reason}", since)
+        longest = max(TRENDS)
+        if steps < PATIENCE or (longest not in trends and steps < LIMIT):
             return Verdict("suspected", reason, since)
-        level = self._loss(self._newest(max(TRENDS)))
-        high = level > before and level > self._untrained(before)
-        falls = trends[max(TRENDS)] < -0.5 * limits[f"trend of {max(TRENDS)}"]
-        if high and (not falls or steps >= LIMIT):
+        level = self._loss(statistics.median(values[-longest:]))
+        slope, usual = trends.get(longest, 0.0), limits[f"trend of {longest}"]
+        high = longest in trends and level > max(before, self._untrained())
+        if high and (slope > -0.5 * usual or level > 2 * self._untrained() or steps >= LIMIT):
             return Verdict("diverged", f"the loss stays at {level:.4g}, as at the start ({self.start:.4g}): {reason}", since)
-        if max(TRENDS) in growing and steps >= LIMIT:
-            return Verdict(
-                "diverged", f"the loss has grown for {steps} steps, from {before:.4g} to {level:.4g}: {reason}", since
-            )
-        if high or max(TRENDS) in growing:
+        if high or (slope > 0.5 * usual and steps < LIMIT):
             return Verdict("suspected", reason, since)
+        if slope > 0.5 * usual and trend(values, len(values) // 2) > usual:
+            return Verdict("diverged", f"the loss has grown for {steps} steps, {before:.4g} to {level:.4g}: {reason}", since)
         self._move()
         return Verdict("healthy", f"a loss of {level:.4g} after {before:.4g} is the new level", since, accepted=True)
+
+    def _since_the_last_fall(self, limit: float) -> list[float]:
+        """Suspicious log losses; coming back from losses that were too low is not growing."""
+        low = [step.found.get("fall", 0.0) > limit for step in self.suspicious]
+        first = 0 if low[-1] or True not in low else len(low) - low[::-1].index(True)
+        return [step.value for step in self.suspicious[first:]]
 
     def _before(self) -> float:
         """The loss before the suspicion."""
@@ -183,13 +190,10 @@ class Detector:
             return self.start
         return self._loss(min(self.history.level(), self.history.level(LONG)))
 
-    def _untrained(self, before: float) -> float:
+    def _untrained(self) -> float:
         """The loss from which on a run knows no more than at its start, or is far above what it had."""
-        best = min(self.best, before)
+        best = min(self.best, self._before())
         return HIGH * self.start if best < LEARNT * self.start else UNEXPLAINED * best
-
-    def _newest(self, count: int) -> float:
-        return statistics.median([step.value for step in self.suspicious][-count:])
 
     def _why(self) -> str:
         return next(step.unusual for step in reversed(self.suspicious) if step.unusual)
@@ -203,8 +207,8 @@ class Detector:
     def _is_back(self, step: Step) -> bool:
         """Whether the loss is back at a level that was left, which is then the level again."""
         for index, (_, losses) in enumerate(self.left):
-            distance = step.value - statistics.median(losses[-LONG:])
-            if abs(distance) < self.history.limits()["one"]:
+            level = statistics.median(losses[-LONG:])
+            if abs(step.value - level) < self.history.limits()["one"] and self._loss(level) < self._untrained():
                 del self.left[index]
                 self._leave()
                 self.history.move(losses)
@@ -226,6 +230,15 @@ class Detector:
         self.history.learn(step.value, step.found)
         if len(self.history.losses) >= LONG:
             self.best = min(self.best, self._loss(self.history.level(LONG)))
+
+    def _learn_scare(self) -> None:
+        """A suspicion that passed by itself: a short one is this run's noise, a long one was an event."""
+        for step in self.suspicious:
+            if len(self.suspicious) <= SHORT:
+                self.history.widen(step.found)
+            if not step.unusual:
+                self._learn(step)
+        self._release()
 
     def _release(self) -> None:
         self.suspicious, self.calm = [], 0

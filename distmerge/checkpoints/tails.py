@@ -24,7 +24,7 @@ SHORT, LONG = 16, 64
 FLOOR = 0.01
 """Relative scatter below this is not believed."""
 
-UNKNOWN = 0.1
+UNKNOWN = 0.3
 """Relative scatter of a run that has not got so far."""
 
 NEGLIGIBLE = 0.005
@@ -51,6 +51,28 @@ EXPECTED |= {f"median of {steps}": math.sqrt(1.57 / steps + 1.57 / LONG) for ste
 EXPECTED |= {f"trend of {steps}": math.sqrt(2 * 1.57 / steps) for steps in TRENDS}
 
 
+LAG = 64
+"""Steps after which a healthy step's statistics are learned: a slow ramp must not widen the limits that are to find it."""
+
+
+class Tail:
+    """The newest values of a statistic, and the largest of them."""
+
+    def __init__(self, length: int):
+        self.values: deque[float] = deque(maxlen=length)
+        self.largest = 0.0
+
+    def append(self, value: float) -> None:
+        gone = self.values[0] if len(self.values) == self.values.maxlen else None
+        self.values.append(value)
+        self.largest = max(self.largest, value) if gone != self.largest else max(0.0, *self.values)
+
+    def replace(self, values: list[float]) -> None:
+        self.values.clear()
+        self.values.extend(values)
+        self.largest = max(0.0, *values) if values else 0.0
+
+
 class History:
     """The healthy steps of a run: their level, their scatter, their tails.
 
@@ -61,9 +83,10 @@ class History:
 
     def __init__(self, window: int, threshold: float):
         self.threshold = threshold
-        self.losses: deque[float] = deque(maxlen=max(window // 4, LONG + max(SLOW)))  # logarithms
+        self.losses: deque[float] = deque(maxlen=LONG + 2 * max(TRENDS))  # logarithms
         self.excesses: deque[float] = deque(maxlen=2)  # of the last steps, above the level that was theirs
-        self.tails: dict[str, deque[float]] = {name: deque(maxlen=window) for name in NAMES}
+        self.waiting: deque[dict[str, float]] = deque()  # statistics that are not yet learned
+        self.tails = {name: Tail(window) for name in NAMES}
 
     def level(self, steps: int = SHORT) -> float:
         return statistics.median(list(self.losses)[-steps:])
@@ -77,11 +100,8 @@ class History:
 
     def limits(self) -> dict[str, float]:
         """From where on each statistic is unusual."""
-        scale = self.scale()
-        limits = {
-            name: max(self.threshold * EXPECTED[name] * scale, BEYOND * max(tail, default=0.0))
-            for name, tail in self.tails.items()
-        }
+        independent = self.threshold * self.scale()
+        limits = {name: max(independent * EXPECTED[name], BEYOND * tail.largest) for name, tail in self.tails.items()}
         limits["fall"] = max(limits["fall"], LEAST_FALL)
         return limits
 
@@ -102,11 +122,17 @@ class History:
 
     def learn(self, loss: float, found: dict[str, float]) -> None:
         """A healthy step and its statistics."""
-        for name, value in found.items():
-            self.tails[name].append(value)
+        self.losses.append(loss)
         if found:
             self.excesses.append(found["one"])
-        self.losses.append(loss)
+            self.waiting.append(found)
+        if len(self.waiting) > LAG:
+            self.widen(self.waiting.popleft())
+
+    def widen(self, found: dict[str, float]) -> None:
+        """Such statistics are ordinary."""
+        for name, value in found.items():
+            self.tails[name].append(value)
 
     def move(self, losses: list[float]) -> None:
         """To another level, that of ``losses``; the tails stay."""
@@ -115,16 +141,20 @@ class History:
         self.excesses.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        tails = {name: list(tail) for name, tail in self.tails.items()}
-        return {"losses": list(self.losses), "excesses": list(self.excesses), "tails": tails}
+        return {
+            "losses": list(self.losses),
+            "excesses": list(self.excesses),
+            "waiting": [dict(found) for found in self.waiting],
+            "tails": {name: list(tail.values) for name, tail in self.tails.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for kept, values in [(self.losses, state["losses"]), (self.excesses, state["excesses"])]:
+        for name in ("losses", "excesses", "waiting"):
+            kept = getattr(self, name)
             kept.clear()
-            kept.extend(values)
+            kept.extend(state[name])
         for name, tail in self.tails.items():
-            tail.clear()
-            tail.extend(state["tails"][name])
+            tail.replace(state["tails"][name])
 
 
 def trend(losses: list[float], steps: int) -> float:
