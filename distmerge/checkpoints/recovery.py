@@ -79,7 +79,8 @@ class Recovery:
         if self.mesh.shards > 1:
             dist.all_reduce(seen, group=self.mesh.inside)
             seen /= self.mesh.shards
-        reason = self.detector.check(*seen.tolist())
+        verdict = self.detector.check(*seen.tolist())
+        reason = verdict.reason if verdict.state == "diverged" else None
         if self.mesh.workers == 1:
             self.reason = reason or ""
             return reason is not None
