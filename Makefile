@@ -10,7 +10,7 @@ setup: .venv/.installed
 
 # torch first and alone: it is pinned, so that no other package's range picks another build of it, and DeepSpeed's build
 # wants it installed, for which builds are not isolated.
-.venv/.installed: pyproject.toml constraints.txt distmerge/rules/dare.c
+.venv/.installed: pyproject.toml constraints.txt distmerge/rules/dare.c distmerge/workers/codec.c
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel

@@ -1,10 +1,13 @@
-"""The wire's formats: bytes that leave a rank, the reduction's error, and what 4 bits cost a short training run.
+"""The wire's formats: bytes that leave a rank, the reduction's error, how long a merge takes on each beside float32's own, what
+encoding costs beside a copy, and what 4 bits cost a short training run.
 
 python benchmarks/wire.py [--small] [--seeds N] [--out DIR] [--record] [--files GLOB ...]
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +15,10 @@ import torch.distributed as dist
 from arms import Arm, Runs, diloco
 from ranks import on_ranks
 from report import Report, parser, spread
+from sync import Vector, drift, timed
 
+import distmerge as dm
+from distmerge.workers.codec import Row
 from distmerge.workers.flight import AllReduce, Exchange
 from distmerge.workers.total import Peers
 from distmerge.workers.wire import WIRES
@@ -21,6 +27,18 @@ NUMEL = 3_000_001
 LR = 2e-3
 STEPS = 600
 """Inner steps of the training runs: 30 rounds."""
+
+MERGED_NUMEL = 10_900_000
+CODED_NUMEL = 1 << 23
+
+FORMS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"wire": "bf16"},
+    "int8": {"wire": "int8"},
+    "int4 with error feedback": {"wire": "int4", "error_feedback": True},
+    "sharded outer state": {"outer_sharded": True},
+}
+"""How a merge may travel. All take the same outer step."""
 
 
 def measure(rank: int) -> dict[str, Any]:
@@ -43,6 +61,62 @@ def measure(rank: int) -> dict[str, Any]:
     return results
 
 
+def merge_seconds(rank: int, repetitions: int) -> dict[str, list[float]]:
+    """Seconds of a merge of each form, in turns, so that what else runs on the machine slows them alike."""
+    torch.manual_seed(rank)
+    mergers = {name: dm.DiLoCo(Vector(MERGED_NUMEL, "cpu"), every=1, **keys) for name, keys in FORMS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in FORMS}
+    for repetition in range(repetitions + 1):
+        for name, merger in mergers.items():
+            drift(merger.flat.vector)
+            turn = timed(merger.merge, "cpu")
+            if repetition:  # the first one touches the memory for the first time
+                seconds[name].append(turn)
+    return seconds
+
+
+def codec_ratios(repetitions: int) -> dict[str, list[float]]:
+    """Seconds of encoding and decoding over those of a copy of the floats, on one core, in turns."""
+    values, target = torch.randn(CODED_NUMEL), torch.empty(CODED_NUMEL)
+    ratios: dict[str, list[float]] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for repetition in range(repetitions + 1):
+        copy = clocked(lambda: target.copy_(values))
+        for name in ("bf16", "int8", "int4"):
+            wire = WIRES[name]
+            row = Row(wire, torch.empty(wire.size_bytes(CODED_NUMEL), dtype=torch.uint8), CODED_NUMEL)
+            row.encode(values)  # touches the memory
+            for verb, work in (("encode", lambda row=row: row.encode(values)), ("decode", lambda row=row: row.decode(target))):
+                ratio = clocked(work) / copy
+                if repetition:
+                    ratios.setdefault(f"{name} {verb}", []).append(ratio)
+    torch.set_num_threads(threads)
+    return ratios
+
+
+def clocked(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def judge_speed(report: Report, repetitions: int) -> None:
+    results = on_ranks(merge_seconds, 2, repetitions)
+    slowest = {name: [max(turn) for turn in zip(*(r[name] for r in results), strict=True)] for name in FORMS}
+    plain = slowest["fp32"]
+    ratios = {
+        name: spread([a / b for a, b in zip(values, plain, strict=True)]) for name, values in slowest.items() if name != "fp32"
+    }
+    report.data["merge, 2 ranks"] = {"seconds": {name: spread(v) for name, v in slowest.items()}, "over fp32": ratios}
+    for name, limit in (("int8", 1.5), ("int4 with error feedback", 2.0), ("sharded outer state", 1.15)):
+        report.bar(f"a merge of 10.9M parameters over fp32's, 2 ranks, {name}", ratios[name]["median"], "<=", limit)
+    codec = {name: spread(values) for name, values in codec_ratios(repetitions).items()}
+    report.data["over a copy, one core"] = codec
+    for name, found in codec.items():
+        report.bar(f"{name} over a copy of the floats, one core", found["median"], "<=", 3.0)
+
+
 def thin(arm: Arm, wire: str) -> Arm:
     """The arm with its first merger on another wire, with error feedback."""
     entry = arm.merge[0] | {"wire": wire, "error_feedback": True}
@@ -60,6 +134,7 @@ def main() -> None:
         for name, limit in (("bf16", 0.5), ("int8", 0.27), ("int4", 0.15)):
             ratio = results[name]["bytes_sent"] / results["fp32"]["bytes_sent"]
             report.bar(f"bytes sent on {name} against fp32, {ranks} ranks", round(ratio, 4), "<=", limit)
+    judge_speed(report, 7 if options.small else 21)
     gap = None
     if not options.small:
         runs = Runs(report, options.files)

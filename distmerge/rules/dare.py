@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from distmerge.rules import compiled
+from distmerge.rules.compiled import at
 from distmerge.rules.rule import Block, Measured, folded
 from distmerge.rules.sparsify import AtRandom
 from distmerge.rules.task import Settled, TaskVectors
@@ -29,19 +30,19 @@ class Dare(TaskVectors):
     """``TaskVectors`` whose elements are drawn ``AtRandom``."""
 
     def measure(self, step: int, block: Block, state: Settled | None) -> Measured:
-        compiled = self.compiled(block)
-        if compiled is None:
+        fast = self.compiled(block)
+        if fast is None:
             return super().measure(step, block, state)
         assert block.base is not None and isinstance(self.sparsifier, AtRandom)
         masks = self.sparsifier.kept(block.start, len(block.base))
         norms = torch.empty((len(block.members), 2), dtype=torch.float32, device="cpu")
         for row, member, keep in zip(norms, block.members, masks, strict=True):
-            compiled.dare_norms(len(member), at(block.base), at(member), at(keep), at(row))
+            fast.dare_norms(len(member), at(block.base), at(member), at(keep), at(row))
         return Measured(kept={"norms": norms.T})
 
     def merge(self, block: Block, state: Settled | None) -> Tensor:
-        compiled = self.compiled(block)
-        if compiled is None:
+        fast = self.compiled(block)
+        if fast is None:
             return super().merge(block, state)
         assert block.base is not None and isinstance(self.sparsifier, AtRandom)
         keep, ones = list(self.sparsifier.kept(block.start, len(block.base))), [1.0] * len(block.members)
@@ -50,7 +51,7 @@ class Dare(TaskVectors):
         weights = torch.tensor(self.weights, dtype=self.dtype).tolist()
         numbers = torch.tensor([divisors, factors, weights], dtype=torch.float32, device="cpu")
         out = torch.empty(len(block.base), dtype=torch.float32, device="cpu")
-        compiled.dare_merge(
+        fast.dare_merge(
             len(out), len(keep), at(block.base), all_at(block.members), all_at(keep), *map(at, numbers),
             self.combine.elect == "after", self.combine.scale, at(out),
         )  # fmt: skip
@@ -70,31 +71,14 @@ class Dare(TaskVectors):
         return folded(delta) if delta.dtype == torch.bfloat16 else super().magnitude(delta)
 
 
-def at(tensor: Tensor) -> c_void_p:
-    assert tensor.is_contiguous()
-    return c_void_p(tensor.data_ptr())
-
-
 def all_at(tensors: list[Tensor]) -> ctypes.Array[c_void_p]:
     return (c_void_p * len(tensors))(*map(at, tensors))
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled dare.c; None where it was not compiled, or when it was another. Other threads run while its functions do."""
-    found = find_spec("distmerge.rules._dare")
-    if found is None or found.origin is None:
-        return None
-    try:
-        compiled = ctypes.CDLL(found.origin)
-        form = c_int.in_dll(compiled, "dare_form").value
-    except (OSError, ValueError):  # of another machine, or half a file
-        return None
-    if form != FORM:
-        return None
+    """The compiled dare.c, if there is one."""
     many = POINTER(c_void_p)
-    compiled.dare_norms.argtypes = (c_int64, c_void_p, c_void_p, c_void_p, c_void_p)
-    numbers = (c_void_p, c_void_p, c_void_p)
-    compiled.dare_merge.argtypes = (c_int64, c_int64, c_void_p, many, many, *numbers, c_int, c_float, c_void_p)
-    compiled.dare_norms.restype = compiled.dare_merge.restype = None
-    return compiled
+    norms = (c_int64, c_void_p, c_void_p, c_void_p, c_void_p)
+    merge = (c_int64, c_int64, c_void_p, many, many, c_void_p, c_void_p, c_void_p, c_int, c_float, c_void_p)
+    return compiled.library("distmerge.rules._dare", "dare_form", FORM, {"dare_norms": norms, "dare_merge": merge})

@@ -17,9 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distmerge.errors import UserError
+from distmerge.workers.codec import Row
 from distmerge.workers.report import Spread
+from distmerge.workers.rooms import Rooms
 from distmerge.workers.total import Peers
 from distmerge.workers.wire import BLOCK, Wire
+
+WEIGHT_BYTES = 4
+"""A worker's weight travels as a float32."""
 
 
 class Flight(Protocol):
@@ -63,7 +68,8 @@ class Exchange:
     Each peer reduces one share of the vector, so values are quantised twice whatever the number of workers. With
     ``residual`` (one for each of the two, zero at first), what rounding left over is added to the next message.
 
-    ``owner`` is what a peer does to the mean of its share before it goes out to all: nothing, or the outer step.
+    ``owner`` is what a peer does to the mean of its share before it goes out to all: nothing, or the outer step. Buffers come
+    from ``rooms`` and go back there.
     """
 
     def __init__(
@@ -74,19 +80,21 @@ class Exchange:
         wire: Wire,
         residual: tuple[Tensor, Tensor] | None = None,
         owner: Callable[[Tensor], None] | None = None,
+        rooms: Rooms | None = None,
     ):
         self.peers, self.message, self.wire, self.residual, self.owner = peers, message, wire, residual, owner
+        self.rooms = rooms or Rooms(message.device)
         self.waited = 0.0
         self.share = share_numel(message.numel() - 1, peers.size)
+        self.row_bytes = wire.size_bytes(self.share)
         self._stage = 1
         weigh(message, weight)
-        values = message.new_zeros(peers.size * self.share)
-        values[: message.numel() - 1] = message[:-1]
-        encoded = self._encode(values.view(peers.size, self.share), 0)
+        outgoing, self._incoming = (self._room(self.row_bytes + WEIGHT_BYTES) for _ in range(2))
+        for peer, (row, values) in enumerate(zip(outgoing, self._shares(), strict=True)):
+            place = slice(peer * self.share, (peer + 1) * self.share)
+            Row(wire, row[: self.row_bytes], self.share).encode(values, residual[0][place] if residual else None)
         # The weight goes beside the values and not into them: the format's error must not depend on it.
-        weights = message[-1].reshape(1, 1).expand(peers.size, 1).contiguous().view(torch.uint8)
-        outgoing = torch.cat([encoded, weights], dim=1).contiguous()
-        self._incoming = torch.empty_like(outgoing)
+        outgoing[:, self.row_bytes :] = message[-1:].view(torch.uint8)
         peers.ledger.gather(outgoing.numel())
         self._work = dist.all_to_all_single(self._incoming.view(-1), outgoing.view(-1), group=peers.group, async_op=True)
         self._outgoing = outgoing  # must live as long as the collective reads it
@@ -95,14 +103,18 @@ class Exchange:
         if self._stage != 1:
             return
         self.waited += wait(self._work)
-        weights = self._incoming[:, -4:].contiguous().view(torch.float32)
-        values = self.wire.decode(self._incoming[:, :-4], self.share)
+        weights = self._incoming[:, self.row_bytes :].contiguous().view(torch.float32).view(-1)
+        mean = self.rooms.take(self.share, torch.float32).zero_()
+        for row, weight in zip(self._incoming, weights.tolist(), strict=True):
+            Row(self.wire, row[: self.row_bytes], self.share).add_to(mean, weight)
         self._weights = weights.sum()
-        mean = (values * weights).sum(0) / self._weights
+        mean.div_(self._weights)
+        self.rooms.give(self._incoming, self._outgoing)
         if self.owner is not None:
             self.owner(mean)
-        encoded = self._encode(mean, 1)
-        self._incoming = encoded.new_empty(self.peers.size, encoded.numel())
+        encoded, self._incoming = self.rooms.take(self.row_bytes, torch.uint8), self._room(self.row_bytes)
+        Row(self.wire, encoded, self.share).encode(mean, self.residual[1] if self.residual else None)
+        self.rooms.give(mean)
         self.peers.ledger.gather(self._incoming.numel(), payload=False)
         # torch 2.13 renamed it, and warns at each use of the old name.
         gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -114,19 +126,20 @@ class Exchange:
         self.advance()
         if self._stage == 2:
             self.waited += wait(self._work)
-            values = self.wire.decode(self._incoming, self.share).view(-1)
-            self.message[:-1] = values[: self.message.numel() - 1]
+            for row, values in zip(self._incoming, self._shares(), strict=True):
+                Row(self.wire, row, self.share).decode(values)
             self.message[-1] = self._weights > 0
+            self.rooms.give(self._incoming, self._outgoing)
             self._stage = 3
 
-    def _encode(self, values: Tensor, half: int) -> Tensor:
-        if self.residual is None:
-            return self.wire.encode(values)
-        residual = self.residual[half].view(values.shape)
-        values = values + residual
-        encoded = self.wire.encode(values)
-        torch.sub(values, self.wire.decode(encoded, values.shape[-1]), out=residual)
-        return encoded
+    def _shares(self) -> list[Tensor]:
+        """Each peer's share of the message: views, of which the last ones may be shorter or empty."""
+        values = self.message[:-1]
+        return [values[peer * self.share : (peer + 1) * self.share] for peer in range(self.peers.size)]
+
+    def _room(self, row_bytes: int) -> Tensor:
+        """``[peers, row_bytes]`` uint8."""
+        return self.rooms.take(self.peers.size * row_bytes, torch.uint8).view(self.peers.size, row_bytes)
 
 
 class Landed:

@@ -14,6 +14,7 @@ from distmerge.workers.fragments import Bucket
 from distmerge.workers.outer_state import OuterState, share_slices
 from distmerge.workers.radial import RadialMean
 from distmerge.workers.report import Spread
+from distmerge.workers.rooms import Rooms
 from distmerge.workers.total import Peers
 from distmerge.workers.wire import WIRES
 
@@ -38,6 +39,7 @@ class Sender:
         new, memory = flat.vector.new_zeros, buckets if settings.error_feedback else []
         sizes = {bucket.index: share_numel(bucket.numel, peers.size) for bucket in memory}
         self.residuals = {index: (new(peers.size * size), new(size)) for index, size in sizes.items()}
+        self.rooms = Rooms(flat.vector.device)
         self._room = flat.vector.new_empty(0)
 
     def room_for(self, bucket: Bucket) -> Tensor:
@@ -58,10 +60,10 @@ class Sender:
         if self.settings.rule == "radial":
             return RadialMean(self.peers, self.flat, message, weight)
         if sharded:
-            return Exchange(self.peers, message, weight, self.wire, owner=self._owner(bucket, spread))
+            return Exchange(self.peers, message, weight, self.wire, owner=self._owner(bucket, spread), rooms=self.rooms)
         if self.wire.name == "fp32":
             return AllReduce(self.peers, message, weight)
-        return Exchange(self.peers, message, weight, self.wire, self.residuals.get(bucket.index))
+        return Exchange(self.peers, message, weight, self.wire, self.residuals.get(bucket.index), rooms=self.rooms)
 
     def _owner(self, bucket: Bucket, spread: Spread) -> Callable[[Tensor], None]:
         """What this peer does to the mean of its share of a bucket: the outer step of a sharded anchor."""

@@ -31,6 +31,7 @@ from distmerge.flat import FlatParameters
 from distmerge.workers.diloco import DiLoCo
 from distmerge.workers.flight import AllReduce, Exchange, Flight, Landed, total_weight
 from distmerge.workers.report import MergeReport
+from distmerge.workers.rooms import Rooms
 from distmerge.workers.selection import select
 from distmerge.workers.wire import WIRES
 
@@ -89,6 +90,7 @@ class SPARTA:
         self.average = DiLoCo(self.flat, every=1 << 62, outer_lr=1.0, outer_momentum=0.0, group=group, buffers=buffers)
         self.peers = self.average.peers
         self.wire, self.seed = WIRES[wire], seed
+        self.rooms = Rooms(self.flat.vector.device)
         self.weight = 1.0
         self.round = 0
         self.rounds: deque[Round] = deque()
@@ -148,7 +150,7 @@ class SPARTA:
         if self.wire.name == "fp32":
             flight = AllReduce(self.peers, message, self.weight)
         else:
-            flight = Exchange(self.peers, message, self.weight, self.wire)
+            flight = Exchange(self.peers, message, self.weight, self.wire, rooms=self.rooms)
         kept = None if self.settings.delay else indices
         self.rounds.append(Round(self.round, self.steps, kept, own, flight))
         self.round += 1

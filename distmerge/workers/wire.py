@@ -43,7 +43,9 @@ class Wire:
             return values.to(dtype).contiguous().view(torch.uint8)
         blocks = values.unflatten(-1, (-1, BLOCK))
         scale = blocks.abs().amax(-1, keepdim=True) / self.levels
-        whole = (blocks / torch.where(scale > 0, scale, 1)).round_().to(torch.int8).flatten(-2)
+        # Beyond the levels only where the scale is so small a number that it has few bits.
+        whole = (blocks / torch.where(scale > 0, scale, 1)).round_().clamp_(-self.levels, self.levels)
+        whole = whole.to(torch.int8).flatten(-2)
         if self.name == "int4":
             nibbles = (whole + 8).view(torch.uint8)
             whole = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)

@@ -1,0 +1,43 @@
+"""C code that is compiled when distmerge is installed, where there is a C compiler; torch computes the same bytes elsewhere."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from ctypes import c_int, c_void_p
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+
+
+def library(module: str, form_name: str, form: int, functions: dict[str, Iterable[Any]]) -> ctypes.CDLL | None:
+    """The compiled functions; None where they were not compiled, or are of another form than the caller's.
+
+    Other threads run while a function does.
+
+    Args:
+        module: its name as an extension module, such as "distmerge.rules._dare".
+        form_name, form: the number that the C code carries, raised whenever its functions change.
+        functions: the types of each function's arguments; they return nothing.
+    """
+    found = find_spec(module)
+    if found is None or found.origin is None:
+        return None
+    try:
+        compiled = ctypes.CDLL(found.origin)
+        theirs = c_int.in_dll(compiled, form_name).value
+    except (OSError, ValueError):  # of another machine, or half a file
+        return None
+    if theirs != form:
+        return None
+    for name, types in functions.items():
+        function = getattr(compiled, name)
+        function.argtypes, function.restype = tuple(types), None
+    return compiled
+
+
+def at(tensor: Tensor) -> c_void_p:
+    """Where a contiguous tensor's elements lie."""
+    assert tensor.is_contiguous()
+    return c_void_p(tensor.data_ptr())
