@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from distmerge.errors import UserError
 from distmerge.experts.methods import METHODS, PARAMETERS, REQUIRED, Method, checked, divisor, method, variants
 from distmerge.experts.recipe import Entry, Place, Recipe, Slice, resolve
-from distmerge.files.adapters import Factors
+from distmerge.files.adapters import Change
 from distmerge.files.header import FLOATS, Stored
 from distmerge.files.models import Model, in_layer, layer_of
 
@@ -21,12 +21,12 @@ FRONT = re.compile(r"embed|wte|wpe")
 
 
 class Input(NamedTuple):
-    """One model's tensor in a merge, with the factors of an adapter on it, if there is one."""
+    """One model's tensor in a merge, with what an adapter changes of it, if there is one."""
 
     model: str
     name: str
     stored: Stored
-    factors: Factors | None = None
+    factors: Change | None = None
 
 
 class Pairing(NamedTuple):
