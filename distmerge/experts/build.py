@@ -11,8 +11,9 @@ from distmerge.experts.methods import METHODS, divisor, variants
 from distmerge.experts.pairing import Input, Pairing, half_width
 from distmerge.experts.recipe import DTYPES, Recipe
 from distmerge.experts.vocabulary import Alignment
+from distmerge.files.adapted import adapted
 from distmerge.files.header import FLOATS
-from distmerge.files.sources import Adapted, Cast, Maps, OnDisk, Source
+from distmerge.files.sources import Cast, Maps, OnDisk, Source
 from distmerge.files.stream import Job
 from distmerge.rules.consensus import ModelStock, Sce
 from distmerge.rules.counter import key_of
@@ -72,7 +73,7 @@ def open_source(item: Input, maps: Maps) -> Source:
     base = OnDisk(item.stored, maps)
     if item.factors is None:
         return base
-    return Adapted(base, OnDisk(item.factors.a, maps), OnDisk(item.factors.b, maps), item.factors.scale)
+    return adapted(base, item.factors, maps)
 
 
 def arithmetic(form: dict[str, str], inputs: list[Source]) -> torch.dtype:

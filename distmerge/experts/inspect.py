@@ -15,6 +15,7 @@ from distmerge.experts.members import open_all
 from distmerge.experts.pairing import Pairing, check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice
 from distmerge.experts.run import roles, settings_of
+from distmerge.files.adapters import Factors
 from distmerge.files.models import Model, layer_of
 from distmerge.files.sources import Maps
 from distmerge.files.stream import Settings, Stream, in_memory
@@ -51,7 +52,7 @@ def report_of(options: argparse.Namespace) -> dict[str, Any]:
     models = open_all(recipe, options.allow_pickle)
     report = diagnose(recipe, models, settings_of(options), subspaces=True)
     adapters = [models[reference].factors for reference in options.models]
-    if all(adapters):
+    if all(adapters) and all(isinstance(change, Factors) and change.plain for one in adapters for change in one.values()):
         report["adapters"] = similarity(adapters, Maps())
     if options.files:
         from distmerge.experts.barrier import on_data

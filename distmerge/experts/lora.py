@@ -83,7 +83,12 @@ def check_takes(recipe: Recipe, options: argparse.Namespace) -> None:
 def adapter_of(entry: Entry) -> Adapter:
     if not is_adapter(Path(entry.model)):
         raise UserError(f"{entry.model} is no LoRA adapter: it has no {CONFIG}")
-    return read_adapter(Path(entry.model))
+    adapter = read_adapter(Path(entry.model))
+    more = [*adapter.shifts, *adapter.replaced, *adapter.parameters]
+    more += [name for name, factors in adapter.factors.items() if not factors.plain]
+    if more:
+        raise UserError(f"{entry.model} does more to {more[0]} than add B A: merge it with its base instead, as BASE+ADAPTER")
+    return adapter
 
 
 def combine(adapters: list[Adapter], weights: list[float], maps: Maps) -> dict[str, Pair]:

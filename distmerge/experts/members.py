@@ -9,7 +9,8 @@ from distmerge.checkpoints.foreign import as_safetensors, is_foreign
 from distmerge.errors import UserError
 from distmerge.experts.recipe import Recipe
 from distmerge.files.adapters import is_adapter, read_adapter
-from distmerge.files.models import Model, open_model, with_adapter
+from distmerge.files.fitting import with_adapter
+from distmerge.files.models import Model, open_model
 
 
 def open_all(recipe: Recipe, allow_pickle: bool) -> dict[str, Model]:
@@ -39,4 +40,4 @@ def open_any(reference: str, allow_pickle: bool) -> Model:
 def adapted(base: Model, reference: str, adapter: Path) -> Model:
     if not is_adapter(adapter):
         raise UserError(f"{adapter} is no LoRA adapter: it has no adapter_config.json")
-    return replace(with_adapter(base, reference, read_adapter(adapter).factors), adapter=adapter)
+    return replace(with_adapter(base, reference, read_adapter(adapter)), adapter=adapter)

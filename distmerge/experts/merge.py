@@ -14,7 +14,7 @@ from distmerge.errors import UserError
 from distmerge.experts.members import open_all
 from distmerge.experts.pairing import check_structure, pair
 from distmerge.experts.recipe import Entry, Recipe, Slice
-from distmerge.experts.record import identity, small_files
+from distmerge.experts.record import identity, out_config, small_files
 from distmerge.files.digests import Digests
 from distmerge.files.models import Model, recorded_files
 from distmerge.files.output import refuse_existing
@@ -48,7 +48,13 @@ def merge(recipe: Recipe, out: Path, options: argparse.Namespace) -> None:
     models = open_all(recipe, options.allow_pickle)
     recipe = with_omegas(recipe, models)
     pairings = pair(recipe, models)
-    small = small_files(recipe, models, out_layers(recipe), recipe.out_dtype or recipe.dtype)
+    config = out_config(recipe, models)
+    if recipe.sliced and config:
+        from distmerge.experts.stacking import prove, restacked
+
+        config = restacked(recipe, models, config)
+        prove(config, pairings)
+    small = small_files(recipe, models, config)
 
     more = {"shards": shard_bytes, "stochastic": options.stochastic, "report": options.report}
     threads = options.threads or len(os.sched_getaffinity(0))
@@ -73,12 +79,6 @@ def recommended(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     chosen = diagnose(bare, open_all(bare, options.allow_pickle), settings_of(options))["recommendation"]
     print(f"method auto takes {chosen['method']}:", *(f"- {why}" for why in chosen["reasons"]), sep="\n")
     return replace(recipe, method=chosen["method"], parameters=chosen["parameters"] | recipe.parameters)
-
-
-def out_layers(recipe: Recipe) -> int | None:
-    """How many layers the output has, if the recipe says."""
-    ranges = [slice.entries[0].layers for slice in recipe.slices]
-    return sum(layers[1] - layers[0] for layers in ranges if layers) if all(ranges) else None
 
 
 def with_omegas(recipe: Recipe, models: dict[str, Model]) -> Recipe:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from distmerge.errors import UserError
 from distmerge.experts.methods import METHODS, PARAMETERS, REQUIRED, Method, checked, divisor, method, variants
 from distmerge.experts.recipe import Entry, Place, Recipe, Slice, resolve
-from distmerge.files.adapters import Factors
+from distmerge.files.adapters import Change
 from distmerge.files.header import FLOATS, Stored
 from distmerge.files.models import Model, in_layer, layer_of
 
@@ -21,12 +21,12 @@ FRONT = re.compile(r"embed|wte|wpe")
 
 
 class Input(NamedTuple):
-    """One model's tensor in a merge, with the factors of an adapter on it, if there is one."""
+    """One model's tensor in a merge, with what an adapter changes of it, if there is one."""
 
     model: str
     name: str
     stored: Stored
-    factors: Factors | None = None
+    factors: Change | None = None
 
 
 class Pairing(NamedTuple):
@@ -117,10 +117,7 @@ def check_known(name: str, form: Method, where: str, table: dict[str, Any]) -> N
 
 
 def sites(recipe: Recipe, models: dict[str, Model]) -> Iterator[Site]:
-    if all(entry.layers is None for slice in recipe.slices for entry in slice.entries):
-        yield from whole_models(recipe, models)
-    else:
-        yield from stacked_layers(recipe, models)
+    yield from stacked_layers(recipe, models) if recipe.sliced else whole_models(recipe, models)
 
 
 def whole_models(recipe: Recipe, models: dict[str, Model]) -> Iterator[Site]:
@@ -154,6 +151,8 @@ def depth_of(index: int, count: int) -> float:
 def stacked_layers(recipe: Recipe, models: dict[str, Model]) -> Iterator[Site]:
     """Layers put on each other: what stands before them is the first slice's, what stands behind the last one's."""
     stack, loose = layer_stack(models[recipe.donor])
+    named = {entry.model for slice in recipe.slices for entry in slice.entries}
+    stacks = {name: layer_stack(models[name])[0] for name in named}
     for name in loose:
         if FRONT.search(name):
             yield Site(name, recipe.slices[0], (name,) * len(recipe.slices[0].entries), 0.0)
@@ -162,7 +161,7 @@ def stacked_layers(recipe: Recipe, models: dict[str, Model]) -> Iterator[Site]:
         ranges = [entry.layers or (0, len(stack)) for entry in slice.entries]
         count = ranges[0][1] - ranges[0][0]
         for index in range(count):
-            yield from one_layer(slice, [start + index for start, _ in ranges], out, depth_of(index, count), models)
+            yield from one_layer(slice, [start + index for start, _ in ranges], out, depth_of(index, count), stacks)
             out += 1
     for name in loose:
         if not FRONT.search(name):
@@ -183,12 +182,15 @@ def layer_stack(model: Model) -> tuple[dict[int, list[str]], list[str]]:
     return layers, [name for name in model.tensors if layer_of(name) is None]
 
 
-def one_layer(slice: Slice, layers: list[int], out: int, depth: float, models: dict[str, Model]) -> Iterator[Site]:
-    held = [layer_stack(models[entry.model])[0] for entry in slice.entries]
-    for entry, stack, layer in zip(slice.entries, held, layers, strict=True):
+def one_layer(
+    slice: Slice, layers: list[int], out: int, depth: float, stacks: dict[str, dict[int, list[str]]]
+) -> Iterator[Site]:
+    """The sites of one output layer; ``stacks`` are the names in each model's layers."""
+    for entry, layer in zip(slice.entries, layers, strict=True):
+        stack = stacks[entry.model]
         if layer not in stack:
             raise UserError(f"{entry.model} has {len(stack)} layers, the recipe asks for layer {layer}")
-    for name in held[0][layers[0]]:
+    for name in stacks[slice.entries[0].model][layers[0]]:
         yield Site(in_layer(name, out), slice, tuple(in_layer(name, layer) for layer in layers), depth)
 
 

@@ -77,6 +77,11 @@ class Recipe:
     text: str = ""
 
     @property
+    def sliced(self) -> bool:
+        """Whether the output is stacked from layers, and not whole models merged."""
+        return any(entry.layers is not None for slice in self.slices for entry in slice.entries)
+
+    @property
     def references(self) -> list[str]:
         """Every model, once, the base first."""
         named = [self.base, *(slice.base for slice in self.slices)]

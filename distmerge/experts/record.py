@@ -56,12 +56,12 @@ def identity(recipe: Recipe, models: dict[str, Model], more: dict[str, Any]) -> 
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def small_files(recipe: Recipe, models: dict[str, Model], layers: int | None, dtype: str | None) -> dict[str, bytes]:
+def small_files(recipe: Recipe, models: dict[str, Model], config: dict[str, Any]) -> dict[str, bytes]:
     """config.json, the generation config and the tokenizer, from the base or else the first model."""
     donor = models[recipe.donor]
     found = donor.carried(("generation_config.json",))
-    if donor.config:
-        found["config.json"] = as_json(out_config(donor.config, layers, dtype))
+    if config:
+        found["config.json"] = as_json(config)
     if recipe.tokenizer is None:
         found |= donor.carried(TOKENIZER_FILES)
     template = chat_template(recipe, models)
@@ -70,15 +70,11 @@ def small_files(recipe: Recipe, models: dict[str, Model], layers: int | None, dt
     return found
 
 
-def out_config(config: dict[str, Any], layers: int | None, dtype: str | None) -> dict[str, Any]:
-    out = dict(config)
-    if dtype is not None:
+def out_config(recipe: Recipe, models: dict[str, Model]) -> dict[str, Any]:
+    """The donor's configuration, with the output's dtype; {} without one."""
+    out, dtype = dict(models[recipe.donor].config), recipe.out_dtype or recipe.dtype
+    if out and dtype is not None:
         out["dtype" if "dtype" in out else "torch_dtype"] = dtype
-    if layers is not None:
-        key = next((key for key in ("num_hidden_layers", "n_layer", "num_layers") if key in out), None)
-        if key is None:
-            raise UserError("slices need a config.json with num_hidden_layers, which the first model does not have")
-        out[key] = layers
     return out
 
 

@@ -38,7 +38,7 @@ class Model:
         path: its directory, or its one file.
         tensors: all that its files hold, by name, in file order.
         config: config.json, {} without one.
-        factors: a LoRA adapter's factors on top of the tensors, by the tensor's name.
+        factors: what a LoRA adapter changes of the tensors, by the tensor's name.
         recorded: size and hashes of its files, by name, where the run that published it says them.
         adapter: the directory of the adapter, where there is one: its training is recorded there.
     """
@@ -55,7 +55,7 @@ class Model:
     def files(self) -> list[Path]:
         """The files that hold tensors, sorted."""
         own = {entry.file for entry in self.tensors.values()}
-        return sorted(own | {entry.file for pair in self.factors.values() for entry in (pair.a, pair.b)})
+        return sorted(own | {entry.file for change in self.factors.values() for entry in change.stored})
 
     @property
     def directory(self) -> Path:
@@ -80,23 +80,6 @@ def open_model(reference: str, allow_pickle: bool = False) -> Model:
         raise UserError(f"{reference} holds no tensors")
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
     return Model(reference, path, tensors, config, recorded=read_recorded(path))
-
-
-def with_adapter(base: Model, reference: str, factors: dict[str, Any]) -> Model:
-    """The base as an adapter changes it; nothing is computed until it is read.
-
-    Raises:
-        UserError: when the adapter does not fit the base.
-    """
-    for name, pair in factors.items():
-        if name not in base.tensors:
-            raise UserError(f"{reference} changes {name}, which {base.reference} does not have")
-        shape = (pair.b.shape[0], pair.a.shape[1])
-        if base.tensors[name].shape != shape:
-            raise UserError(
-                f"{reference}: {name} has shape {list(shape)}, but {list(base.tensors[name].shape)} in {base.reference}"
-            )
-    return Model(reference, base.path, base.tensors, base.config, factors, base.recorded)
 
 
 def read_recorded(path: Path) -> dict[str, dict[str, Any]]:

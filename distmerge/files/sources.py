@@ -92,21 +92,3 @@ class Cast:
 
     def read(self, start: int, stop: int) -> Tensor:
         return self._source.read(start, stop).to(self.dtype)
-
-
-class Adapted:
-    """A matrix with a LoRA adapter on it, ``W + scale B A``, in float32; only the rows that are read are computed."""
-
-    dtype = torch.float32
-
-    def __init__(self, base: OnDisk, a: OnDisk, b: OnDisk, scale: float):
-        self.shape, self.stored = base.shape, (*base.stored, *a.stored, *b.stored)
-        self._base, self._b, self._scale = base, b, scale
-        self._a = a.read(0, a.stored[0].numel).view(a.shape).float()
-
-    def read(self, start: int, stop: int) -> Tensor:
-        columns, rank = self.shape[1], self._a.shape[0]
-        first, last = start // columns, -(-stop // columns)
-        b = self._b.read(first * rank, last * rank).view(-1, rank).float()
-        change = (b @ self._a).view(-1)[start - first * columns : stop - first * columns]
-        return change.mul_(self._scale).add_(self._base.read(start, stop))

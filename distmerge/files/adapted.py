@@ -1,0 +1,118 @@
+"""Tensors of a base as an adapter changes them, in float32; only the rows that are read are computed.
+
+Compared with PEFT's merge_and_unload: https://github.com/huggingface/peft/tree/main/src/peft/tuners/lora
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distmerge.files.adapters import Change, Factors, Shift
+from distmerge.files.header import Stored
+from distmerge.files.sources import Maps, OnDisk, Source
+
+
+class Sides(NamedTuple):
+    """A change as products of matrices, one for each expert.
+
+    Attributes:
+        left: ``[experts, rows, r]``.
+        right: ``[experts, r, columns]``.
+        first: the same two of what the base lacks under the adapter (PiSSA, OLoRA), or None.
+        magnitude: ``[rows]`` or None.
+    """
+
+    left: Tensor
+    right: Tensor
+    first: tuple[Tensor, Tensor] | None
+    magnitude: Tensor | None
+
+
+def adapted(base: OnDisk, change: Change, maps: Maps) -> Source:
+    """The base's tensor with the change."""
+    return Shifted(base, change, maps) if isinstance(change, Shift) else Adapted(base, change, maps)
+
+
+class Adapted:
+    """A matrix, or a stack of them, with the factors of an adapter on it."""
+
+    dtype = torch.float32
+
+    def __init__(self, base: OnDisk, factors: Factors, maps: Maps):
+        self.shape, self.stored = base.shape, (*base.stored, *factors.stored)
+        self._base, self._factors, self._maps = base, factors, maps
+        self._lock = threading.Lock()
+        self._sides: Sides | None = None
+
+    @property
+    def sides(self) -> Sides:
+        with self._lock:
+            if self._sides is None:
+                self._sides = sides_of(self._factors, self._base, self._maps)
+            return self._sides
+
+    def read(self, start: int, stop: int) -> Tensor:
+        sides = self.sides
+        rows, columns = self.shape[-2:]
+        first, last = start // columns, -(-stop // columns)
+        parts = []
+        for expert in range(first // rows, -(-last // rows)):
+            at = expert * rows
+            parts.append(self._rows(sides, expert, max(first - at, 0), min(last - at, rows)))
+        return torch.cat(parts).view(-1)[start - first * columns : stop - first * columns]
+
+    def _rows(self, sides: Sides, expert: int, low: int, high: int) -> Tensor:
+        """Rows ``[low, high)`` of an expert's matrix."""
+        rows, columns = self.shape[-2:]
+        at = expert * rows
+        found = (sides.left[expert, low:high] @ sides.right[expert]).mul_(self._factors.scale)
+        found += self._base.read((at + low) * columns, (at + high) * columns).view(-1, columns)
+        if sides.first is not None:
+            found -= sides.first[0][low:high] @ sides.first[1]
+        if sides.magnitude is not None:
+            found *= (sides.magnitude[low:high] / torch.linalg.norm(found, dim=1)).unsqueeze(1)
+        return found
+
+
+class Shifted:
+    """A bias with an adapter's own added to it."""
+
+    dtype = torch.float32
+
+    def __init__(self, base: OnDisk, shift: Shift, maps: Maps):
+        self.shape, self.stored = base.shape, (*base.stored, *shift.stored)
+        self._base, self._by, self._scale = base, OnDisk(shift.by, maps), shift.scale
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return (self._by.read(start, stop).float() * self._scale).add_(self._base.read(start, stop))
+
+
+def sides_of(factors: Factors, base: OnDisk, maps: Maps) -> Sides:
+    """The factors of each expert, in float32, oriented as the weight is stored."""
+    a, b = matrix(factors.a, maps), matrix(factors.b, maps)
+    right = a.view(factors.experts, -1, a.shape[1])  # [experts, r, columns]
+    left = b.view(b.shape[0], -1, factors.experts).permute(2, 0, 1)  # PEFT: [rows, r, experts]
+    if factors.transposed:
+        left, right = right.transpose(1, 2), left.transpose(1, 2)
+    magnitude = None if factors.magnitude is None else OnDisk(factors.magnitude, maps).read(0, b.shape[0]).float()
+    first = first_value(factors, base) if factors.init else None
+    return Sides(left.contiguous(), right.contiguous(), first, magnitude)
+
+
+def first_value(factors: Factors, base: OnDisk) -> tuple[Tensor, Tensor]:
+    """``[rows, r]`` and ``[r, columns]``: their product is what the base lost when the adapter was made of it."""
+    rank = factors.a.shape[0]
+    whole = base.read(0, base.stored[0].numel).view(base.shape).float()
+    if factors.init == "olora":
+        q, r = torch.linalg.qr(whole)
+        return q[:, :rank] * factors.scale, r[:rank].contiguous()
+    left, values, right = torch.linalg.svd(whole, full_matrices=False)
+    return left[:, :rank] * values[:rank], right[:rank].contiguous()  # PEFT divides by the scale, and multiplies by it
+
+
+def matrix(stored: Stored, maps: Maps) -> Tensor:
+    return OnDisk(stored, maps).read(0, stored.numel).view(stored.shape).float()

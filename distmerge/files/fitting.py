@@ -1,0 +1,105 @@
+"""An adapter on its base: which tensors become which, and whether all of it fits. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import permutations
+
+from distmerge.errors import UserError
+from distmerge.files.adapters import CONFIG, Adapter, Change, Factors, pattern_value, scale_of
+from distmerge.files.header import FLOATS
+from distmerge.files.models import Model
+
+TIED = ("lm_head.weight", "output.weight", "embed_out.weight")
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Architectures whose linear layers are stored as (in, out): there, and only there, fan_in_fan_out must be true."""
+
+
+def with_adapter(base: Model, reference: str, adapter: Adapter) -> Model:
+    """The base as an adapter changes it; nothing is computed until it is read.
+
+    Raises:
+        UserError: when the adapter does not fit the base.
+    """
+    changes: dict[str, Change] = {**adapter.factors, **adapter.shifts}
+    for module, held in adapter.parameters.items():
+        changes |= of_parameters(base, reference, adapter, module, held)
+    for name, change in [*changes.items(), *adapter.replaced.items()]:
+        if name not in base.tensors:
+            tied = "; its embeddings are tied, and an adapter on them cannot be merged" if name in TIED else ""
+            raise UserError(f"{reference} changes {name}, which {base.reference} does not have{tied}")
+        stored = base.tensors[name]
+        if stored.shape != change.shape:
+            raise UserError(f"{reference}: {name} has shape {list(change.shape)}, but {list(stored.shape)} in {base.reference}")
+        if stored.dtype not in FLOATS:
+            raise UserError(f"{reference} changes {name}, which is {stored.dtype} in {base.reference}")
+        check_tied(base, reference, name)
+    check_order(base, reference, adapter)
+    return replace(base, reference=reference, tensors=base.tensors | adapter.replaced, factors=changes)
+
+
+def check_tied(base: Model, reference: str, name: str) -> None:
+    """Refuse a change of an embedding that is the output layer, too: the adapter was trained with the one changed alone."""
+    embedding = name.rpartition(".")[0].endswith(("embed_tokens", "wte", "word_embeddings", "embed_in"))
+    if embedding and (base.config.get("tie_word_embeddings") or not any(key in base.tensors for key in TIED)):
+        raise UserError(
+            f"{reference} changes {name} of {base.reference}, whose embeddings are tied: the output layer would change with it"
+        )
+
+
+def check_order(base: Model, reference: str, adapter: Adapter) -> None:
+    """Refuse factors whose orientation is not that of the base's linear layers, where a square matrix would hide it."""
+    stored_in_out = base.config.get("model_type") in CONV1D
+    if adapter.factors and "model_type" in base.config and bool(adapter.config.get("fan_in_fan_out")) != stored_in_out:
+        raise UserError(
+            f"{adapter.path / CONFIG}: fan_in_fan_out must be {str(stored_in_out).lower()} for a {base.config['model_type']}, "
+            f"as {reference} is"
+        )
+
+
+def of_parameters(base: Model, reference: str, adapter: Adapter, module: str, held: list[Factors]) -> dict[str, Change]:
+    """The changes of a module's own parameters (``target_parameters``), such as the stacked experts of an MoE layer.
+
+    PEFT nests the adapters of several parameters of one module without saying which is whose, so their shapes must tell.
+    """
+    targets = adapter.config["target_parameters"]
+    names = [
+        name
+        for name in base.tensors
+        if name.rpartition(".")[0] == module and any(name == key or name.endswith(f".{key}") for key in targets)
+    ]
+    if not names:
+        (plain, *more) = held
+        rank = pattern_value(adapter, "rank_pattern", module, adapter.config["r"])
+        if more or plain.a.shape[0] != rank or f"{module}.weight" not in base.tensors:
+            raise UserError(f"{reference} changes parameters of {module} that {base.reference} does not hold under that name")
+        return {f"{module}.weight": plain}
+    fits = [
+        {name: factors for name, factors in zip(order, found, strict=True) if factors is not None}
+        for order in permutations(names, len(held))
+        for found in [[stacked(base, adapter, name, one) for name, one in zip(order, held, strict=True)]]
+        if all(factors is not None for factors in found)
+    ]
+    if len(fits) != 1:
+        said = "fit no" if not fits else "could each change more than one"
+        raise UserError(f"{reference}: the adapters of {module} {said} tensor among {', '.join(names)} of {base.reference}")
+    return dict(fits[0])
+
+
+def stacked(base: Model, adapter: Adapter, name: str, factors: Factors) -> Factors | None:
+    """The factors as those of the tensor ``name``, ``[experts, rows, columns]`` or ``[rows, columns]``; None if they do not fit.
+
+    Raises:
+        UserError: where both orientations fit, which only the model's code could tell apart.
+    """
+    shape = base.tensors[name].shape
+    rank = pattern_value(adapter, "rank_pattern", name, adapter.config["r"])
+    experts = shape[0] if len(shape) == 3 else 1
+    if factors.init or factors.magnitude or factors.transposed or factors.a.shape[0] != rank * experts:
+        return None
+    own = factors._replace(experts=experts, scale=scale_of(adapter, name, rank))
+    ways = (own, own._replace(transposed=True)) if experts > 1 else (own,)
+    fitting = [way for way in ways if way.shape == shape]
+    if len(fitting) > 1:
+        raise UserError(f"{adapter.path}: whether {name} {list(shape)} is stored as (in, out) or (out, in) cannot be told")
+    return fitting[0] if fitting else None
