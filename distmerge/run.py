@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
 
@@ -21,9 +20,9 @@ from distmerge.checkpoints.recovery import Recovery
 from distmerge.checkpoints.store import Store
 from distmerge.checkpoints.window import Window
 from distmerge.config import TrainConfig
-from distmerge.data import IndexedBatches, open_corpus
+from distmerge.data import IndexedBatches, open_corpus, sampled
 from distmerge.engine.build import build_engine
-from distmerge.evaluate import evaluate
+from distmerge.evaluate import Evaluation, evaluate
 from distmerge.experts.adapt import with_lora
 from distmerge.experts.training import ExpertTraining
 from distmerge.files.manifest import read_manifest
@@ -34,7 +33,7 @@ from distmerge.metrics import Meter, MetricsLog, table
 from distmerge.model import build_model, check_fits, load_tokenizer
 from distmerge.preemption import Preemption
 from distmerge.rundir import RunDirectory, write_atomically
-from distmerge.stream import StreamBatches, stream_corpus
+from distmerge.stream import StreamBatches, from_lead, stream_held_out
 from distmerge.workers.build import build_mergers
 from distmerge.workers.diloco import DiLoCo
 from distmerge.workers.sparta import SPARTA
@@ -52,7 +51,8 @@ class Run:
             if config.expert is not None and config.expert.lora is not None:
                 model = with_lora(model, config.expert.lora, config.seed)
         with mesh.together():
-            self.batches, self.held_out = mesh.lead_first("data", self._open_data)
+            self.batches, drawn = mesh.lead_first("data", self._open_data)
+        self.held_out = from_lead(drawn) if config.data.streaming else drawn
         mesh.check_same("the parameters that they start from", torch.stack([fingerprint(p) for p in model.parameters()]).sum())
         self.engine = build_engine(model, config, mesh)
         with mesh.together():
@@ -81,15 +81,20 @@ class Run:
 
     def _open_preview(self) -> Preview | None:
         section = self.config.preview
-        return Preview(section, self.window, self.engine.parameters, self._loss) if section and self.window else None
+        return (
+            Preview(section, self.window, self.engine.parameters, lambda: self._judge().loss)
+            if section and self.window
+            else None
+        )
 
-    def _open_data(self) -> tuple[IndexedBatches | StreamBatches, datasets.Dataset]:
-        section, rows = self.config.data, self.config.train
-        place = (self.mesh.rank, self.mesh.world, rows.gradient_accumulation, rows.batch_size)
+    def _open_data(self) -> tuple[IndexedBatches | StreamBatches, Any]:
+        """The training batches, and the sequences to be judged on; of a stream the first rank alone draws those."""
+        section, rows, sequences = self.config.data, self.config.train, self.config.evaluate.sequences
+        place = (self.config.seed, self.mesh.rank, self.mesh.world, rows.gradient_accumulation, rows.batch_size)
         if section.streaming:
-            return stream_corpus(section, *place, eval_sequences=self.config.evaluate.batches * rows.batch_size)
+            return StreamBatches(section, *place), stream_held_out(section, sequences) if self.mesh.leads else None
         corpus = open_corpus(section)
-        return IndexedBatches(corpus.train, self.config.seed, *place), corpus.held_out
+        return IndexedBatches(corpus.train, *place), sampled(corpus.held_out, sequences)
 
     @property
     def tokens_per_step(self) -> int:
@@ -187,10 +192,11 @@ class Run:
                 torch.cuda.set_rng_state(state["generators"][1])
         return state
 
-    def write_line(self, eval_loss: float | None = None, preview_loss: float | None = None) -> None:
+    def write_line(self, found: Evaluation | None = None, preview_loss: float | None = None) -> None:
         """One line of metrics: what the meter saw since the line before."""
         line = {"step": self.step, "tokens": self.step * self.tokens_per_step}
-        line |= {"eval/loss": eval_loss, "preview/loss": preview_loss}
+        line |= {"eval/loss": found and found.loss, "eval/loss_se": found and found.standard_error}
+        line |= {"preview/loss": preview_loss}
         sent = {
             "merge/bytes_sent": self.bytes_sent,
             "merge/bytes_per_token": self.bytes_sent * self.mesh.world / line["tokens"] if self.step else None,
@@ -216,13 +222,13 @@ class Run:
                 flat.push()
             yield
 
-    def evaluate(self) -> float:
+    def evaluate(self) -> Evaluation:
         """The loss of what the workers share."""
         with self.shared():
-            loss = self._loss()
+            found = self._judge()
         if self.meter.first_eval is None:
-            self.meter.first_eval = loss
-        return loss
+            self.meter.first_eval = found.loss
+        return found
 
     def preview_loss(self) -> float | None:
         """What annealing would reach, as far as the merged window tells."""
@@ -230,11 +236,9 @@ class Run:
         with self.meter.paused():
             return self.preview.loss()
 
-    def _loss(self) -> float:
+    def _judge(self) -> Evaluation:
         """The loss of the model as it stands; a collective."""
-        section = self.config.evaluate
-        place = (self.mesh.rank, self.mesh.world)
-        return evaluate(self.engine.model, self.held_out, self.config.train.batch_size, section.batches, *place).loss
+        return evaluate(self.engine.model, self.held_out, self.config.train.batch_size, self.mesh.rank, self.mesh.world)
 
     def leave(self) -> None:
         """Keep the state for whoever starts the run again."""
@@ -254,8 +258,8 @@ class Run:
         for merger in self.mergers:
             merger.finish()
         step = self.expert.finish()
-        loss = self.evaluate()
-        self.write_line(loss)
+        found = self.evaluate()
+        self.write_line(found)
         whole = self.engine.whole_state()
         with self.mesh.together():
             if self.log is not None:
@@ -264,11 +268,11 @@ class Run:
                 shutil.rmtree(temporary, ignore_errors=True)
                 guarded(temporary, lambda: self.expert.save(temporary, step, whole))
                 self.directory.publish_final(temporary)
-                write_atomically(self.directory.summary, json.dumps(self.summary(loss), indent=2) + "\n")
-                print(table(self.directory, self.summary(loss)), flush=True)
+                write_atomically(self.directory.summary, json.dumps(self.summary(found), indent=2) + "\n")
+                print(table(self.directory, self.summary(found)), flush=True)
         self.engine.close()
 
-    def summary(self, loss: float) -> dict[str, Any]:
+    def summary(self, found: Evaluation) -> dict[str, Any]:
         numel, ranks, tokens = self.engine.parameters.numel, self.mesh.world, self.step * self.tokens_per_step
         return {
             "steps": self.step,
@@ -277,7 +281,8 @@ class Run:
             "ranks": ranks,
             "parameters": numel,
             "eval_loss_first": self.meter.first_eval,
-            "eval_loss_last": loss,
+            "eval_loss_last": found.loss,
+            "eval_loss_last_se": found.standard_error,
             "tokens": tokens,
             "tokens_per_second": tokens / self.meter.seconds,
             "bytes_sent": self.bytes_sent,

@@ -118,7 +118,7 @@ def test_other_keys_that_may_change(ranks: Ranks, config: str, tmp_path: Path) -
     train(ranks, 2, config, *FAST, "--run-dir", str(whole))
     train(ranks, 2, config, *FAST, "--run-dir", str(tmp_path / "parts"), "--steps", "8")
     (tmp_path / "parts").rename(parts)
-    changed = ("--log.every", "2", "--evaluate.every", "3", "--evaluate.batches", "2", "--checkpoint.every", "4")
+    changed = ("--log.every", "2", "--evaluate.every", "3", "--evaluate.sequences", "2", "--checkpoint.every", "4")
     train(ranks, 2, config, *FAST, "--run-dir", str(parts), *changed, "--checkpoint.keep", "1", "--train.threads", "1")
     assert jobs.final_bytes(parts) == jobs.final_bytes(whole)
     assert [path.name for path in published_checkpoints(parts / "checkpoints")] == ["step-00000012"]
@@ -200,7 +200,7 @@ SMALL = (
     "4",
     "--schedule.warmup",
     "1",
-    "--evaluate.batches",
+    "--evaluate.sequences",
     "2",
     "--train.batch-size",
     "2",
