@@ -53,7 +53,7 @@ def evaluate(model: nn.Module, data: datasets.Dataset, batch_size: int, rank: in
     model.eval()
     device = next(model.parameters()).device
     batches = math.ceil(len(data) / batch_size)
-    # A row for each sequence: every rank fills in its own, so adding them up is exact, and the order of the sum is always the same.
+    # A row for each sequence: every rank fills in its own, so adding them up is exact, and the sum is always in one order.
     sums = torch.zeros(len(data), 2, dtype=torch.float64, device=device)
     for turn in range(math.ceil(batches / world)):
         index = turn * world + rank
