@@ -7,6 +7,7 @@ mesh), so there is nothing to save. Streams: see :mod:`distmerge.stream`.
 from __future__ import annotations
 
 import functools
+import glob
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -118,7 +119,9 @@ def load_documents(section: Data, streaming: bool = False) -> Any:
             return load_dataset(section.dataset, section.name, split=section.split, streaming=streaming)
         loader, files = data_files(section)
         options: Any = {"sample_by": "document", "encoding_errors": "replace"} if loader == "text" else {}
-        return load_dataset(loader, data_files=files, split="train", streaming=streaming, **options)
+        # It takes names for patterns.
+        names = [glob.escape(file) for file in files]
+        return load_dataset(loader, data_files=names, split="train", streaming=streaming, **options)
     except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
         raise unreadable(section, error) from None
 

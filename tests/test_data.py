@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from distmerge.data import (
     IndexedBatches,
     bytes_of_tokens,
     cut,
+    load_documents,
     open_corpus,
     packed_text,
     sampled,
@@ -25,7 +28,7 @@ from distmerge.data import (
 )
 from distmerge.errors import UserError
 from distmerge.model import load_tokenizer
-from distmerge.sources import data_files, stdlib_files
+from distmerge.sources import SAMPLE_BYTES, data_files, stdlib_files
 from distmerge.stream import StreamBatches, held_out, stream_held_out
 
 LENGTH = 16
@@ -82,6 +85,48 @@ def test_globs_are_sorted_and_named_once(tmp_path: Path) -> None:
     loader, files = data_files(Data(source="files", files=patterns))
     assert loader == "text"
     assert [Path(file).relative_to(tmp_path).as_posix() for file in files] == ["a.txt", "b.txt", "deep/c.txt"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a[1].txt", "b*.txt", "c?.jsonl", "d{1,2}.txt", "deep[x]/e.txt", "f g.txt"])
+def test_a_file_with_any_name_is_read_and_no_other(tmp_path: Path, name: str, streaming: bool) -> None:
+    """Brackets and stars are taken for patterns on the way, by glob and by ``datasets``."""
+    for other in (name, "a1.txt", "bb.txt", "cc.jsonl", "deepx/e.txt"):
+        path = tmp_path / other
+        path.parent.mkdir(exist_ok=True)
+        text = f"{'this' if other == name else 'other'} " * 40
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(2)) if path.suffix == ".jsonl" else text)
+    documents = load_documents(section(tmp_path / name, streaming=streaming), streaming=streaming)
+    assert {word for row in documents for word in row["text"].split()} == {"this"}
+
+
+NO_TEXT = {
+    "compressed with gzip": gzip.compress(b"plain text"),
+    "in UTF-16": "plain text".encode("utf-16"),
+    "in UTF-32": "plain text".encode("utf-32"),
+    "binary, or in UTF-16": "plain text".encode("utf-16-le"),
+    "Parquet": b"PAR1 and more",
+    "a zip archive": b"PK\x03\x04 and more",
+    "compressed with zstd": b"\x28\xb5\x2f\xfd and more",
+    "compressed with xz": lzma.compress(b"plain text"),
+    "not in UTF-8": "Äpfel, Öl, Übel und ähnliches Größenwahnsinniges ".encode("latin-1") * 9,
+}
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_files_that_are_no_text_are_refused_by_name(tmp_path: Path, kind: str, suffix: str) -> None:
+    """Whatever their names say; they were trained on."""
+    (tmp_path / f"a.{suffix}").write_text('{"text": "plain"}\n' * 90)
+    (tmp_path / f"b.{suffix}").write_bytes(NO_TEXT[kind])
+    with pytest.raises(UserError, match=rf"^config.data.files must be text in UTF-8, got .*b\.{suffix}, which is {kind}$"):
+        open_corpus(section(tmp_path / f"*.{suffix}"))
+
+
+def test_a_byte_that_is_not_utf8_now_and_then_is_common(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(("Many words, é, and one " * 90).encode() + b"\xe9 of another encoding.")
+    (tmp_path / "long.txt").write_bytes(b"a" + "é".encode() * SAMPLE_BYTES)  # the sample ends in the middle of a character
+    assert len(packed_text(section(tmp_path / "*.txt"))) > 90
 
 
 def test_the_standard_library_is_corpus_enough() -> None:

@@ -70,7 +70,7 @@ class Recovery:
     def needed(self, step: int, result: StepResult) -> bool:
         """Whether the whole run must go back after inner step ``step``, counted from 1. A collective where a merge is due.
 
-        Each worker watches itself: a step's result is the same on all of its ranks. Among several workers a sick one is known to the others only when
+        Each worker watches itself. Among several workers a sick one is known to the others only when
         they merge: most of them sick is the whole run's spike; fewer take part with weight 0.
         """
         if not self.section.enabled:
