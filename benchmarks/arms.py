@@ -56,7 +56,7 @@ class Arm:
             "optimizer": {"lr": self.lr},
             "schedule": {"name": "wsd", "warmup": self.steps // 20, "decay": self.steps // 4},
             "merge": list(self.merge),
-            "evaluate": {"every": max(EVERY, min(200, self.steps // 5)), "batches": EVAL_SEQUENCES // batch_size},
+            "evaluate": {"every": max(EVERY, min(200, self.steps // 5)), "sequences": EVAL_SEQUENCES},
             "checkpoint": {"every": max(EVERY, self.steps // 4), "keep": 1},
             "log": {"every": 50},
         }

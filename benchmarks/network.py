@@ -58,7 +58,7 @@ class Arm:
             "optimizer": {"lr": 2e-3},
             "schedule": {"warmup": min(20, self.steps)},
             "merge": list(self.merge),
-            "evaluate": {"every": max(20, self.steps // 5), "batches": 16},
+            "evaluate": {"every": max(20, self.steps // 5), "sequences": 256},
             "checkpoint": {"every": self.steps, "keep": 1},
             "log": {"every": 5},
         }

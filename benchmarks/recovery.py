@@ -88,7 +88,7 @@ def table(arm: Arm, run_dir: Path) -> dict[str, Any]:
         "optimizer": {"lr": 4e-3},
         "schedule": {"warmup": 20},
         "merge": [{"kind": "average", "every": 10}] if arm.workers > 1 else [],
-        "evaluate": {"every": 10**6, "batches": 64 * arm.workers},
+        "evaluate": {"every": 10**6, "sequences": 512},
         "checkpoint": {"every": 10, "keep": 5},
         "recovery": recovery,
         "log": {"every": 50},

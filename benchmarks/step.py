@@ -53,7 +53,7 @@ def configuration(model: dict[str, int], run_dir: Path) -> TrainConfig:
             "model": {"config": shape | model},
             "train": {"batch_size": BATCH_SIZE, "gradient_clip": 1.0},
             "optimizer": {"lr": LR},
-            "evaluate": {"every": never, "batches": 1},
+            "evaluate": {"every": never, "sequences": 8},
             "checkpoint": {"every": never},
         }
     )

@@ -34,7 +34,7 @@ from distmerge.checkpoints.gate import gram_of
 from distmerge.checkpoints.window import Window
 from distmerge.config import TrainConfig
 from distmerge.config_checkpoints import Window as WindowSection
-from distmerge.data import IndexedBatches, open_corpus
+from distmerge.data import IndexedBatches, open_corpus, sampled
 from distmerge.engine.torch import TorchEngine
 from distmerge.evaluate import evaluate
 from distmerge.launch import Place
@@ -45,7 +45,7 @@ from distmerge.schedule import decayed
 CURVES = ("linear", "1-sqrt", "cosine", "wma")
 CHOOSING_SEEDS = (100, 101, 10, 11, 12)
 FIRST_JUDGED = 20  # no seed that was looked at when the prediction was designed
-EVAL_BATCHES = 32
+EVAL_SEQUENCES = 256
 
 
 FULL = Size(steps=900, every=10, lengths=(50, 100, 200, 300), early=600, early_lengths=(100, 200))
@@ -83,7 +83,7 @@ class Bench:
         self.engine = TorchEngine(build_model(self.config.model, tokenizer, seed), self.config, mesh)
         corpus = open_corpus(self.config.data)
         self.batches = IndexedBatches(corpus.train, seed, 0, 1, 1, self.config.train.batch_size)
-        self.held_out = corpus.held_out
+        self.held_out = sampled(corpus.held_out, EVAL_SEQUENCES)
         tokens = self.config.train.batch_size * self.config.data.sequence_length
         self.losses: dict[int, float] = {}
         self.windows = {}
@@ -123,7 +123,7 @@ class Bench:
         return self.loss()
 
     def loss(self) -> float:
-        return evaluate(self.engine.model, self.held_out, self.config.train.batch_size, EVAL_BATCHES).loss
+        return evaluate(self.engine.model, self.held_out, self.config.train.batch_size).loss
 
     def merged(self, kind: str, end: int, length: int, curve: str) -> float:
         """The loss of the merge of the blocks of the ``length`` steps before ``end``."""

@@ -90,9 +90,9 @@ def run(arguments: list[str]) -> int:
     train.add_argument("-h", "--help", action="store_true")
     evaluate = verbs.add_parser("eval", help="the loss of a model directory on text", allow_abbrev=False)
     evaluate.add_argument("model", metavar="MODEL_DIR")
-    evaluate.add_argument("--files", nargs="+", metavar="GLOB", help="text files (default: the held-out standard library)")
-    evaluate.add_argument("--sequence-length", type=int, default=128)
-    evaluate.add_argument("--batches", type=int, default=32, help="batches of 8 sequences")
+    evaluate.add_argument("--files", nargs="+", metavar="GLOB", help="text files (default: what its run held out)")
+    evaluate.add_argument("--sequence-length", type=int, help="tokens (default: as in its run, or 128)")
+    evaluate.add_argument("--sequences", type=int, default=256, help="drawn from all of the text (default: 256)")
     verbs.add_parser("build-ops", help="compile what DeepSpeed needs, once, in one process", allow_abbrev=False)
     experts.add_parsers(verbs)
     checkpoints.add_parsers(verbs)
@@ -102,6 +102,8 @@ def run(arguments: list[str]) -> int:
         return train_verb(options, overrides, arguments)
     if options.verb == "experts":
         return experts_verb(options, overrides, arguments)
+    if overrides and overrides[0].partition("=")[0] == "--batches":
+        raise UserError("--batches is now --sequences, which are drawn from all of the text: 8 for each batch")
     if overrides:
         raise UserError(f"unknown argument {overrides[0]}; distmerge {options.verb} --help lists them")
     if options.verb in ("merge", "diagnose", "sweep"):
@@ -270,6 +272,6 @@ def eval_verb(options: argparse.Namespace) -> int:
     with quiet():
         from distmerge.evaluate import evaluate_directory
 
-        result = evaluate_directory(options.model, options.files, options.sequence_length, options.batches)
+        result = evaluate_directory(options.model, options.files, options.sequence_length, options.sequences)
     print(json.dumps(result))
     return 0

@@ -197,8 +197,19 @@ Merge = Annotated[DiLoCo | StreamingDiLoCo | Average | SPARTA | NoMerge, Field(d
 class Evaluate(Section):
     every: int = Field(default=100, ge=1)
     """Steps between evaluations; there is one at the start and one at the end anyway."""
-    batches: int = Field(default=16, ge=1)
-    """Batches of held-out text per evaluation, over all ranks."""
+    sequences: int = Field(default=256, ge=1)
+    """Sequences that are judged, drawn once from all of the held-out text; all of it where it has fewer. They are the same for
+    every seed, batch size and number of ranks, so runs are compared on equal text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def no_batches(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "batches" in values:
+            raise UserError(
+                f"batches is now sequences, which are drawn from all of the held-out text: in place of batches = "
+                f"{values['batches']} write sequences = {values['batches']} x train.batch_size, as a number"
+            )
+        return values
 
 
 class Log(Section):

@@ -32,7 +32,9 @@ class Data(Section):
     column: str = "text"
     """The column that holds the text, in .jsonl and .parquet files and hub data sets."""
     streaming: bool = False
-    """Read as a stream, in order, without an index: for corpora that do not fit the disk."""
+    """Read as a stream, without an index: for corpora that do not fit the disk."""
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    """Documents that a stream shuffles at a time, from several shards in turn (streaming). 1 does not shuffle them."""
     tokenizer: str = "bytes"
     """bytes, or a tokenizer's directory or hub id."""
     sequence_length: int = Field(default=128, ge=2)

@@ -7,6 +7,7 @@ mesh), so there is nothing to save. Streams: see :mod:`distmerge.stream`.
 from __future__ import annotations
 
 import functools
+import glob
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from distmerge.config import Data
 from distmerge.errors import UserError
@@ -34,7 +35,7 @@ CACHE_VERSION = 1
 
 
 class Corpus(NamedTuple):
-    """Packed sequences of ``sequence_length`` token ids each."""
+    """Packed sequences of ``sequence_length`` token ids each; those held out with ``bytes``, as :func:`packed` gives them."""
 
     train: datasets.Dataset
     held_out: datasets.Dataset
@@ -51,8 +52,10 @@ def open_corpus(section: Data) -> Corpus:
     order = np.random.Generator(np.random.Philox(0)).permutation(len(pieces))
     count = min(len(pieces) - 1, max(1, round(section.eval_fraction * len(pieces))))
     held_out, train = np.sort(order[:count]), np.sort(order[count:])
-    sequences = example_rows if instructions else packed
-    corpus = Corpus(*(sequences(pieces.select(rows), section) for rows in (train, held_out)))
+    if instructions:
+        corpus = Corpus(*(example_rows(pieces.select(rows), section) for rows in (train, held_out)))
+    else:
+        corpus = Corpus(packed(pieces.select(train), section), packed(pieces.select(held_out), section, count_bytes=True))
     if len(corpus.held_out) == 0:
         raise UserError(
             f"config.data.eval_fraction must hold out at least one sequence of {section.sequence_length} tokens, "
@@ -73,11 +76,23 @@ def with_replay(train: datasets.Dataset, section: Data) -> datasets.Dataset:
     return datasets.concatenate_datasets([train, drawn.select(np.resize(order, count))]).with_format("numpy")
 
 
+def sampled(rows: datasets.Dataset, count: int) -> datasets.Dataset:
+    """The sequences that a model is judged on: ``count`` of them, or all where there are fewer, from anywhere in the text.
+
+    They are the first of a fixed permutation, so a larger sample holds the smaller one. Nothing but the text decides which:
+    all runs that hold out the same text are judged on the same sequences.
+    """
+    if count >= len(rows):
+        return rows
+    order = np.random.Generator(np.random.Philox(2)).permutation(len(rows))
+    return rows.select(np.sort(order[:count]))
+
+
 def packed_text(section: Data) -> datasets.Dataset:
     """All of the text, packed, with nothing held out: what ``distmerge eval --files`` reads."""
     if section.format != "text":
         return example_rows(load_documents(section), section)
-    return packed(read_pieces(section), section)
+    return packed(read_pieces(section), section, count_bytes=True)
 
 
 def read_pieces(section: Data) -> datasets.Dataset:
@@ -104,7 +119,9 @@ def load_documents(section: Data, streaming: bool = False) -> Any:
             return load_dataset(section.dataset, section.name, split=section.split, streaming=streaming)
         loader, files = data_files(section)
         options: Any = {"sample_by": "document", "encoding_errors": "replace"} if loader == "text" else {}
-        return load_dataset(loader, data_files=files, split="train", streaming=streaming, **options)
+        # It takes names for patterns.
+        names = [glob.escape(file) for file in files]
+        return load_dataset(loader, data_files=names, split="train", streaming=streaming, **options)
     except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
         raise unreadable(section, error) from None
 
@@ -142,20 +159,37 @@ def no_text(column: str) -> UserError:
     return UserError(f'config.data.column must hold text in every row, got none in a row of "{column}"')
 
 
-def packed(pieces: datasets.Dataset, section: Data) -> datasets.Dataset:
+def packed(pieces: datasets.Dataset, section: Data, count_bytes: bool = False) -> datasets.Dataset:
+    """Rows of ``input_ids``, int32, cut from the pieces' tokens end to end.
+
+    Args:
+        count_bytes: also give ``bytes``, as :func:`pack` does, where the tokenizer can tell.
+    """
     length = section.sequence_length
-    features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"), length=length)})
+    count_bytes = count_bytes and knows_bytes(cached_tokenizer(section.tokenizer))
+    features = {"input_ids": datasets.Sequence(datasets.Value("int32"), length=length)}
+    features |= {"bytes": datasets.Value("int32")} if count_bytes else {}
     rows = pieces.map(
-        functools.partial(pack, tokenizer=section.tokenizer, length=length, version=CACHE_VERSION),
-        batched=True, batch_size=1000, remove_columns=pieces.column_names, features=features,
+        functools.partial(
+            pack, tokenizer=section.tokenizer, length=length, count_bytes=count_bytes, version=CACHE_VERSION
+        ),
+        batched=True, batch_size=1000, remove_columns=pieces.column_names, features=datasets.Features(features),
     )  # fmt: skip
     return rows.with_format("numpy")
 
 
-def pack(batch: dict[str, list], tokenizer: str, length: int, version: int) -> dict[str, Any]:
-    """Token ids end to end, cut into rows of ``length``; what is left of a batch of 1000 pieces is dropped."""
-    tokens = tokenize(cached_tokenizer(tokenizer), batch["text"], batch["ends"])
-    return {"input_ids": tokens[: len(tokens) // length * length].reshape(-1, length)}
+def pack(batch: dict[str, list], tokenizer: str, length: int, count_bytes: bool, version: int) -> dict[str, Any]:
+    """Token ids end to end, cut into rows of ``length``; what is left of a batch of 1000 pieces is dropped.
+
+    ``bytes`` is how many bytes of text the tokens of a row stand for that a model predicts, all but the first.
+    """
+    ids = tokenize(cached_tokenizer(tokenizer), batch["text"], batch["ends"])
+    stop = len(ids) // length * length
+    rows = {"input_ids": ids[:stop].reshape(-1, length)}
+    if not count_bytes:
+        return rows
+    counts = bytes_of_tokens(cached_tokenizer(tokenizer), batch["text"], batch["ends"])
+    return rows | {"bytes": counts[:stop].reshape(-1, length)[:, 1:].sum(1)}
 
 
 cached_tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)
@@ -167,6 +201,33 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], ends: list[bo
     ids = token_ids(tokenizer, texts)
     tail = np.asarray(end, dtype=np.int32)
     return np.concatenate([part for row, last in zip(ids, ends, strict=True) for part in (row, tail if last else tail[:0])])
+
+
+def knows_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it can be told which bytes of a text each token stands for."""
+    return isinstance(tokenizer, ByT5Tokenizer) or bool(tokenizer.is_fast)
+
+
+def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], ends: list[bool]) -> np.ndarray:
+    """How many bytes of text, in UTF-8, each of the tokens that :func:`tokenize` gives stands for, as one vector.
+
+    A token stands for the text from the last token's end to its own. So spaces that a tokenizer leaves out count with what
+    follows, the first of several tokens of one character has all of it, and an end of text is no text.
+    """
+    parts: list[np.ndarray] = []
+    for text, last in zip(texts, ends, strict=True):
+        # The bytes before each character, and those of all.
+        points = np.frombuffer(text.encode("utf-32-le", "replace"), dtype=np.uint32)
+        before = np.concatenate([[0], np.cumsum(1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000))])
+        if isinstance(tokenizer, ByT5Tokenizer):
+            parts.append(np.ones(before[-1], dtype=np.int64))
+        else:
+            offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            stops = np.asarray([stop for _, stop in offsets], dtype=np.int64)  # pyright: ignore
+            parts.append(np.diff(before[np.maximum.accumulate(stops)], prepend=0))
+        if last and tokenizer.eos_token_id is not None:
+            parts.append(np.zeros(1, dtype=np.int64))
+    return np.concatenate(parts)
 
 
 class IndexedBatches:

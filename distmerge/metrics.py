@@ -180,6 +180,7 @@ def shown(line: dict[str, Any], steps: int) -> list[str]:
     for key, form in (
         ("train/loss", "loss {:.3f}"),
         ("eval/loss", "eval {:.3f}"),
+        ("eval/loss_se", "+- {:.3f}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
     ):
         if line.get(key) is not None:
@@ -197,9 +198,10 @@ def table(directory: RunDirectory, summary: dict[str, Any]) -> str:
     """The end of a run, for people."""
     board = Path(sys.executable).with_name("tensorboard")
     sent, data_parallel = summary["bytes_sent"], summary["bytes_sent_by_data_parallelism"]
-    first, last = summary["eval_loss_first"], summary["eval_loss_last"]
+    first, last, error = summary["eval_loss_first"], summary["eval_loss_last"], summary.get("eval_loss_last_se")
+    spread = "" if error is None else f" +- {error:.3f}"
     rows = {
-        "eval loss": f"{first:.3f} at the start, {last:.3f} at the end (nats/token)",
+        "eval loss": f"{first:.3f} at the start, {last:.3f}{spread} at the end (nats/token)",
         "tokens": f"{summary['tokens']:,} ({summary['workers']} workers, {summary['ranks']} ranks, {summary['steps']} steps)",
         "tokens/s": f"{summary['tokens_per_second']:,.0f}",
         "sent per worker": f"{megabytes(sent)}; data parallelism: {megabytes(data_parallel)}"

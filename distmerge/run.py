@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
 
@@ -20,10 +19,10 @@ from distmerge.checkpoints.store import Store
 from distmerge.checkpoints.window import Window
 from distmerge.claim import Claim
 from distmerge.config import TrainConfig
-from distmerge.data import IndexedBatches, open_corpus
+from distmerge.data import IndexedBatches, open_corpus, sampled
 from distmerge.ending import divergence, publish_end
 from distmerge.engine.build import build_engine
-from distmerge.evaluate import evaluate
+from distmerge.evaluate import Evaluation, evaluate
 from distmerge.experts.adapt import with_lora
 from distmerge.experts.training import ExpertTraining
 from distmerge.files.manifest import read_manifest
@@ -34,7 +33,7 @@ from distmerge.metrics import Meter, MetricsLog
 from distmerge.model import build_model, check_fits, load_tokenizer
 from distmerge.preemption import Preemption
 from distmerge.rundir import RunDirectory
-from distmerge.stream import StreamBatches, stream_corpus
+from distmerge.stream import StreamBatches, from_lead, stream_held_out
 from distmerge.workers.build import build_mergers
 from distmerge.workers.diloco import DiLoCo
 from distmerge.workers.sparta import SPARTA
@@ -56,7 +55,8 @@ class Run:
             if config.expert is not None and config.expert.lora is not None:
                 model = with_lora(model, config.expert.lora, config.seed)
         with mesh.together():
-            self.batches, self.held_out = mesh.lead_first("data", self._open_data)
+            self.batches, drawn = mesh.lead_first("data", self._open_data)
+        self.held_out = from_lead(drawn) if config.data.streaming else drawn
         mesh.check_same("the parameters that they start from", torch.stack([fingerprint(p) for p in model.parameters()]).sum())
         self.engine = build_engine(model, config, mesh)
         with mesh.together():
@@ -87,15 +87,20 @@ class Run:
 
     def _open_preview(self) -> Preview | None:
         section = self.config.preview
-        return Preview(section, self.window, self.engine.parameters, self._loss) if section and self.window else None
+        return (
+            Preview(section, self.window, self.engine.parameters, lambda: self._judge().loss)
+            if section and self.window
+            else None
+        )
 
-    def _open_data(self) -> tuple[IndexedBatches | StreamBatches, datasets.Dataset]:
-        section, rows = self.config.data, self.config.train
-        place = (self.mesh.rank, self.mesh.world, rows.gradient_accumulation, rows.batch_size)
+    def _open_data(self) -> tuple[IndexedBatches | StreamBatches, Any]:
+        """The training batches, and the sequences to be judged on; of a stream the first rank alone draws those."""
+        section, rows, sequences = self.config.data, self.config.train, self.config.evaluate.sequences
+        place = (self.config.seed, self.mesh.rank, self.mesh.world, rows.gradient_accumulation, rows.batch_size)
         if section.streaming:
-            return stream_corpus(section, *place, eval_sequences=self.config.evaluate.batches * rows.batch_size)
+            return StreamBatches(section, *place), stream_held_out(section, sequences) if self.mesh.leads else None
         corpus = open_corpus(section)
-        return IndexedBatches(corpus.train, self.config.seed, *place), corpus.held_out
+        return IndexedBatches(corpus.train, *place), sampled(corpus.held_out, sequences)
 
     @property
     def tokens_per_step(self) -> int:
@@ -194,10 +199,11 @@ class Run:
                 torch.cuda.set_rng_state(state["generators"][1])
         return state
 
-    def write_line(self, eval_loss: float | None = None, preview_loss: float | None = None) -> None:
+    def write_line(self, found: Evaluation | None = None, preview_loss: float | None = None) -> None:
         """One line of metrics: what the meter saw since the line before."""
         line = {"step": self.step, "tokens": self.step * self.tokens_per_step}
-        line |= {"eval/loss": eval_loss, "preview/loss": preview_loss}
+        line |= {"eval/loss": found and found.loss, "eval/loss_se": found and found.standard_error}
+        line |= {"preview/loss": preview_loss}
         sent = {
             "merge/bytes_sent": self.bytes_sent,
             "merge/bytes_per_token": self.bytes_sent * self.mesh.world / line["tokens"] if self.step else None,
@@ -223,13 +229,13 @@ class Run:
                 flat.push()
             yield
 
-    def evaluate(self) -> float:
+    def evaluate(self) -> Evaluation:
         """The loss of what the workers share."""
         with self.shared():
-            loss = self._loss()
+            found = self._judge()
         if self.meter.first_eval is None:
-            self.meter.first_eval = loss
-        return loss
+            self.meter.first_eval = found.loss
+        return found
 
     def preview_loss(self) -> float | None:
         """What annealing would reach, as far as the merged window tells."""
@@ -237,11 +243,9 @@ class Run:
         with self.meter.paused():
             return self.preview.loss(self.step)
 
-    def _loss(self) -> float:
+    def _judge(self) -> Evaluation:
         """The loss of the model as it stands; a collective."""
-        section = self.config.evaluate
-        place = (self.mesh.rank, self.mesh.world)
-        return evaluate(self.engine.model, self.held_out, self.config.train.batch_size, section.batches, *place).loss
+        return evaluate(self.engine.model, self.held_out, self.config.train.batch_size, self.mesh.rank, self.mesh.world)
 
     def leave(self) -> int:
         """Keep the state for whoever starts the run again; the exit status that asks for it."""
@@ -263,19 +267,19 @@ class Run:
         for merger in self.mergers:
             merger.finish()
         step = self.expert.finish()
-        loss = self.evaluate()
-        self.write_line(loss)
-        diverged = divergence(self.engine.parameters, self.mesh, self.meter.first_eval, loss)
+        found = self.evaluate()
+        self.write_line(found)
+        diverged = divergence(self.engine.parameters, self.mesh, self.meter.first_eval, found.loss)
         whole = self.engine.whole_state()
         with self.mesh.together():
             if self.log is not None:
                 self.log.close()
-                about, summary = self.claim.said() | {"step": step}, self.summary(loss) | {"diverged": diverged}
+                about, summary = self.claim.said() | {"step": step}, self.summary(found) | {"diverged": diverged}
                 publish_end(self.directory, about, summary, lambda place: self.expert.save(place, step, whole))
         self.engine.close()
         return 0 if diverged is None else DIVERGED
 
-    def summary(self, loss: float) -> dict[str, Any]:
+    def summary(self, found: Evaluation) -> dict[str, Any]:
         numel, ranks, tokens = self.engine.parameters.numel, self.mesh.world, self.step * self.tokens_per_step
         return {
             "steps": self.step,
@@ -284,7 +288,8 @@ class Run:
             "ranks": ranks,
             "parameters": numel,
             "eval_loss_first": self.meter.first_eval,
-            "eval_loss_last": loss,
+            "eval_loss_last": found.loss,
+            "eval_loss_last_se": found.standard_error,
             "tokens": tokens,
             "tokens_per_second": tokens / self.meter.seconds,
             "bytes_sent": self.bytes_sent,

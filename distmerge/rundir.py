@@ -54,7 +54,12 @@ class RunDirectory:
             raise UserError(f"config.run_dir must be writable, got {self.path}: {error.strerror}") from None
         if not self.claimed:
             return
-        stored = config_file.read(str(self.config), [])
+        try:
+            stored = config_file.read(str(self.config), [])
+        except UserError as error:
+            raise UserError(
+                f"{self.config}, from an earlier version: {error}; change it there or take another --run-dir"
+            ) from None
         if changed := config_file.differing_keys(stored, config):
             raise UserError(
                 f"config.run_dir {self.path} belongs to a run of another configuration; differing keys: "

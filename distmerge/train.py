@@ -77,10 +77,10 @@ def loop(run: Run) -> bool:
         meter.observe(result, lr, merges)
         evaluating = run.due(config.evaluate.every) and run.step < config.steps
         previewing = config.preview is not None and run.due(config.preview.every)
-        loss = run.evaluate() if evaluating else None
+        found = run.evaluate() if evaluating else None
         if evaluating or previewing or run.due(config.log.every):
-            run.write_line(loss, run.preview_loss() if previewing else None)
-        run.expert.observe(run.step, loss)  # publishes steps to be merged, stops where the rule says so
+            run.write_line(found, run.preview_loss() if previewing else None)
+        run.expert.observe(run.step, found and found.loss)  # publishes steps to be merged, stops where the rule says so
         if run.due(config.checkpoint.every) and not recovery.blocks_commit(run.step):
             run.commit()
         if run.preemption.due(run.step, meeting):

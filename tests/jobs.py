@@ -61,7 +61,7 @@ outer_momentum = 0.5
 
 [evaluate]
 every = 10
-batches = 4
+sequences = 16
 
 [checkpoint]
 every = 5

@@ -108,7 +108,7 @@ def error_of(outcome: Outcome) -> str:
         ("train {0}/config.toml --run-dir {0}/text.txt", "config.run_dir must be writable, got {0}/text.txt: File exists"),
         ("eval", "the following arguments are required: MODEL_DIR; distmerge eval --help says more"),
         ("eval {0}/nowhere", "MODEL_DIR must be a directory, got {0}/nowhere"),
-        ("eval {0} --batches 0", "--batches must be >= 1, got 0"),
+        ("eval {0} --sequences 0", "--sequences must be >= 1, got 0"),
         ("eval {0} --sequence-length 1", "--sequence-length must be >= 2, got 1"),
         ("eval {0} --file a.txt", "unknown argument --file; distmerge eval --help lists them"),
     ],
@@ -203,7 +203,7 @@ def test_a_run_directory_without_permission(folder: Path, tmp_path: Path) -> Non
         ),
         (
             "--data.tokenizer nobody/nothing",
-            'config.data.tokenizer must be "bytes", a directory or a hub id, got nobody/nothing: ',
+            "config.data.tokenizer must be a directory or a hub id, got nobody/nothing, which does not exist here, and ",
         ),
         ("--model.config.model-type lama", 'config.model.config.model_type must be one that transformers knows, got "lama"'),
         (

@@ -212,7 +212,7 @@ def test_overrides_that_are_wrong(path: str, arguments: str, message: str) -> No
 @pytest.mark.parametrize(
     ("overrides", "keys"),
     [
-        ("--steps 9 --log.every 3 --evaluate.batches 2 --checkpoint.keep 9 --train.threads 3 --run-dir y", []),
+        ("--steps 9 --log.every 3 --evaluate.sequences 2 --checkpoint.keep 9 --train.threads 3 --run-dir y", []),
         ("--seed 3", ["seed"]),
         ("--merge.0.every 3 --optimizer.betas 0.1 0.2", ["merge.0.every", "optimizer.betas"]),
         ("--merge.1.kind none", ["merge.1.kind"]),

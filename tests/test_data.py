@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
-from collections.abc import Iterator
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,21 @@ import pytest
 import torch
 
 from distmerge.config import Data
-from distmerge.data import PIECE_CHARACTERS, IndexedBatches, cut, open_corpus, packed_text
+from distmerge.data import (
+    PIECE_CHARACTERS,
+    IndexedBatches,
+    bytes_of_tokens,
+    cut,
+    load_documents,
+    open_corpus,
+    packed_text,
+    sampled,
+    tokenize,
+)
 from distmerge.errors import UserError
-from distmerge.sources import data_files, stdlib_files
-from distmerge.stream import StreamBatches, held_out, stream_corpus
+from distmerge.model import load_tokenizer
+from distmerge.sources import SAMPLE_BYTES, data_files, stdlib_files
+from distmerge.stream import StreamBatches, held_out, stream_held_out
 
 LENGTH = 16
 DOCUMENTS = [f"<{index}>" + "abcdefghij"[index % 10] * (20 + index % 7) for index in range(80)]
@@ -73,6 +85,48 @@ def test_globs_are_sorted_and_named_once(tmp_path: Path) -> None:
     loader, files = data_files(Data(source="files", files=patterns))
     assert loader == "text"
     assert [Path(file).relative_to(tmp_path).as_posix() for file in files] == ["a.txt", "b.txt", "deep/c.txt"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a[1].txt", "b*.txt", "c?.jsonl", "d{1,2}.txt", "deep[x]/e.txt", "f g.txt"])
+def test_a_file_with_any_name_is_read_and_no_other(tmp_path: Path, name: str, streaming: bool) -> None:
+    """Brackets and stars are taken for patterns on the way, by glob and by ``datasets``."""
+    for other in (name, "a1.txt", "bb.txt", "cc.jsonl", "deepx/e.txt"):
+        path = tmp_path / other
+        path.parent.mkdir(exist_ok=True)
+        text = f"{'this' if other == name else 'other'} " * 40
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(2)) if path.suffix == ".jsonl" else text)
+    documents = load_documents(section(tmp_path / name, streaming=streaming), streaming=streaming)
+    assert {word for row in documents for word in row["text"].split()} == {"this"}
+
+
+NO_TEXT = {
+    "compressed with gzip": gzip.compress(b"plain text"),
+    "in UTF-16": "plain text".encode("utf-16"),
+    "in UTF-32": "plain text".encode("utf-32"),
+    "binary, or in UTF-16": "plain text".encode("utf-16-le"),
+    "Parquet": b"PAR1 and more",
+    "a zip archive": b"PK\x03\x04 and more",
+    "compressed with zstd": b"\x28\xb5\x2f\xfd and more",
+    "compressed with xz": lzma.compress(b"plain text"),
+    "not in UTF-8": "Äpfel, Öl, Übel und ähnliches Größenwahnsinniges ".encode("latin-1") * 9,
+}
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_files_that_are_no_text_are_refused_by_name(tmp_path: Path, kind: str, suffix: str) -> None:
+    """Whatever their names say; they were trained on."""
+    (tmp_path / f"a.{suffix}").write_text('{"text": "plain"}\n' * 90)
+    (tmp_path / f"b.{suffix}").write_bytes(NO_TEXT[kind])
+    with pytest.raises(UserError, match=rf"^config.data.files must be text in UTF-8, got .*b\.{suffix}, which is {kind}$"):
+        open_corpus(section(tmp_path / f"*.{suffix}"))
+
+
+def test_a_byte_that_is_not_utf8_now_and_then_is_common(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(("Many words, é, and one " * 90).encode() + b"\xe9 of another encoding.")
+    (tmp_path / "long.txt").write_bytes(b"a" + "é".encode() * SAMPLE_BYTES)  # the sample ends in the middle of a character
+    assert len(packed_text(section(tmp_path / "*.txt"))) > 90
 
 
 def test_the_standard_library_is_corpus_enough() -> None:
@@ -203,54 +257,187 @@ def test_corpora_that_are_too_small(tmp_path: Path) -> None:
         open_corpus(section(tmp_path / "?.txt"))
 
 
+# ---- what a model is judged on
+
+
+def test_the_judged_sequences_come_from_anywhere_in_the_held_out_text(tmp_path: Path) -> None:
+    """Not from its beginning; the same ones for everybody, and a larger sample holds a smaller one."""
+    rows = numbered(1000)
+    drawn = [int(row[0]) for row in sampled(rows, 100)[:]["input_ids"]]
+    assert len(set(drawn)) == 100
+    assert [sum(low <= n < low + 250 for n in drawn) for low in range(0, 1000, 250)] == pytest.approx([25] * 4, abs=12)
+    assert drawn == [int(row[0]) for row in sampled(rows, 100)[:]["input_ids"]]
+    assert set(drawn) < {int(row[0]) for row in sampled(rows, 101)[:]["input_ids"]}
+    assert len(sampled(rows, 1001)) == 1000
+
+
+@pytest.fixture
+def bpe(tmp_path: Path) -> str:
+    """A byte-level BPE tokenizer, in whose text some characters have several tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet)  # pyright: ignore
+    tokenizer.train_from_iterator(["the words of the text that it learns"] * 9, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path / "bpe")
+    return str(tmp_path / "bpe")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_tokens_stand_for_all_bytes_of_their_text(bpe: str, kind: str) -> None:
+    tokenizer = load_tokenizer("bytes" if kind == "bytes" else bpe)
+    texts = ["the words  é–\N{GRINNING FACE} of\n\tthe text ", "", "\N{GRINNING FACE}", "plain"]
+    ids = tokenize(tokenizer, texts, [True, True, False, True])
+    counts = bytes_of_tokens(tokenizer, texts, [True, True, False, True])
+    assert len(counts) == len(ids)
+    assert counts.sum() == sum(len(text.encode()) for text in texts)
+    assert all(count == 0 for count, token in zip(counts, ids, strict=True) if token == tokenizer.eos_token_id)
+    words = [tokenizer.decode([token]) for token in ids]
+    spelled = [(word, count) for word, count in zip(words, counts, strict=True) if word and word.isascii() and word != "</s>"]
+    assert all(count == len(word) for word, count in spelled) and len(spelled) > 8
+
+
+def test_rows_know_their_bytes(tmp_path: Path, bpe: str) -> None:
+    (tmp_path / "a.txt").write_text("the words of the text é " * 40)
+    rows = packed_text(section(tmp_path / "a.txt", tokenizer=bpe))
+    tokenizer: Any = load_tokenizer(bpe)
+    assert [len(tokenizer.decode(row[1:]).encode()) for row in rows_of(rows)] == list(rows["bytes"])
+
+
 # ---- streams
 
 
-def stream(path: Path, rank: int = 0, world: int = 1, batch_size: int = 1) -> StreamBatches:
-    return stream_corpus(section(path, streaming=True, eval_fraction=0.1), rank, world, 1, batch_size, 4)[0]
+SHARES = {"streaming": True, "eval_fraction": 0.1, "shuffle_buffer": 8}
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """The documents in four files; a glob."""
+    for part in range(4):
+        rows = [json.dumps({"text": document}) for document in DOCUMENTS[part * 20 : part * 20 + 20]]
+        (tmp_path / f"part-{part}.jsonl").write_text("\n".join(rows))
+    return tmp_path / "part-*.jsonl"
+
+
+def stream(path: Path, rank: int = 0, world: int = 1, seed: int = 0, **keys: Any) -> StreamBatches:
+    return StreamBatches(section(path, **SHARES | keys), seed, rank, world, 1, 1)
 
 
 def tokens(batches: StreamBatches, steps: range) -> list[int]:
     return [int(token) for step in steps for token in batches.batch(step).flatten()]
 
 
-def documents_in(numbers: list[int]) -> Iterator[str]:
-    yield from text_of([numbers]).split("\n")
+def epoch_of(batches: StreamBatches) -> list[str]:
+    """This rank's documents of one epoch, in order."""
+    texts: list[str] = []
+    for text in batches.texts:
+        if batches.epoch:
+            return texts
+        texts.append(text)
+    return texts
 
 
-def test_two_ranks_streams_are_disjoint(jsonl: Path) -> None:
-    parts = [set(itertools.islice(documents_in(tokens(stream(jsonl, rank, 2), range(40))), 20)) for rank in (0, 1)]
-    assert len(parts[0]) == len(parts[1]) == 20
-    assert not parts[0] & parts[1]
-    assert parts[0] | parts[1] <= {document for document in DOCUMENTS if not held_out(document, 0.1)}
+TRAINED = [document for document in DOCUMENTS if not held_out(document, 0.1)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("files", ["jsonl", "shards"])
+def test_the_ranks_share_out_an_epoch(request: pytest.FixtureRequest, files: str, world: int) -> None:
+    """Every document of the training text once, whether or not the files divide evenly."""
+    path = request.getfixturevalue(files)
+    parts = [epoch_of(stream(path, rank, world)) for rank in range(world)]
+    assert sorted(itertools.chain(*parts)) == sorted(TRAINED)
+    assert max(map(len, parts)) - min(map(len, parts)) <= (4 if files == "shards" else 1)
+
+
+def test_shards_and_documents_are_shuffled_by_seed_and_epoch(shards: Path) -> None:
+    first, again, other = (epoch_of(stream(shards, seed=seed)) for seed in (0, 0, 1))
+    assert first == again
+    assert sorted(first) == sorted(other) and first != other
+    assert first != TRAINED
+    batches = stream(shards)
+    assert epoch_of(batches) == first
+    second = list(itertools.islice(batches.texts, len(first) - 1))  # epoch_of has taken its first
+    assert set(second) < set(first) and second != first[1:]
+    numbers = [DOCUMENTS.index(text) // 20 for text in first[:8]]
+    assert len(set(numbers)) == 4, "a block mixes the files"
+
+
+def test_a_buffer_of_one_keeps_a_files_order(jsonl: Path) -> None:
+    assert epoch_of(stream(jsonl, shuffle_buffer=1)) == TRAINED
 
 
 def test_what_a_stream_holds_out_is_never_trained_on(jsonl: Path) -> None:
-    batches, sequences = stream_corpus(section(jsonl, streaming=True, eval_fraction=0.1), 0, 1, 1, 1, 4)
+    sequences = stream_held_out(section(jsonl, **SHARES), 1000)
     held = [document for document in DOCUMENTS if held_out(document, 0.1)]
-    assert "\n".join(held).startswith(text_of(rows_of(sequences))[:LENGTH])
-    trained = text_of([tokens(batches, range(300))])
+    text = "\n".join(held) + "\n"
+    assert sorted(rows_of(sequences)) == sorted([c + 3 if c != 10 else 1 for c in text.encode()][at : at + LENGTH]
+        for at in range(0, len(text) // LENGTH * LENGTH, LENGTH))  # fmt: skip
+    trained = text_of([tokens(stream(jsonl), range(300))])
     assert not [document for document in held if document in trained]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stop", [1, 7, 60, 150, 299])
-def test_a_stream_resumes_exactly(jsonl: Path, tmp_path: Path, stop: int, world: int) -> None:
-    """Also after some epochs, and the state goes through a checkpoint's file."""
-    uninterrupted = tokens(stream(jsonl, world - 1, world), range(300))
-    before = stream(jsonl, world - 1, world)
-    tokens(before, range(stop))
-    torch.save(before.state_dict(), tmp_path / "state.pt")
-    resumed = stream(jsonl, world - 1, world)
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert tokens(resumed, range(stop, 300)) == uninterrupted[stop * LENGTH :]
+def test_a_streams_judged_sequences_come_from_all_of_its_files(tmp_path: Path) -> None:
+    """They were its first documents; and a larger sample holds a smaller one."""
+    for part, letter in enumerate("abcd"):
+        rows = [json.dumps({"text": f"{letter * 30}{index}"}) for index in range(400)]
+        (tmp_path / f"part-{part}.jsonl").write_text("\n".join(rows))
+    sequences = stream_held_out(section(tmp_path / "part-*.jsonl", **SHARES), 40)
+    assert len(sequences) == 40
+    seen = text_of(rows_of(sequences))
+    assert all(seen.count(letter) > 40 for letter in "abcd")
+    larger = stream_held_out(section(tmp_path / "part-*.jsonl", **SHARES), 80)
+    assert len(larger) == 80 and {tuple(row) for row in rows_of(sequences)} < {tuple(row) for row in rows_of(larger)}
+    assert list(sequences["bytes"]) == [sum(token != 1 for token in row[1:]) for row in rows_of(sequences)]
+
+
+def test_a_look_through_a_large_stream_ends(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = len(stream_held_out(section(shards, **SHARES), 1000))
+    monkeypatch.setattr("distmerge.stream.SCAN_CHARACTERS", sum(map(len, DOCUMENTS)) // 2)
+    assert 0 < len(stream_held_out(section(shards, **SHARES), 1000)) < whole
+
+
+@pytest.mark.parametrize(
+    ("kind", "world"), [("jsonl", 1), ("jsonl", 3), ("jsonl", 4), ("parquet", 1), ("parquet", 2), ("txt", 1), ("txt", 3)]
+)
+@pytest.mark.parametrize("stop", [0, 1, 60, 150, 299])
+def test_a_stream_resumes_exactly(tmp_path: Path, stop: int, world: int, kind: str) -> None:
+    """Also after some epochs, in the middle of a shuffled block, and the state goes through a checkpoint's file."""
+    for part in range(4):
+        rows = datasets.Dataset.from_dict({"text": DOCUMENTS[part * 20 : part * 20 + 20]})
+        if kind == "parquet":
+            rows.to_parquet(tmp_path / f"{part}.parquet", batch_size=7)
+        elif kind == "jsonl":
+            rows.to_json(tmp_path / f"{part}.jsonl")
+        else:
+            for index, text in enumerate(rows["text"]):
+                (tmp_path / f"{part}-{index:02}.txt").write_text(text)
+    path = tmp_path / f"*.{kind}"
+    uninterrupted = tokens(stream(path, world - 1, world), range(310))
+    found, batches = [], stream(path, world - 1, world)
+    for steps in (range(stop), range(stop, stop), range(stop, stop + 3), range(stop + 3, 310)):
+        found += tokens(batches, steps)
+        torch.save(batches.state_dict(), tmp_path / "state.pt")
+        batches = stream(path, world - 1, world)
+        batches.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert found == uninterrupted
+
+
+def test_a_streams_state_holds_no_documents(shards: Path) -> None:
+    batches = stream(shards)
+    tokens(batches, range(20))
+    assert not [document for document in DOCUMENTS if document in str(batches.state_dict())]
 
 
 def test_after_its_last_document_a_stream_begins_again(jsonl: Path) -> None:
     text = text_of([tokens(stream(jsonl), range(400))])
-    epoch = "".join(document + "\n" for document in DOCUMENTS if not held_out(document, 0.1))
-    assert len(text) > 2 * len(epoch)
-    assert (epoch * 4).startswith(text)
+    documents = text.split("\n")[:-1]
+    assert len(documents) > 2 * len(TRAINED)
+    assert sorted(documents[: len(TRAINED)]) == sorted(documents[len(TRAINED) : 2 * len(TRAINED)]) == sorted(TRAINED)
 
 
 def test_a_stream_without_training_text(tmp_path: Path) -> None:

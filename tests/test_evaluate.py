@@ -18,6 +18,7 @@ from transformers import ByT5Tokenizer
 from distmerge import cli
 from distmerge.config import Model
 from distmerge.evaluate import Evaluation, evaluate
+from distmerge.labels import ids_and_labels
 from distmerge.model import build_model, save_model
 from tests.ranks import Ranks
 
@@ -39,34 +40,70 @@ def reference(count: int) -> float:
     return torch.nn.functional.cross_entropy(logits.double(), rows[:, 1:].flatten()).item()
 
 
-@pytest.mark.parametrize(("batches", "used"), [(1, 4), (3, 11), (100, 11)])
-def test_the_mean_over_tokens(batches: int, used: int) -> None:
-    result = evaluate(model(), sequences(11), 4, batches)
-    assert result.tokens == used * 11
-    rows = torch.tensor(sequences(11)[:used]["input_ids"])
-    logits = model().eval()(rows).logits[:, :-1].flatten(0, 1)
-    expected = torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten()).item()
-    assert result.loss == pytest.approx(expected, rel=1e-5)
+def one_by_one(rows: list[list[int]]) -> list[tuple[float, int]]:
+    """The summed loss and the predicted tokens of each sequence, by the model alone."""
+    found = []
+    for row in rows:
+        ids, labels = ids_and_labels(torch.tensor(row))
+        logits = model().eval()(ids[None]).logits[0, :-1].double()
+        losses = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100)
+        found.append((losses.item(), int((labels[1:] >= 0).sum())))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 11, 100])
+def test_every_sequence_is_judged_once_whatever_the_batch_size(batch_size: int) -> None:
+    result = evaluate(model(), sequences(11), batch_size)
+    assert result.tokens == 11 * 11
+    assert result.loss == pytest.approx(reference(11), rel=1e-6)
+
+
+def masked(count: int) -> datasets.Dataset:
+    """Rows of which less and less counts, as examples are stored."""
+    rows = torch.tensor(sequences(count)[:]["input_ids"])
+    for index in range(count):
+        rows[index, : index % 9] = ~rows[index, : index % 9]
+    return datasets.Dataset.from_dict({"input_ids": rows.tolist()}).with_format("numpy")
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5])
+def test_sequences_weigh_by_their_tokens_and_the_error_is_that_of_a_ratio(batch_size: int) -> None:
+    """Against the jackknife, which knows no formula: the spread of the losses that leave one sequence out."""
+    parts = one_by_one(masked(40)[:]["input_ids"].tolist())
+    total, tokens = (sum(column) for column in zip(*parts, strict=True))
+    result = evaluate(model(), masked(40), batch_size)
+    assert result.tokens == tokens and result.loss == pytest.approx(total / tokens, rel=1e-6)
+    without = [(total - loss) / (tokens - count) for loss, count in parts]
+    mean = sum(without) / 40
+    jackknife = math.sqrt(39 / 40 * sum((loss - mean) ** 2 for loss in without))
+    assert result.standard_error == pytest.approx(jackknife, rel=0.05)
+
+
+def test_one_sequence_has_no_standard_error() -> None:
+    assert evaluate(model(), sequences(1), 4).standard_error is None
 
 
 def test_the_model_and_the_generators_are_left_as_they_were() -> None:
     subject = model().train()
     state = torch.get_rng_state()
-    evaluate(subject, sequences(8), 4, 2)
+    evaluate(subject, sequences(8), 4)
     assert subject.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in subject.parameters())
 
 
-def dealt() -> Evaluation:
-    return evaluate(model(), sequences(11), 2, 100, dist.get_rank(), dist.get_world_size())
+def dealt(batch_size: int) -> Evaluation:
+    return evaluate(model(), masked(11), batch_size, dist.get_rank(), dist.get_world_size())
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_dealt_to_ranks_it_is_the_same(ranks: Ranks, world: int) -> None:
-    for result in ranks.run(world, dealt):
-        assert result.tokens == 121
-        assert result.loss == pytest.approx(reference(11), rel=1e-5)
+@pytest.mark.parametrize(("world", "batch_size"), [(2, 2), (3, 2), (3, 1), (2, 100)])
+def test_dealt_to_ranks_it_is_the_same(ranks: Ranks, world: int, batch_size: int) -> None:
+    """Also where ranks have no batch of their own: nothing is judged twice."""
+    alone = evaluate(model(), masked(11), 4)
+    for result in ranks.run(world, dealt, batch_size):
+        assert result.tokens == alone.tokens
+        assert result.loss == pytest.approx(alone.loss, rel=1e-6)
+        assert result.standard_error == pytest.approx(alone.standard_error, rel=1e-4)
 
 
 def test_the_verb_prints_one_object(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -74,12 +111,15 @@ def test_the_verb_prints_one_object(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "a.txt").write_text("some words to judge " * 50)
     arguments = ["eval", str(tmp_path / "model"), "--files", str(tmp_path / "a.txt"), "--sequence-length", "20"]
     assert cli.run(arguments) == 0
-    result = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["tokens"] == 50 * 19
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2))
-    assert cli.run([*arguments, "--batches", "2"]) == 0
-    assert json.loads(capsys.readouterr().out)["tokens"] == 16 * 19
+    assert result["bytes"] == result["tokens"] and result["sequences"] == 50 and result["loss_se"] < 0.1
+    assert cli.run([*arguments, "--sequences", "16"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == 16 * 19
+    with pytest.raises(cli.UserError, match="--batches is now --sequences"):
+        cli.run([*arguments, "--batches", "2"])
 
 
 LOUD = """

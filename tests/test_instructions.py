@@ -74,7 +74,7 @@ def test_the_loss_is_that_of_the_completions_one_by_one(tmp_path: Path) -> None:
         logits = model(input_ids=ids[None]).logits[0, :-1]
         sums += cross_entropy(logits.detach(), labels[1:], reduction="sum", ignore_index=-100).item()
         count += int((labels[1:] >= 0).sum())
-    found = evaluate(model, corpus.held_out, 3, 100)
+    found = evaluate(model, corpus.held_out, 3)
     assert found.tokens == count
     assert found.loss == pytest.approx(sums / count, rel=1e-6)
 

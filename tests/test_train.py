@@ -118,7 +118,7 @@ def test_other_keys_that_may_change(ranks: Ranks, config: str, tmp_path: Path) -
     train(ranks, 2, config, *FAST, "--run-dir", str(whole))
     train(ranks, 2, config, *FAST, "--run-dir", str(tmp_path / "parts"), "--steps", "8")
     (tmp_path / "parts").rename(parts)
-    changed = ("--log.every", "2", "--evaluate.every", "3", "--evaluate.batches", "2", "--checkpoint.every", "4")
+    changed = ("--log.every", "2", "--evaluate.every", "3", "--evaluate.sequences", "2", "--checkpoint.every", "4")
     train(ranks, 2, config, *FAST, "--run-dir", str(parts), *changed, "--checkpoint.keep", "1", "--train.threads", "1")
     assert jobs.final_bytes(parts) == jobs.final_bytes(whole)
     assert [path.name for path in published_checkpoints(parts / "checkpoints")] == ["step-00000012"]
@@ -175,6 +175,7 @@ def test_data_parallelism_inside_a_worker_is_one_rank_with_all_of_the_batch(rank
         final = load_file(run / "final" / "model.safetensors")
         losses[f"{world} final"] = torch.cat([tensor.view(-1) for tensor in final.values()])
     torch.testing.assert_close(losses["2 final"], losses["1 final"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(losses[2]), torch.tensor(losses[1]), rtol=1e-4, atol=0)
 
 
 def test_a_checkpoint_says_what_it_is_of(ranks: Ranks, config: str, tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ SMALL = (
     "4",
     "--schedule.warmup",
     "1",
-    "--evaluate.batches",
+    "--evaluate.sequences",
     "2",
     "--train.batch-size",
     "2",

@@ -88,7 +88,7 @@ def merged_loss(run_dir: Path, config: TrainConfig, blocks: list[Block], curve: 
     """As the run itself evaluates, on the same held-out text."""
     import torch
 
-    from distmerge.data import open_corpus
+    from distmerge.data import open_corpus, sampled
     from distmerge.evaluate import evaluate
     from distmerge.model import load_model
 
@@ -101,4 +101,4 @@ def merged_loss(run_dir: Path, config: TrainConfig, blocks: list[Block], curve: 
             view.zero_()
         for block, weight in zip(blocks, block_weights(curve, blocks), strict=True):
             accumulate(run_dir / "window" / block.name, weight, views)
-    return evaluate(model, open_corpus(config.data).held_out, config.train.batch_size, config.evaluate.batches).loss
+    return evaluate(model, sampled(open_corpus(config.data).held_out, config.evaluate.sequences), config.train.batch_size).loss

@@ -70,16 +70,12 @@ class Recovery:
     def needed(self, step: int, result: StepResult) -> bool:
         """Whether the whole run must go back after inner step ``step``, counted from 1. A collective where a merge is due.
 
-        Each worker watches itself, its ranks together. Among several workers a sick one is known to the others only when
+        Each worker watches itself. Among several workers a sick one is known to the others only when
         they merge: most of them sick is the whole run's spike; fewer take part with weight 0.
         """
         if not self.section.enabled:
             return False
-        seen = torch.stack([result.loss.detach().float(), result.grad_norm.detach().float()])
-        if self.mesh.shards > 1:
-            dist.all_reduce(seen, group=self.mesh.inside)
-            seen /= self.mesh.shards
-        verdict = self.detector.check(*seen.tolist())
+        verdict = self.detector.check(*torch.stack([result.loss, result.grad_norm]).tolist())
         reason = verdict.reason if verdict.state == "diverged" else None
         if self.mesh.workers == 1:
             self.reason = reason or ""

@@ -23,7 +23,7 @@ Read = Callable[[str], Any]
 
 
 class StepResult(NamedTuple):
-    """What a step did, as scalars on the device: reading them waits for it."""
+    """What a worker's step did, the same on all of its ranks, as scalars on the device: reading them waits for it."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -48,8 +48,21 @@ class Engine:
         self.notes: list[str] = []
 
     def train_step(self, batch: Tensor, lr: float) -> StepResult:
-        """One optimizer step on ``[micro_steps, batch, length]`` token ids; the mean loss of this rank's sequences."""
+        """One optimizer step on ``[micro_steps, batch, length]`` token ids; the mean loss over all tokens of the worker that
+        count."""
         raise NotImplementedError
+
+    def of_worker(self, loss: Tensor, grad_norm: Tensor) -> StepResult:
+        """A step's result from this rank's part of it; a collective inside the worker.
+
+        Args:
+            loss: the mean over this rank's micro steps, weighted so that the mean over the ranks is one over tokens.
+        """
+        seen = torch.stack([loss.detach().float(), grad_norm.detach().float()])
+        if self.mesh.shards > 1:
+            dist.all_reduce(seen, group=self.mesh.inside)
+            seen /= self.mesh.shards
+        return StepResult(seen[0], seen[1])
 
     def optimizer_state(self) -> Any:
         """The moments of this rank's parts, for torch.save."""

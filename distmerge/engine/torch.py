@@ -55,7 +55,7 @@ class TorchEngine(Engine):
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, grad_norm)
+        return self.of_worker(loss, grad_norm)
 
     def _weights(self, batch: Tensor) -> Tensor | None:
         """What makes a mean over micro steps and ranks one over tokens, where examples have different numbers of them."""

@@ -58,7 +58,7 @@ def report_of(options: argparse.Namespace) -> dict[str, Any]:
         from distmerge.experts.barrier import on_data
 
         directories = [directory_of(models[reference]) for reference in (options.base, *options.models)]
-        report |= on_data(directories, options.files, options.sequence_length, options.batches)
+        report |= on_data(directories, options.files, options.sequence_length, options.sequences)
     return report
 
 

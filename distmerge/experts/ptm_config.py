@@ -103,7 +103,7 @@ class PtmConfig(Section):
             "steps": steps,
             "model": {"path": start} if start else self.model.model_dump(exclude_none=True),
             "data": {"source": "files", "files": files, "sequence_length": self.sequence_length, "tokenizer": self.tokenizer},
-            "evaluate": {"every": steps, "batches": 4},
+            "evaluate": {"every": steps, "sequences": 64},
             "checkpoint": {"every": max(100, steps // 4), "keep": 1},
             "log": {"every": max(1, steps // 20)},
         }

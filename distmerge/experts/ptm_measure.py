@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distmerge.config import Data
-from distmerge.data import packed_text
+from distmerge.data import packed_text, sampled
 from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import Theta
 from distmerge.experts.flat_merge import compare, diagnose, line, merge, read_model
@@ -27,12 +27,15 @@ class Bench:
     """One model in memory, into which vectors are put to be judged."""
 
     def __init__(self, config: PtmConfig, texts: Texts, base: str):
-        self.origin, self.batches = base, -(-config.eval_sequences // BATCH)
+        self.origin = base
         model = load_model(base)
         self.theta = Theta(model, FlatParameters(model))
         self.texts = {
-            name: packed_text(
-                Data(source="files", files=[file], tokenizer=config.tokenizer, sequence_length=config.sequence_length)
+            name: sampled(
+                packed_text(
+                    Data(source="files", files=[file], tokenizer=config.tokenizer, sequence_length=config.sequence_length)
+                ),
+                config.eval_sequences,
             )
             for name, file in texts.tests.items()
         }
@@ -44,7 +47,7 @@ class Bench:
         """The loss on the named test texts, by default all; nats per token."""
         with self.theta.holding(theta):
             chosen = names or list(self.texts)
-            return {name: evaluate(self.theta.model, self.texts[name], BATCH, self.batches).loss for name in chosen}
+            return {name: evaluate(self.theta.model, self.texts[name], BATCH).loss for name in chosen}
 
 
 def measure(config: PtmConfig, seed: int, texts: Texts, runs: Runs) -> dict[str, Any]:

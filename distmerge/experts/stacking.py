@@ -30,7 +30,10 @@ def restacked(recipe: Recipe, models: dict[str, Model], config: dict[str, Any]) 
     if count is None:
         raise UserError("slices need a config.json with num_hidden_layers, which the first model does not have")
     layers = [
-        (entry.model, index) for slice in recipe.slices for entry in slice.entries[:1] for index in range(*entry.layers or (0, 0))
+        (entry.model, index)
+        for slice in recipe.slices
+        for entry in slice.entries[:1]
+        for index in range(*entry.layers or (0, 0))
     ]
     whole = {name: complete(models[name].config) for name in dict.fromkeys([recipe.donor, *(name for name, _ in layers)])}
     out = config | {count: len(layers)}
@@ -108,7 +111,8 @@ def prove(config: dict[str, Any], pairings: list[Pairing]) -> None:
     kind = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
     kinds = {True: torch.float32, False: torch.int64}
     tensors = {
-        item.name: torch.empty(item.shape, dtype=kinds[item.members[0].stored.dtype in FLOATS], device="meta") for item in pairings
+        item.name: torch.empty(item.shape, dtype=kinds[item.members[0].stored.dtype in FLOATS], device="meta")
+        for item in pairings
     }
     try:
         _, report = kind.from_pretrained(

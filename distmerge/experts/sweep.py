@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distmerge.config import Data
-from distmerge.data import packed_text
+from distmerge.data import packed_text, sampled
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate
 from distmerge.experts import native
@@ -59,7 +59,9 @@ class Judge:
         kind = "bytes" if isinstance(load_tokenizer(donor), ByT5Tokenizer) else donor
         length = options.sequence_length
         self.texts = {
-            name: packed_text(Data(tokenizer=kind, sequence_length=length, source="files", files=files))
+            name: sampled(
+                packed_text(Data(tokenizer=kind, sequence_length=length, source="files", files=files)), options.sequences
+            )
             for name, files in skills.items()
         }
         for name, text in self.texts.items():
@@ -67,14 +69,14 @@ class Judge:
                 raise UserError(f"--skill {name} must hold at least one sequence of {length} tokens")
         self.model: nn.Module = load_model(donor)
         check_fits(self.model, load_tokenizer(donor), length)
-        self.batches, self.settings, self.allow_pickle = options.batches, settings_of(options), options.allow_pickle
+        self.settings, self.allow_pickle = settings_of(options), options.allow_pickle
         self.places = {name: value.view(-1) for name, value in self.model.state_dict().items()}
         self._vectors: dict[str, tuple[InMemory, ...]] = {}
         self._bases: dict[str, Tensor] = {}
 
     def losses(self) -> dict[str, float]:
         """The loss on every skill of what is in the model now."""
-        return {name: evaluate(self.model, text, 8, self.batches).loss for name, text in self.texts.items()}
+        return {name: evaluate(self.model, text, 8).loss for name, text in self.texts.items()}
 
     def put(self, recipe: Recipe) -> None:
         """Merge the recipe into the model. All recipes of one judge have the same base and members, in one order."""

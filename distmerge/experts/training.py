@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distmerge.checkpoints.durable import guarded, publish_directory
 from distmerge.config import TrainConfig
-from distmerge.data import IndexedBatches, open_corpus
+from distmerge.data import IndexedBatches, open_corpus, sampled
 from distmerge.engine.engine import Engine
 from distmerge.engine.soundness import sickness
 from distmerge.evaluate import evaluate
@@ -76,7 +76,10 @@ class ExpertTraining:
         self.texts: dict[str, Any] = {}
         if self.peak is not None:
             self.base = self._vector(self.origin)
-            self.texts = {name: open_corpus(section).held_out for name, section in self.section.skills.items()}
+            sequences = config.evaluate.sequences
+            self.texts = {
+                name: sampled(open_corpus(section).held_out, sequences) for name, section in self.section.skills.items()
+            }
 
     @cached_property
     def theta(self) -> Theta:
@@ -165,8 +168,9 @@ class ExpertTraining:
         (directory / RECORD).write_text(json.dumps(self.record(step), indent=2) + "\n")
 
     def record(self, step: int) -> dict[str, Any]:
-        """What training.json says. ``tokens`` are those of all ranks, without padding, in all ``step`` steps."""
-        expert = self.config.expert
+        """What training.json says. ``tokens`` are those of all ranks, without padding, in all ``step`` steps; ``data`` tells
+        ``distmerge eval`` which text was held out."""
+        expert, data = self.config.expert, self.config.data.model_dump(mode="json", exclude_none=True)
         indices = (self.run.recovery.batches_of(at)[-1] for at in range(step))
         ranks = self.run.mesh.world if isinstance(self.run.batches, StreamBatches) else 1
         return {
@@ -178,6 +182,7 @@ class ExpertTraining:
             "steps": step,
             "tokens": self.run.batches.count_tokens(indices) * ranks,
             "seed": self.config.seed,
+            "data": data | {"files": [str(Path(pattern).absolute()) for pattern in self.config.data.files]},
         }
 
     # ---- the merge in memory
@@ -204,9 +209,8 @@ class ExpertTraining:
         return self.theta.of(read_model(reference, self.origin))
 
     def loss(self, text: Any) -> float:
-        section, mesh = self.config.evaluate, self.run.mesh
-        rows = self.config.train.batch_size
-        return evaluate(self.run.engine.model, text, rows, section.batches, mesh.rank, mesh.world).loss
+        mesh = self.run.mesh
+        return evaluate(self.run.engine.model, text, self.config.train.batch_size, mesh.rank, mesh.world).loss
 
     # ---- the end, and the state
 

@@ -30,7 +30,7 @@ def add_parsers(verbs: Any) -> None:
     diagnose.add_argument("--tensorboard", metavar="DIR", help="write the figures for TensorBoard")
     diagnose.add_argument("--files", nargs="+", metavar="GLOB", help="text on which loss barriers and KL are measured")
     diagnose.add_argument("--sequence-length", type=int, default=128)
-    diagnose.add_argument("--batches", type=int, default=8, help="batches of 8 sequences")
+    diagnose.add_argument("--sequences", type=int, default=64, help="drawn from each text")
     add_run_flags(diagnose)
     sweep = verbs.add_parser("sweep", help="a merge's parameter over a grid, judged by the loss on skills", allow_abbrev=False)
     sweep.add_argument("--grid", metavar="KEY=X,Y,...", help="the parameter and its values, such as lambda=0.2,0.4,0.8")
@@ -41,7 +41,7 @@ def add_parsers(verbs: Any) -> None:
     sweep.add_argument("--json", action="store_true", help="print the points as one JSON object")
     sweep.add_argument("--plot", metavar="DIR", help="write pareto.png: the first skill against the others")
     sweep.add_argument("--sequence-length", type=int, default=128)
-    sweep.add_argument("--batches", type=int, default=8, help="batches of 8 sequences")
+    sweep.add_argument("--sequences", type=int, default=64, help="drawn from each text")
     add_output_flags(sweep)
     add_recipe_flags(sweep)
     add_run_flags(sweep)
@@ -120,8 +120,8 @@ def run(options: argparse.Namespace) -> int:
 
 def check_text_flags(options: argparse.Namespace) -> None:
     """Refuse lengths of text that nothing can be measured on."""
-    for name, value, least in (("--sequence-length", options.sequence_length, 2), ("--batches", options.batches, 1)):
-        if value < least:
+    for name, value, least in (("--sequence-length", options.sequence_length, 2), ("--sequences", options.sequences, 1)):
+        if value is not None and value < least:
             raise UserError(f"{name} must be >= {least}, got {value}")
 
 

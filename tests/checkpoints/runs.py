@@ -34,7 +34,7 @@ BASE: dict[str, Any] = {
     "data": {"source": "files", "sequence_length": 32, "eval_fraction": 0.2},
     "train": {"batch_size": 4, "threads": 1},
     "optimizer": {"lr": 4e-3},
-    "evaluate": {"every": 20, "batches": 4},
+    "evaluate": {"every": 20, "sequences": 16},
     "checkpoint": {"every": 10, "keep": 4},
     "log": {"every": 1},
 }

@@ -40,7 +40,7 @@ MERGERS: dict[str, dict[str, Any]] = {
 VOCABULARY = 48
 
 
-def settings(engine: dict[str, Any], merger: str = "diloco", **train: Any) -> TrainConfig:
+def settings(engine: dict[str, Any], merger: str = "diloco", data: dict[str, Any] | None = None, **train: Any) -> TrainConfig:
     return config_file.validate(
         {
             "run_dir": "unused",
@@ -48,6 +48,7 @@ def settings(engine: dict[str, Any], merger: str = "diloco", **train: Any) -> Tr
             "model": {"config": {"model_type": "llama"}},
             "merge": [MERGERS[merger]],
             "engine": engine,
+            "data": data or {},
             "train": {"batch_size": 2, "gradient_accumulation": 2} | train,
         }
     )
@@ -67,6 +68,14 @@ def batch(mesh: Mesh, step: int) -> Tensor:
     """``[2, 2, 12]`` tokens: each worker's own sequences, dealt to its ranks; a pattern that can be learned."""
     rows = torch.randint(0, 8, (mesh.world, 2, 2, 1), generator=torch.Generator().manual_seed(step))
     return (rows[mesh.rank] + torch.arange(12)) % 8
+
+
+def uneven_batch(rank: int, step: int) -> Tensor:
+    """``[2, 2, 12]`` tokens, of which other numbers count in each micro step and on each rank."""
+    rows = torch.randint(0, VOCABULARY, (2, 2, 12), generator=torch.Generator().manual_seed(10 * step + rank))
+    rows[0, :, : 2 + 2 * rank] = ~rows[0, :, : 2 + 2 * rank]
+    rows[1, 0] = ~rows[1, 0]
+    return rows
 
 
 @contextlib.contextmanager
@@ -140,6 +149,14 @@ def train_plainly(mesh: Mesh, engine: dict[str, Any], steps: int = 20) -> dict[s
             joined.step()
         seen = [(result.loss.item(), result.grad_norm.item()) for result in results]
         return {"theta": whole(made), "seen": seen, "round": joined.round}
+
+
+def first_step(mesh: Mesh, engine: dict[str, Any], uneven: bool) -> tuple[int, float, float, Tensor]:
+    """The worker, the loss and the gradient's norm of a first step as this rank tells them, and the rank's own tokens."""
+    tokens = uneven_batch(mesh.rank, 0) if uneven else batch(mesh, 0)
+    with opened(settings(engine, data={"format": "completion"} if uneven else None), mesh) as made:
+        result = made.train_step(tokens, 1e-3)
+        return mesh.worker, result.loss.item(), result.grad_norm.item(), tokens
 
 
 def many(cases: list[tuple[Callable[..., Any], tuple]]) -> list[Any]:

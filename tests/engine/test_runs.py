@@ -17,7 +17,7 @@ from tests.ranks import Outcome, Ranks, command
 
 pytest.importorskip("deepspeed")
 
-FAST = ("--steps", "12", "--train.gradient-accumulation", "1", "--evaluate.every", "6", "--evaluate.batches", "3")
+FAST = ("--steps", "12", "--train.gradient-accumulation", "1", "--evaluate.every", "6", "--evaluate.sequences", "3")
 
 
 @pytest.fixture(scope="module")

@@ -131,8 +131,8 @@ def test_refused(paths, tmp_path):
     for twice in (paths[0], paths[1]):
         with pytest.raises(UserError, match=f"takes each model once, and not its base, got {twice} again"):
             cli.run(["diagnose", "--base", str(paths[0]), str(paths[1]), str(twice)])
-    with pytest.raises(UserError, match="--batches must be >= 1, got 0"):
-        cli.run(["diagnose", "--base", str(paths[0]), str(paths[1]), str(paths[2]), "--batches", "0"])
+    with pytest.raises(UserError, match="--sequences must be >= 1, got 0"):
+        cli.run(["diagnose", "--base", str(paths[0]), str(paths[1]), str(paths[2]), "--sequences", "0"])
     flags = ["--model", str(paths[1]), "--model", str(paths[2]), "--out", str(tmp_path / "out"), "--report"]
     with pytest.raises(UserError, match="--report compares models, got passthrough of one at a time"):
         cli.run(["merge", "--method", "passthrough", *flags[:2], *flags[4:]])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from distmerge import config_file
 from distmerge.config import Model, TrainConfig
 from distmerge.config_experts import Lora
-from distmerge.data import open_corpus
+from distmerge.data import open_corpus, sampled
 from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import Theta, with_lora
 from distmerge.experts.flat_merge import merge, read_model
@@ -110,7 +110,7 @@ def test_adapters_are_merged_as_whole_models(base: Path) -> None:
     vectors = [theta.of(part) for part in parts]
     theta.write(merge("task_arithmetic", vectors[0], vectors[1:]))
     config = config_file.read(str(made / "config.toml"), [])
-    by_hand = evaluate(model, open_corpus(config.data).held_out, 4, 4).loss
+    by_hand = evaluate(model, sampled(open_corpus(config.data).held_out, config.evaluate.sequences), 4).loss
     assert losses[best] == pytest.approx(by_hand, rel=1e-5)
 
 
@@ -137,7 +137,9 @@ def test_an_adapted_model_is_a_vector_and_holds_one() -> None:
 
 @pytest.mark.parametrize("rule", ["merged", "plateau"])
 def test_a_stopped_run_resumes_bitwise(base: Path, rule: str) -> None:
-    more: dict[str, Any] = {} if rule == "merged" else {"stopping": {"rule": "plateau"}, "evaluate": {"every": 2, "batches": 4}}
+    more: dict[str, Any] = (
+        {} if rule == "merged" else {"stopping": {"rule": "plateau"}, "evaluate": {"every": 2, "sequences": 16}}
+    )
     made = merged(base, f"resumed-{rule}", **more)
     summary = json.loads((made / "summary.json").read_text())
     before, record = parameters(made / "final"), (made / "metrics.jsonl").read_text().count("\n")
@@ -181,7 +183,7 @@ def test_ranks_agree_on_the_end(base: Path, ranks: Ranks) -> None:
         "steps": 40,
         "data": BASE["data"] | {"files": [str(base.parent / "text.txt")]},
         "stopping": {"rule": "plateau", "reductions": 0},
-        "evaluate": {"every": 4, "batches": 2},
+        "evaluate": {"every": 4, "sequences": 8},
     }
     TrainConfig.model_validate(table)
     # The first rank's losses rise, the second's fall: all go by the first.
@@ -202,7 +204,7 @@ data = {{ source = "files", files = ["{base.parent}/text.txt"], sequence_length 
 train = {{ batch_size = 2, threads = 1 }}
 stopping = {{ rule = "merged", merge_with = ["siblings"], patience = 1, after = 1 }}
 checkpoint = {{ at = "powers-of-two" }}
-evaluate = {{ batches = 2 }}
+evaluate = {{ sequences = 8 }}
 [[experts]]
 skill = "calm"
 ranks = 2

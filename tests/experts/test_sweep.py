@@ -41,7 +41,7 @@ def root(tmp_path_factory):
 def flags(root, *more: str) -> list[str]:
     skills = [part for name in ("plain", "digits") for part in ("--skill", f"{name}={root / name}.txt")]
     models = [part for name in ("one", "two") for part in ("--model", str(root / name))]
-    return ["sweep", *skills, *models, "--sequence-length", "32", "--batches", "2", "--json", *more]
+    return ["sweep", *skills, *models, "--sequence-length", "32", "--sequences", "16", "--json", *more]
 
 
 def test_grid(root, tmp_path, capsys):
@@ -52,7 +52,7 @@ def test_grid(root, tmp_path, capsys):
     best = min(found["points"], key=lambda point: point["mean"])
     assert found["best"] == best["name"] and (tmp_path / "pareto.png").exists()
     for skill in ("plain", "digits"):
-        loss = evaluate_directory(str(tmp_path / "out"), [str(root / f"{skill}.txt")], 32, 2)["loss"]
+        loss = evaluate_directory(str(tmp_path / "out"), [str(root / f"{skill}.txt")], 32, 16)["loss"]
         assert loss == pytest.approx(best["losses"][skill], rel=1e-5)
 
 
@@ -90,11 +90,11 @@ def test_task_vectors_are_computed_once(root, capsys, monkeypatch):
 def test_a_diagnosis_on_files(root, capsys):
     files = [str(root / "plain.txt")]
     (root / "copy").symlink_to(root / "one")
-    more = ["--sequence-length", "32", "--batches", "2", "--json"]
+    more = ["--sequence-length", "32", "--sequences", "16", "--json"]
     models = [str(root / name) for name in ("one", "two", "copy")]
     assert cli.run(["diagnose", "--base", str(root / "base"), *models, "--files", *files, *more]) == 0
     found = json.loads(capsys.readouterr().out)
-    expected = [evaluate_directory(model, files, 32, 2)["loss"] for model in models]
+    expected = [evaluate_directory(model, files, 32, 16)["loss"] for model in models]
     assert found["losses"] == pytest.approx(expected, rel=1e-6)
     barriers, divergences = ({tuple(e["pair"]): e["value"] for e in found[key]} for key in ("barriers", "divergences"))
     assert set(barriers) == {(0, 1), (0, 2), (1, 2)} and min(barriers.values()) >= 0
