@@ -147,10 +147,10 @@ def start(arm: Arm, place: Place, out: Path, port: int = 0) -> int:
     first = 0 if arm.workers > 1 or arm.steps == PREFIX else PREFIX
     calls, over = 0, False
 
-    def roll_back(self: Recovery, step: int) -> None:
+    def roll_back(self: Recovery, step: int) -> bool:
         nonlocal over
         over = True  # the cause is gone with the roll-back: what is compared is what it leaves behind
-        real_roll_back(self, step)
+        return real_roll_back(self, step)
 
     def train_step(self: TorchEngine, batch: torch.Tensor, lr: float) -> StepResult:
         nonlocal calls

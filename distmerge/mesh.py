@@ -32,7 +32,7 @@ class Mesh:
         shard, shards: this rank's part of its worker, of how many.
         peers: process group of the ranks that hold the same shard, one of each worker: merges run here.
         inside: process group of this worker's ranks.
-        files: process group of all ranks, on the CPU, for what a thread writes while training goes on.
+        files: process group of all ranks, on the CPU, for what a thread writes while training goes on: the store's alone.
         device: where this rank computes.
         name: of this expert, where others of the same job train beside it.
         crowding: what the ranks share, in words, where there are more of them than devices.
@@ -92,6 +92,14 @@ class Mesh:
             raise error
         if any(failed):
             raise SystemExit(2)
+
+    def first_problem(self, problem: str | None, group: Any = None) -> str | None:
+        """The problem of the first rank that has one, on all ranks; a collective. ``group`` holds all ranks, too."""
+        if self.world == 1:
+            return problem
+        problems: list[str | None] = [None] * self.world
+        dist.all_gather_object(problems, problem, group=group)
+        return next((problem for problem in problems if problem), None)
 
     def lead_first(self, what: str, work: Callable[[], T]) -> T:
         """``work()`` on rank 0, then on the first rank of each node, then on the others, however long each takes.

@@ -15,6 +15,7 @@ from distmerge.checkpoints import relayout
 from distmerge.checkpoints.durable import reader
 from distmerge.checkpoints.preview import Preview
 from distmerge.checkpoints.recovery import Recovery
+from distmerge.checkpoints.sound import unsound
 from distmerge.checkpoints.store import Store
 from distmerge.checkpoints.window import Window
 from distmerge.claim import Claim
@@ -131,7 +132,7 @@ class Run:
     def resume(self) -> None:
         """Go on from the newest valid checkpoint, if there is one."""
         self.store.open()
-        self.recovery.finish_tainting()
+        self.recovery.back.finish_tainting()
         path, rejections = self.store.newest_valid(
             lambda path: relayout.check(path, read_manifest(path), self.config, self.mesh)
         )
@@ -152,14 +153,20 @@ class Run:
                 self.log.say(f"resuming from {path}")
         self.recovery.resume(self.step)
 
-    def commit(self) -> None:
-        """Publish everything that later steps depend on."""
+    def commit(self) -> bool:
+        """Publish everything that later steps depend on. Where some of it is not finite, say so and leave it out: False."""
         self.claim.take()
         with self.meter.paused():
             if self.log is not None:
                 self.meter.log_bytes = self.log.durable_bytes()
-            self.store.commit(self.step, self.engine.state_files() | {f"rank-{self.mesh.rank:05}.pt": self._state()})
+            files = self.engine.state_files() | {f"rank-{self.mesh.rank:05}.pt": self._state()}
+            problem = self.mesh.first_problem(self.recovery.problem or unsound(files.items()))
+            if problem is not None:
+                self.tell(self.step, "checkpoint left out", {"reason": problem})
+                return False
+            self.store.commit(self.step, files)
         self.committed = self.step
+        return True
 
     def _state(self) -> dict[str, Any]:
         cuda = self.mesh.device.type == "cuda"
@@ -253,7 +260,7 @@ class Run:
             self.commit()
         self.store.wait()
         if self.log is not None:
-            self.log.say(f"told to leave: checkpoint of step {self.step} committed, status {REQUEUE} asks for a requeue")
+            self.log.say(f"told to leave: checkpoint of step {self.committed} committed, status {REQUEUE} asks for a requeue")
             self.log.close()
         self.engine.close()
         return REQUEUE
@@ -264,6 +271,7 @@ class Run:
         if self.committed != self.step:
             self.commit()
         self.store.wait()
+        self.recovery.before_the_end(self.step)
         for merger in self.mergers:
             merger.finish()
         step = self.expert.finish()

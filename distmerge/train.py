@@ -58,22 +58,23 @@ def train_here(config: TrainConfig, ranks: int) -> None:
 def loop(run: Run) -> bool:
     """Train to the end: True. False where the job was told to leave before it."""
     config, meter, recovery = run.config, run.meter, run.recovery
-    if run.step == 0:
+    if run.step == 0 and run.meter.first_eval is None:
         run.write_line(run.evaluate())
+        if recovery.section.enabled:
+            run.commit()  # to go back to before the first checkpoint
     while run.step < config.steps and not run.expert.stopped:
         factor = lr_factor(config.schedule, run.step, config.steps) * recovery.lr_factor(run.step) * run.expert.lr_factor
         lr = config.optimizer.lr * factor
         result = run.engine.train_step(run.next_batch(), lr)
         run.claim.take()
-        if recovery.needed(run.step + 1, result):  # before a merge or a block can take in sick values
-            recovery.roll_back(run.step + 1)
-            continue
+        if recovery.needed(run.step + 1, result) and recovery.roll_back(run.step + 1):
+            continue  # before a merge or a block could take in sick values
         meeting = run.meets()
         merges = [report for merger in run.mergers if (report := merger.step())]  # across workers
         run.step += 1
-        recovery.cure(run.step, merges)
+        recovery.cure(run.step)
         if run.window is not None:
-            run.window.observe(run.step, lr, result.loss)  # across checkpoints
+            run.window.observe(run.step, lr, result.loss, recovery.suspicious)  # across checkpoints
         meter.observe(result, lr, merges)
         evaluating = run.due(config.evaluate.every) and run.step < config.steps
         previewing = config.preview is not None and run.due(config.preview.every)
@@ -81,7 +82,7 @@ def loop(run: Run) -> bool:
         if evaluating or previewing or run.due(config.log.every):
             run.write_line(found, run.preview_loss() if previewing else None)
         run.expert.observe(run.step, found and found.loss)  # publishes steps to be merged, stops where the rule says so
-        if run.due(config.checkpoint.every) and not recovery.blocks_commit(run.step):
+        if recovery.commits(run.step, run.due(config.checkpoint.every)):
             run.commit()
         if run.preemption.due(run.step, meeting):
             return False

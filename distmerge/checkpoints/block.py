@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from distmerge.checkpoints.curves import token_shares, weights
 from distmerge.checkpoints.durable import publish_directory, published_directories, verify
 from distmerge.errors import UserError
 from distmerge.files.durable import write_atomically
@@ -32,7 +33,7 @@ class Block:
         loss: the mean training loss in it, over all workers.
         kind: "mean" of the parameters over the block, or "snapshot" at its end.
         stretch: steps before the constant-rate stretch that the block is part of; blocks of different ones don't merge.
-        tainted: a spike touched it, or it is of a course that was given up for one; merges leave it out.
+        tainted: a spike touched it or may have, or it is of a course that was given up for one; merges leave it out.
     """
 
     first_step: int
@@ -105,13 +106,13 @@ def intact(path: Path, part: int = 0, parts: int = 1) -> str | None:
     return verify(path, part, parts, RECORD, "xxh128")
 
 
-def mark_tainted(path: Path) -> None:
-    """Say in a published block's record that a spike touched it: all that may ever change about a block.
+def mark_tainted(path: Path, tainted: bool = True) -> None:
+    """Say in a published block's record whether a spike touched it: all that may ever change about a block.
 
     One that is damaged stays as it is: no merge takes it, either.
     """
     if verify(path, name=RECORD) is None:
-        record = read_manifest(path, RECORD) | {"tainted": True}
+        record = read_manifest(path, RECORD) | {"tainted": tainted}
         write_atomically(path / RECORD, as_json(sealed(record)))
 
 
@@ -148,6 +149,15 @@ def stable_blocks(root: Path, count: int, up_to: int) -> list[str]:
             block = read_block(path)
             good += [block] if block in mergeable([block, *good[:1]]) else []
     return [block.name for block in good]
+
+
+def block_weights(curve: str, blocks: list[Block]) -> list[float]:
+    """Merge weights of a run's blocks: means tile the window, snapshots stand at their blocks' ends."""
+    if blocks[-1].kind == "mean":
+        shares = token_shares([block.first_token for block in blocks], blocks[-1].last_token)
+    else:
+        shares = token_shares([block.last_token for block in blocks])
+    return weights(curve, shares.tolist()).tolist()
 
 
 def accumulate(path: Path, weight: float, into: dict[str, Tensor], pattern: str = "*.safetensors") -> None:

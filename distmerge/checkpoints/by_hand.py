@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-
 from distmerge.checkpoints.durable import guarded, verify
 from distmerge.checkpoints.plan import Plan, read_plan, skip_around, write_plan
+from distmerge.checkpoints.sound import unsound_checkpoint
 from distmerge.checkpoints.store import published_checkpoints, step_of
 from distmerge.errors import UserError
 from distmerge.files.durable import delete
@@ -35,7 +33,7 @@ def recover_by_hand(run_dir: Path, before: int | None, merge_last: int, optimize
     reasons: list[str] = []
     for path in reversed(published_checkpoints(run_dir / "checkpoints")):
         if (before is None or step_of(path) < before) and len(stable) < merge_last:
-            problem = verify(path) or stranger(path, identity) or not_finite(path)
+            problem = verify(path) or stranger(path, identity) or unsound_checkpoint(path)
             if problem is None:
                 stable.append(path)
             else:
@@ -58,13 +56,3 @@ def recover_by_hand(run_dir: Path, before: int | None, merge_last: int, optimize
     rejected = f"; rejected {'; '.join(reasons)}" if reasons else ""
     what = f"merge {', '.join(plan.members)} at" if len(plan.members) > 1 else "go back to"
     return f"the next distmerge train will {what} step {plan.to}, optimizer: {optimizer}{rejected}"
-
-
-def not_finite(path: Path) -> str | None:
-    """What parameter of a checkpoint is no number, if any is."""
-    for file in sorted(path.glob("parameters-*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if not torch.isfinite(tensors.get_tensor(name)).all():
-                    return f"{name} holds values that are not finite"
-    return None

@@ -14,9 +14,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from distmerge.checkpoints.block import RECORD, Block, accumulate, legible, published_blocks
+from distmerge.checkpoints.block import RECORD, Block, accumulate, block_weights, legible, published_blocks
 from distmerge.checkpoints.durable import verify
-from distmerge.checkpoints.window import block_weights
 from distmerge.config import TrainConfig
 from distmerge.errors import UserError
 

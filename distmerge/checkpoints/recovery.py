@@ -1,16 +1,19 @@
 """Recovery: what a run does about a spike.
 
-Of the whole run: go back to a stable checkpoint before the spike's start, merge the last stable ones there, restore or
-reset the inner optimizer, leave out the batches around the spike, go on. ``merge_last = 1`` is the plain roll-back. Of one
-worker among several: it takes part in merges with weight 0 and starts again from what the others share. Every decision is
-a line of events.jsonl; after ``attempts`` roll-backs the run stops and says so, since going back does not cure a
-structural instability.
+While a step is merely suspicious, nothing that the run would later trust is made of it: blocks and checkpoints are held, and
+released when all is well again. From a divergence of the whole run it goes back to a checkpoint before it
+(:mod:`distmerge.checkpoints.rollback`). One sick worker among several takes part in merges with weight 0 and starts again
+from what the others share.
+
+Each worker judges its own steps, its ranks together, at every step. The workers hear of each other where they meet anyway:
+where a merge or a checkpoint is due and at the last step, before anything is merged. All decisions that concern more than
+one worker are made there, from what all were told, and so are the same on all. Every decision is a line of events.jsonl.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Protocol
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,122 +21,189 @@ from torch import Tensor
 
 from distmerge import config
 from distmerge.checkpoints import moments
-from distmerge.checkpoints.block import accumulate, stable_blocks
-from distmerge.checkpoints.durable import guarded, reader
-from distmerge.checkpoints.plan import Plan, batch_index, finish_tainting, read_plan, skip_around, write_plan
-from distmerge.checkpoints.spike import Detector
-from distmerge.checkpoints.store import Store, step_of
+from distmerge.checkpoints.plan import batch_index
+from distmerge.checkpoints.rollback import Recoverable, RollBack, Sickness
+from distmerge.checkpoints.sound import finite
+from distmerge.checkpoints.spike import Detector, Verdict
 from distmerge.checkpoints.window import Window
-from distmerge.engine.engine import Engine, StepResult
+from distmerge.engine.engine import StepResult
 from distmerge.errors import UserError
-from distmerge.mesh import Mesh
 
 
-class Recoverable(Protocol):
-    """What a roll-back needs of a run."""
+class Word(NamedTuple):
+    """What a worker tells the others.
 
-    step: int
-    mesh: Mesh
-    engine: Engine
-    mergers: list[Any]
-    store: Store
-    window: Window | None
-    path: Path
+    Attributes:
+        sick: why it cannot go on, if it cannot.
+        suspicious: whether what it does now must not be trusted yet.
+        notes: ``(step, event, reason)`` of what it decided since they last met.
+    """
 
-    def load_checkpoint(self, path: Path) -> Any: ...
-    def tell(self, step: int, event: str, facts: dict[str, Any]) -> None: ...
+    sick: Sickness | None
+    suspicious: bool
+    notes: list[tuple[int, str, str]]
 
 
 class Recovery:
-    """Detection and decision; part of the run's state, except where it goes back: it remembers what it tried."""
+    """Detection and decision; part of the run's state, except where it goes back: it remembers what it tried.
+
+    Attributes:
+        suspicious: whether this worker's last steps must not be trusted yet.
+        held: whether blocks and checkpoints are held, as of the last time that the workers met.
+        owed: whether a checkpoint was due while they were.
+    """
 
     def __init__(self, section: config.Recovery, run: Recoverable):
         self.section, self.run, self.mesh = section, run, run.mesh
         self.detector = Detector(section.window, section.threshold)
-        self.sick: tuple[int, str] | None = None  # from which step, the margin included, and why, until the next merge
-        self.reason = ""
-        self.attempts = 0
-        self.skipped: list[tuple[int, int]] = []
-        self.last_spike = 0
-        self.cool_until = 0
+        self.back = RollBack(section, run)
+        self.sick: Sickness | None = None  # this worker, until the next merge
+        self.found: Sickness | None = None  # the whole run
+        self.suspicious = self.held = self.owed = False
+        self.met = -1  # the step at which the workers last told each other
+        self.notes: list[tuple[int, str, str]] = []
 
     def lr_factor(self, step: int) -> float:
         """What the learning rate of inner step ``step``, counted from 0, is multiplied with."""
-        return self.section.lr_factor if step < self.cool_until else 1.0
+        return self.section.lr_factor if step < self.back.cool_until else 1.0
 
     def batches_of(self, step: int) -> range:
         """The batches between the last step's and that of ``step``, counted from 0: those to leave out, then the one to
         take."""
-        before = batch_index(step - 1, self.skipped) if step else -1
-        return range(before + 1, batch_index(step, self.skipped) + 1)
+        before = batch_index(step - 1, self.back.skipped) if step else -1
+        return range(before + 1, batch_index(step, self.back.skipped) + 1)
 
     def needed(self, step: int, result: StepResult) -> bool:
-        """Whether the whole run must go back after inner step ``step``, counted from 1. A collective where a merge is due.
+        """Whether the whole run has to go back after inner step ``step``, counted from 1. A collective where workers meet.
 
-        Each worker watches itself. Among several workers a sick one is known to the others only when
-        they merge: most of them sick is the whole run's spike; fewer take part with weight 0.
+        Among several workers, most of them sick is the whole run's spike; fewer leave the merge.
         """
         if not self.section.enabled:
             return False
-        verdict = self.detector.check(*torch.stack([result.loss, result.grad_norm]).tolist())
-        reason = verdict.reason if verdict.state == "diverged" else None
-        if self.mesh.workers == 1:
-            self.reason = reason or ""
-            return reason is not None
-        if reason is not None and self.sick is None:
-            self.sick = (step - self.section.margin, reason)
-        if self.sick is not None and (window := self._window_of_workers()) is not None:
+        self._heed(step, *self._verdict(result))
+        window = self._window_of_workers()
+        if window is not None and self.sick is not None and not self.sick.finite:
             window.taint()
-        return any(merger.due() for merger in self.run.mergers) and self._agreed(step)
+        return self._meeting(step) and self._agreed(step)
+
+    def _verdict(self, result: StepResult) -> tuple[Verdict, bool]:
+        """The detector's verdict, and whether loss, gradient norm and the parameters after the step are finite.
+
+        The loss is of before the step: an update that is not finite shows in theta alone, and must be seen before theta is
+        merged or kept.
+        """
+        flat = self.run.engine.parameters
+        flat.pull()
+        total = flat.vector.sum()
+        if self.mesh.shards > 1:  # the loss and the norm are the worker's already, theta is this rank's part
+            dist.all_reduce(total, group=self.mesh.inside)
+        loss, norm, total = torch.stack([result.loss, result.grad_norm, total]).tolist()
+        verdict = self.detector.check(loss, norm)
+        if math.isfinite(loss) and math.isfinite(norm) and not math.isfinite(total) and not self._theta_finite():
+            verdict = Verdict("diverged", "the update left parameters that are not finite", verdict.since)
+            return verdict, False
+        return verdict, math.isfinite(loss) and math.isfinite(norm)
+
+    def _theta_finite(self) -> bool:
+        """A closer look, on all ranks of the worker: a sum of finite values may overflow."""
+        well = torch.tensor([float(finite(self.run.engine.parameters.vector))])
+        if self.mesh.shards > 1:
+            dist.all_reduce(well, dist.ReduceOp.MIN, group=self.mesh.inside)
+        return bool(well.item())
+
+    def _heed(self, step: int, verdict: Verdict, well: bool) -> None:
+        """Note what the verdict on this worker's step means for it."""
+        if verdict.state == "suspected" and not self.suspicious:
+            self.notes.append((step, "suspected", verdict.reason))
+        if verdict.accepted:
+            self.notes.append((step, "level accepted", verdict.reason))
+        self.suspicious = verdict.state != "healthy"
+        if verdict.state == "diverged":
+            since = step - verdict.since - self.section.margin
+            if self.sick is None or not well:
+                self.sick = Sickness(min(since, self.sick.since) if self.sick else since, verdict.reason, well)
+
+    def _meeting(self, step: int) -> bool:
+        """Whether the workers tell each other at this step; of one worker the ranks always know the same."""
+        config = self.run.config
+        due = step == config.steps or step % config.checkpoint.every == 0
+        return due or self.mesh.workers == 1 or any(merger.due() for merger in self.run.mergers)
 
     def _agreed(self, step: int) -> bool:
         """Whether most workers are sick. If fewer are, those leave this merge, and the blocks that they touched are marked."""
-        told: list[tuple[int, str] | None] = [None] * self.mesh.world
-        dist.all_gather_object(told, self.sick)
-        sick = {rank // self.mesh.shards: found for rank, found in enumerate(told) if found is not None}
-        if not sick:
-            return False
-        self.reason = "; ".join(f"worker {worker}: {reason}" for worker, (_, reason) in sick.items())
+        self.met = step
+        words = self._words()
+        for at, event, reason in (note for word in words for note in word.notes):
+            self.run.tell(at, event, {"reason": reason})
+        sick = {worker: word.sick for worker, word in enumerate(words) if word.sick is not None}
+        self.held = any(word.suspicious for word in words if word.sick is None)
         if 2 * len(sick) > self.mesh.workers:
+            reasons = [f"worker {worker}: {of.reason}" if self.mesh.workers > 1 else of.reason for worker, of in sick.items()]
+            all_finite = all(of.finite for of in sick.values())
+            self.found = Sickness(min(of.since for of in sick.values()), "; ".join(reasons), all_finite)
             return True
-        self.run.tell(step, "sick worker", {"workers": sorted(sick), "reason": self.reason, "action": "weight 0, starts again"})
-        if (window := self._window_of_workers()) is not None:
-            self._tell_tainted(step, window.taint_published(min(since for since, _ in sick.values())))
+        if sick:
+            self._leave_out(step, sick)
+        elif not self.held and self.run.window is not None and (released := self.run.window.release()):
+            self.run.tell(step, "blocks released", {"blocks": released})
+        return False
+
+    def _words(self) -> list[Word]:
+        word, self.notes = Word(self.sick, self.suspicious, self.notes), []
+        if self.mesh.workers == 1:
+            return [word]
+        told: list[Any] = [None] * self.mesh.world
+        dist.all_gather_object(told, word)
+        return told[:: self.mesh.shards]
+
+    def _leave_out(self, step: int, sick: dict[int, Sickness]) -> None:
+        """The sick take part in this step's merges with weight 0; afterwards they start again."""
+        reasons = "; ".join(f"worker {worker}: {of.reason}" for worker, of in sick.items())
+        facts = {"workers": sorted(sick), "reason": reasons, "action": "weight 0, starts again"}
+        self.run.tell(step, "sick worker", facts)
+        window = self.run.window
+        if window is not None:
+            anchored = self._window_of_workers() is None
+            if not anchored or any(of.finite for of in sick.values()):
+                window.taint()  # of the anchors: earlier merges may have taken in what had begun to diverge
+            if marked := window.taint_published(min(of.since for of in sick.values()), held_only=anchored):
+                self.run.tell(step, "blocks tainted", {"blocks": marked})
         for merger in self.run.mergers:
             merger.weight = float(self.sick is None)
         if self._anchor() is None:
             self._start_from_the_others()
-        return False
 
     def _window_of_workers(self) -> Window | None:
         """The window, where its blocks hold what each worker's steps made; anchors hold what was merged, by the well."""
         window = self.run.window
         return window if window is not None and window.anchored is None else None
 
-    def _tell_tainted(self, step: int, blocks: list[str]) -> None:
-        if blocks:
-            self.run.tell(step, "blocks tainted", {"blocks": blocks})
-
     def _anchor(self) -> Tensor | None:
         return next((merger.anchor for merger in self.run.mergers if merger.anchor is not None), None)
 
     @torch.no_grad()
     def _start_from_the_others(self) -> None:
-        """Where nothing is shared but theta: the sick take the mean of the well."""
+        """Where nothing is shared but theta: the sick take the mean of the well, of the buffers too."""
         flat = self.run.engine.parameters
         flat.pull()
-        message = torch.cat([flat.vector, flat.vector.new_ones(1)])
+        buffers = [buffer for buffer in flat.model.buffers() if buffer.is_floating_point()]
+        message = torch.cat([flat.vector, *(buffer.float().view(-1) for buffer in buffers), flat.vector.new_ones(1)])
         if self.sick is not None:
             message.zero_()
         dist.all_reduce(message, group=self.mesh.peers)
         if self.sick is not None:
-            torch.div(message[:-1], message[-1], out=flat.vector)
+            message /= message[-1].clone()
+            theta, *means, _ = message.split([flat.vector.numel(), *(buffer.numel() for buffer in buffers), 1])
+            flat.vector.copy_(theta)
             flat.push()
+            for buffer, mean in zip(buffers, means, strict=True):
+                buffer.copy_(mean.view(buffer.shape))
 
     @torch.no_grad()
-    def cure(self, step: int, merges: list[Any]) -> None:
-        """After a merge, a sick worker starts again from the anchor, with fresh moments where its own are no numbers."""
-        if self.sick is None or not merges:
+    def cure(self, step: int) -> None:
+        """After the merges of a step at which the workers met, a sick one starts again from the anchor, with fresh moments
+        where its own are not finite or are not to be kept."""
+        if self.sick is None or self.met != step:
             return
         anchor, flat = self._anchor(), self.run.engine.parameters
         if anchor is not None:
@@ -141,154 +211,79 @@ class Recovery:
             flat.push()
         if self.section.keep_optimizer != "keep" or not moments.finite(moments.take(self.run.engine.optimizers)):
             moments.reset(self.run.engine.optimizers)
-        self._be_well()
-
-    def _be_well(self) -> None:
-        self.sick = None
-        self.detector.cool_down(self.section.cool_down)
         for merger in self.run.mergers:
-            merger.weight = 1.0
+            merger.start_again()
+        last = step == self.run.config.steps  # what it is then is not its own work, and must not count at the end
+        self._be_well(self.section.cool_down, weight=0.0 if last else 1.0)
 
-    def blocks_commit(self, step: int) -> bool:
-        """Whether a checkpoint of this step would hold a sick worker; it is then left out. A collective."""
-        if not self.section.enabled or self.mesh.workers == 1:
-            return False
-        sick = torch.tensor([float(self.sick is not None)])
-        dist.all_reduce(sick, group=self.mesh.files)
-        if sick.item():
-            self.run.tell(step, "checkpoint left out", {"reason": f"{int(sick.item())} ranks are out of order"})
-        return bool(sick.item())
+    def _be_well(self, quiet: int, weight: float = 1.0) -> None:
+        self.sick = self.found = None
+        self.suspicious = False
+        self.detector.cool_down(quiet)
+        for merger in self.run.mergers:
+            merger.weight = weight
 
-    def roll_back(self, step: int) -> None:
-        """Go back to before the spike of inner step ``step``.
+    def roll_back(self, step: int) -> bool:
+        """Go back to before what :meth:`needed` found; False where the run goes on from where it is instead. A collective.
 
         Raises:
-            UserError: after too many attempts, or where no stable checkpoint is left.
+            UserError: where neither is possible.
         """
-        self.run.store.wait()
-        section = self.section
-        if step > self.last_spike + 2 * section.window:
-            self.attempts = 0
-        self.attempts += 1
-        self.run.tell(step, "spike", {"reason": self.reason, "attempt": self.attempts})
-        if self.attempts > section.attempts:
-            raise self._stop(step, f"{section.attempts} roll-backs did not cure it")
-        stable, rejections = self.run.store.valid(section.merge_last, up_to=step - 1 - section.margin)
-        for rejection in rejections:
-            self.run.tell(step, "rejected checkpoint", {"path": str(rejection.path), "reason": rejection.reason})
-        if not stable:
-            raise self._stop(step, f"no checkpoint is at least {section.margin} steps older")
-        at = batch_index(step - 1, self.skipped) + 1
-        plan = Plan(
-            to=step_of(stable[0]),
-            members=self._members(stable),
-            optimizer=section.keep_optimizer,
-            spike=step,
-            attempts=self.attempts,
-            skipped=[*self.skipped, *skip_around(at, section.skip_batches)],
-        )
-        kept = moments.take(self.run.engine.optimizers)
-        with self.mesh.together():
-            if self.mesh.leads:
-                guarded(self.run.path, lambda: write_plan(self.run.path, plan))
-        given_up = [block.name for block in self.run.window.blocks if block.last_step > plan.to] if self.run.window else []
-        self._tell_tainted(step, given_up)
-        self.run.load_checkpoint(stable[0])
-        if self.run.window is not None:
-            self.run.window.open(plan.to)
-        self.carry_out(plan, kept)
+        assert self.found is not None, "a roll-back has a reason"
+        if self.back.go(step, self.found):
+            self.held = self.owed = False
+            self._be_well(self.back.cool_until - self.back.target)
+            return True
+        facts = {"reason": self.found.reason, "action": "the run goes on from here: going back did not help"}
+        self.run.tell(step, "level accepted", facts)
+        if self.sick is not None:
+            self.detector.accept()
+        self.sick = self.found = None
+        self.suspicious = self.held = False
+        return False
 
-    def _stop(self, step: int, why: str) -> UserError:
-        return UserError(
-            f"the run diverged at step {step} ({self.reason}) and {why}; see events.jsonl, then lower optimizer.lr or "
-            "raise recovery.attempts, or go back by hand with distmerge recover"
-        )
+    def commits(self, step: int, due: bool) -> bool:
+        """Whether a checkpoint of this step is to be made, ``due`` or owed from when one was. The same on all ranks."""
+        if not self.section.enabled:
+            return due
+        if self.met != step or not (due or self.owed):
+            return False
+        if self.held and not self.owed:
+            self.run.tell(step, "checkpoint held", {"reason": "the last steps are suspicious"})
+        self.owed = self.held
+        return not self.held
 
-    def _members(self, stable: list[Path]) -> list[str]:
-        """The window's blocks up to the checkpoint, where there are enough of them; else checkpoints. Newest first."""
-        last, members = self.section.merge_last, [path.name for path in stable]
-        with self.mesh.together():
-            if self.mesh.leads and last > 1:
-                blocks = stable_blocks(self.run.path / "window", last, step_of(stable[0]))
-                members = blocks if len(blocks) == last else members
-        told: list[Any] = [members]
-        dist.broadcast_object_list(told, 0)
-        return told[0]
+    @property
+    def problem(self) -> str | None:
+        """Why this worker's state must not be kept, if it must not."""
+        return None if self.sick is None else f"worker {self.mesh.worker} is out of order: {self.sick.reason}"
+
+    def before_the_end(self, step: int) -> None:
+        """Before what was begun is merged for the last time: the sick must not count. A collective.
+
+        Raises:
+            UserError: where most workers are sick.
+        """
+        if not self.section.enabled or self.met == step:
+            return
+        if self._agreed(step):
+            assert self.found is not None
+            raise UserError(f"the run diverged at step {step} ({self.found.reason}), and it was to end there; see events.jsonl")
 
     def resume(self, step: int) -> None:
         """Finish a roll-back that an earlier process began, or that ``distmerge recover`` planned, if step is its target."""
-        with self.mesh.together():
-            plan = read_plan(self.run.path)
-        if plan is not None and plan.to == step:
-            self.carry_out(plan, None)
-
-    def carry_out(self, plan: Plan, kept: moments.States | None) -> None:
-        """Merge and restore at the plan's checkpoint, which is loaded.
-
-        Args:
-            kept: the live moments, for "keep"; None after a restart, when they are gone.
-        """
-        self.attempts, self.skipped, self.last_spike = plan.attempts, list(plan.skipped), plan.spike
-        self.cool_until = plan.to + self.section.cool_down if plan.spike == 0 else plan.spike + self.section.cool_down
-        merged = len(plan.members) > 1
-        if merged:
-            self._merge(plan.members)
-        optimizer = self._restore_moments(plan, kept)
-        self.reason = ""
-        self._be_well()
-        facts = {"to": plan.to, "merged": plan.members, "optimizer": optimizer, "skipped": plan.skipped}
-        self.run.tell(plan.to, "merged and rolled back" if merged else "rolled back", facts)
-
-    @torch.no_grad()
-    def _merge(self, members: list[str]) -> None:
-        """theta = the plain mean of the members, over all workers; and so the anchor."""
-        flat = self.run.engine.parameters
-        views = dict(flat.named_views())
-        for view in views.values():
-            view.zero_()
-        for name in members:
-            place = "window" if name.startswith("block") else "checkpoints"
-            pattern = "*.safetensors" if place == "window" else f"parameters-{self.mesh.worker:05}.safetensors"
-            accumulate(self.run.path / place / name, 1 / len(members), views, pattern)
-        flat.push()
-        if self.run.mergers:
-            dist.all_reduce(flat.vector, group=self.mesh.peers)
-            flat.vector.div_(self.mesh.workers)
-            flat.push()
-        for merger in self.run.mergers:
-            merger.restart()
-
-    def _restore_moments(self, plan: Plan, kept: moments.States | None) -> str:
-        """The loaded checkpoint's moments are in place: that is "rollback". What was done, in words."""
-        optimizers = self.run.engine.optimizers
-        if plan.optimizer == "reset":
-            moments.reset(optimizers)
-        elif plan.optimizer == "average":
-            places = [self.run.path / "checkpoints" / name for name in plan.members if name.startswith("step")]
-            if len(places) > 1:
-                file = f"optimizer-{self.mesh.worker:05}.pt"
-                moments.put(optimizers, moments.average([reader(path)(file) for path in places]))
-        elif plan.optimizer == "keep":
-            if kept is None:
-                return "keep: the live moments are gone, the checkpoint's were taken"
-            if not moments.finite(kept):
-                moments.reset(optimizers)
-                return "keep: the live moments were no numbers, reset"
-            moments.put(optimizers, kept)
-        return plan.optimizer
-
-    def finish_tainting(self) -> None:
-        """Before a start looks for checkpoints: those that a plan calls tainted are none."""
-        with self.mesh.together():
-            if self.mesh.leads and (plan := read_plan(self.run.path)) is not None:
-                guarded(self.run.path, lambda: finish_tainting(self.run.path, plan))
+        if self.back.resume(step):
+            self.held = self.owed = False
+            self._be_well(self.back.cool_until - self.back.target)
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("attempts", "last_spike", "cool_until", "sick")
-        return {"detector": self.detector.state_dict(), "skipped": self.skipped} | {name: getattr(self, name) for name in names}
+        sick = None if self.sick is None else tuple(self.sick)
+        flags = {name: getattr(self, name) for name in ("suspicious", "held", "owed", "notes")}
+        return {"detector": self.detector.state_dict(), "back": self.back.state_dict(), "sick": sick} | flags
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.detector.load_state_dict(state["detector"])
-        self.skipped = [(first, count) for first, count in state["skipped"]]
-        for name in ("attempts", "last_spike", "cool_until", "sick"):
-            setattr(self, name, state[name])
+        self.back.load_state_dict(state["back"])
+        self.sick = None if state["sick"] is None else Sickness(*state["sick"])
+        self.suspicious, self.held, self.owed = state["suspicious"], state["held"], state["owed"]
+        self.notes = [(step, event, reason) for step, event, reason in state["notes"]]

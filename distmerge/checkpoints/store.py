@@ -29,6 +29,7 @@ from distmerge.checkpoints.durable import (
     verify,
     write_file,
 )
+from distmerge.checkpoints.sound import unsound_checkpoint
 from distmerge.checkpoints.staging import Staging
 from distmerge.errors import UserError
 from distmerge.identity import Identity, stranger
@@ -43,7 +44,9 @@ class Rejection(NamedTuple):
 class Store:
     """The checkpoints of one run, one directory a step, written and read by all ranks together.
 
-    Every public method is a collective.
+    Every public method is a collective. The process group ``mesh.files`` is the store's alone: where commits are made in a
+    thread it is that thread's, and the training's own calls wait for it first. Two threads on one group would each take the
+    other's messages.
 
     Args:
         about: what a manifest says of the run beside its files, such as who wrote it.
@@ -174,7 +177,9 @@ class Store:
         return (accepted[0] if accepted else None), rejections
 
     def valid(self, count: int, up_to: float = math.inf) -> tuple[list[Path], list[Rejection]]:
-        """The newest ``count`` checkpoints that verify, of steps ``up_to``, newest first; and those rejected on the way."""
+        """The newest ``count`` checkpoints of steps ``up_to`` that verify and hold finite values only, newest first; and those
+        rejected on the way."""
+        self.wait()
         candidates: list[list[Path]] = [published_checkpoints(self.root) if self.mesh.leads else []]
         dist.broadcast_object_list(candidates, 0, group=self.mesh.files)
         accepted: list[Path] = []
@@ -184,7 +189,7 @@ class Store:
                 break
             if step_of(path) > up_to:
                 continue
-            problem = self._verify(path)
+            problem = self._verify(path) or self._told(unsound_checkpoint(path, self.mesh.rank, self.mesh.world))
             if problem is None:
                 accepted.append(path)
             else:
@@ -193,10 +198,10 @@ class Store:
 
     def _verify(self, path: Path) -> str | None:
         """What is wrong with a checkpoint; its files are hashed by all ranks, each its part."""
-        problems: list[str | None] = [None] * self.mesh.world
-        problem = verify(path, self.mesh.rank, self.mesh.world) or stranger(path, self.identity)
-        dist.all_gather_object(problems, problem, group=self.mesh.files)
-        return next((problem for problem in problems if problem), None)
+        return self._told(verify(path, self.mesh.rank, self.mesh.world) or stranger(path, self.identity))
+
+    def _told(self, problem: str | None) -> str | None:
+        return self.mesh.first_problem(problem, self.mesh.files)
 
     def _check_mesh(self, path: Path) -> None:
         manifest = read_manifest(path)

@@ -22,6 +22,7 @@ from distmerge import config
 from distmerge.checkpoints.block import (
     Block,
     accumulate,
+    block_weights,
     describe,
     mark_tainted,
     marks,
@@ -29,7 +30,6 @@ from distmerge.checkpoints.block import (
     publish_block,
     published_blocks,
 )
-from distmerge.checkpoints.curves import token_shares, weights
 from distmerge.checkpoints.durable import clear_leftovers, guarded, remove
 from distmerge.checkpoints.store import step_of
 from distmerge.errors import UserError
@@ -85,6 +85,7 @@ class Window:
         self.stretch = 0  # steps before the learning rate took its present value
         self.rounds = 0  # the anchored merger's, when it was last looked at
         self.tainted = False
+        self.held: list[str] = []  # names of blocks that count as tainted until they are released
         self.blocks: list[Block] = []
         self.kept: list[Tensor] = []  # store "memory": the blocks' vectors
 
@@ -105,11 +106,17 @@ class Window:
         told = [marks(self.root) if self.mesh.leads else {}]
         dist.broadcast_object_list(told, 0)
         there = told[0]
-        self.blocks = [replace(block, tainted=there[block.name]) for block in self.blocks if block.name in there]
+        blocks = [block for block in self.blocks if block.name in there]
+        self.blocks = [replace(block, tainted=there[block.name] or block.name in self.held) for block in blocks]
 
     @torch.no_grad()
-    def observe(self, step: int, lr: float, loss: Tensor) -> Block | None:
-        """Take in the state after inner step ``step``, counted from 1; the block that it ended, if it was published."""
+    def observe(self, step: int, lr: float, loss: Tensor, suspicious: bool = False) -> Block | None:
+        """Take in the state after inner step ``step``, counted from 1; the block that it ended, if it was published.
+
+        Args:
+            suspicious: whether this worker's last steps may turn out to be part of a divergence. A block that ends while any
+                worker's are is published as tainted, until :meth:`release`.
+        """
         if lr != self.lr:
             self.lr, self.stretch = lr, step - 1
             self._begin()
@@ -119,25 +126,41 @@ class Window:
         if self._due(step):
             self.flat.pull()
             self._take(self.flat.vector if self.anchored is None else self.anchored.anchor)
-        return self._end(step) if step % self.every == 0 else None
+        return self._end(step, suspicious) if step % self.every == 0 else None
 
     def taint(self) -> None:
         """The block in progress takes in something sick: it will be dropped at its end."""
         self.tainted = True
 
-    def taint_published(self, since: int) -> list[str]:
+    def taint_published(self, since: int, held_only: bool = False) -> list[str]:
         """Mark the published blocks that a spike touched from step ``since`` on; their names. A collective.
+
+        Args:
+            held_only: only of those that are held.
 
         Raises:
             UserError: where a mark cannot be written.
         """
-        touched = [block for block in self.blocks if block.last_step >= since and not block.tainted]
-        self.blocks = [replace(block, tainted=True) if block in touched else block for block in self.blocks]
+        touched = [block.name for block in self.blocks if block.last_step >= since]
+        held = [name for name in touched if name in self.held]
+        marked = [block.name for block in self.blocks if block.name in touched and not block.tainted and not held_only]
+        self.held = [name for name in self.held if name not in held]  # these stay as they are
+        self._mark(marked, tainted=True)
+        return [name for name in touched if name in held or name in marked]
+
+    def release(self) -> list[str]:
+        """What was held is as good as any other block; its names. A collective."""
+        names, self.held = [block.name for block in self.blocks if block.name in self.held], []
+        self._mark(names, tainted=False)
+        return names
+
+    def _mark(self, names: list[str], tainted: bool) -> None:
+        if not names:
+            return
+        self.blocks = [replace(block, tainted=tainted) if block.name in names else block for block in self.blocks]
         with self.mesh.together():
-            if self.mesh.leads and self.section.store == "disk":
-                for block in touched:
-                    guarded(self.root / block.name, lambda block=block: mark_tainted(self.root / block.name))
-        return [block.name for block in touched]
+            for name in names if self.mesh.leads and self.section.store == "disk" else []:
+                guarded(self.root / name, lambda name=name: mark_tainted(self.root / name, tainted))
 
     def _due(self, step: int) -> bool:
         """Whether this step's state counts: with an anchor, a merge's; of a snapshot block, the last one."""
@@ -158,12 +181,12 @@ class Window:
         self.count, self.tainted = 0, False
         self.losses.zero_()
 
-    def _end(self, step: int) -> Block | None:
+    def _end(self, step: int, suspicious: bool) -> Block | None:
         """Reduce over the workers, publish, begin the next."""
         sick = torch.logical_not(torch.isfinite(self.mean).all()) | self.tainted
-        sums = torch.cat([self.losses, sick.to(self.losses).reshape(1)])
+        sums = torch.cat([self.losses, torch.stack([sick.to(self.losses), self.losses.new_tensor(float(suspicious))])])
         dist.all_reduce(sums)
-        total, count, tainted = sums.tolist()
+        total, count, tainted, held = sums.tolist()
         block = Block(
             first_step=step - self.every + 1,
             last_step=step,
@@ -180,7 +203,7 @@ class Window:
             if self.anchored is None and self.peers.size > 1:
                 total = self.peers.total(self.mean.to(self.flat.vector.device))
                 self.mean.copy_(total.div_(self.peers.size))
-            published = self._publish(block)
+            published = self._publish(replace(block, tainted=held > 0))
         else:
             reason = "a spike touched it" if block.tainted else "no merge fell into it"
             self.tell(step, "block dropped", describe(block) | {"reason": reason})
@@ -197,7 +220,9 @@ class Window:
             self.tell(block.last_step, "block dropped", describe(block) | {"reason": problem[0]})
             return None
         self.blocks.append(block)
-        self.tell(block.last_step, "block", describe(block))
+        if block.tainted:
+            self.held.append(block.name)
+        self.tell(block.last_step, "block held" if block.tainted else "block", describe(block))
         self._retain()
         return block
 
@@ -254,7 +279,7 @@ class Window:
             "losses": self.losses,
             "kept": self.kept,
             "blocks": [vars(block) for block in self.blocks],
-            **{name: getattr(self, name) for name in ("count", "lr", "stretch", "rounds", "tainted")},
+            **{name: getattr(self, name) for name in ("count", "lr", "stretch", "rounds", "tainted", "held")},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -262,17 +287,9 @@ class Window:
         self.losses.copy_(state["losses"])
         self.kept = list(state["kept"])
         self.blocks = [Block(**block) for block in state["blocks"]]
+        self.held = list(state["held"])
         for name in ("count", "lr", "stretch", "rounds", "tainted"):
             setattr(self, name, state[name])
-
-
-def block_weights(curve: str, blocks: list[Block]) -> list[float]:
-    """Merge weights of a run's blocks: means tile the window, snapshots stand at their blocks' ends."""
-    if blocks[-1].kind == "mean":
-        shares = token_shares([block.first_token for block in blocks], blocks[-1].last_token)
-    else:
-        shares = token_shares([block.last_token for block in blocks])
-    return weights(curve, shares.tolist()).tolist()
 
 
 def steps_per_block(section: config.Window, tokens_per_step: int) -> int:

@@ -136,10 +136,19 @@ class DiLoCo:
         return due_fragment(self.steps + 1, self.settings.every, len(self.fragments)) is not None
 
     def restart(self) -> None:
-        """Take the present parameters, the same on all workers, for what is shared. The velocity stays."""
+        """Take the present parameters, the same on all workers, for what is shared. The velocity stays; what is in flight, and
+        what the wire's rounding lost, are of other parameters and are dropped. Called by all workers together."""
+        for flight in self.flying.flights if self.flying else []:
+            flight.finish()
+        self.flying = None
+        self.sender.forget()
         if self.outer is not None:
             vector = self.flat.vector
             self.outer.anchor.copy_(own_shares(vector, self.buckets, self.peers) if self.settings.outer_sharded else vector)
+
+    def start_again(self) -> None:
+        """This worker alone got new parameters: what its earlier messages lost by rounding is not theirs."""
+        self.sender.forget(own_only=True)
 
     @torch.no_grad()
     def merge(self, number: int = 0, mix: float = 0.0, full: bool = False) -> MergeReport:
@@ -212,7 +221,7 @@ class DiLoCo:
     ) -> MergeReport:
         self.flat.push()
         if full or number == len(self.fragments) - 1:
-            self.peers.merge_buffers(self.flat, self.policies, full)
+            self.peers.merge_buffers(self.flat, self.policies, full, counts=weight > 0)
         divergence, correlation = spread.finish(self.peers, self.flat, weight, anchored=self.anchor is not None)
         self.round += 1
         ledger = self.peers.ledger

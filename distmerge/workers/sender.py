@@ -48,6 +48,13 @@ class Sender:
             self._room = self.flat.vector.new_empty(bucket.numel + 1)
         return self._room[: bucket.numel + 1]
 
+    def forget(self, own_only: bool = False) -> None:
+        """Empty error feedback's memory; with ``own_only``, of what this worker sent, and not of the means that it owns."""
+        for of_own, of_mean in self.residuals.values():
+            of_own.zero_()
+            if not own_only:
+                of_mean.zero_()
+
     def send(self, bucket: Bucket, message: Tensor, weight: float, spread: Spread) -> Flight:
         """Begin the mean of a bucket's deltas; of the parameters themselves where no whole anchor is at hand."""
         theta, sharded = self.flat.vector, self.settings.outer_sharded

@@ -40,7 +40,8 @@ from distmerge.workers.wire import WIRES
 class Round:
     """A round in flight: its number, the step it was sent at, this worker's own values then.
 
-    Indices are kept only where they are used again at once; a delayed round computes them once more.
+    Indices are kept only where they are used again at once; a delayed round computes them once more. One that is void
+    arrives, since all take part in its collectives, and is not applied: this worker's parameters are others than it was of.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Round:
     indices: Tensor | None
     own: Tensor | None
     flight: Flight
+    void: bool = False
 
 
 class SPARTA:
@@ -124,7 +126,20 @@ class SPARTA:
         return (self.steps + 1) % self.settings.every == 0
 
     def restart(self) -> None:
-        """There is nothing shared but theta itself."""
+        """Take the present parameters, the same on all workers: what is in flight is of others, and is dropped. Called by all
+        workers together."""
+        for sparse in self.rounds:
+            sparse.flight.finish()
+        self.rounds.clear()
+        if self.smoothed is not None:
+            self.smoothed.zero_()
+
+    def start_again(self) -> None:
+        """This worker alone got new parameters: differences to its old ones, which may not even be finite, are void."""
+        for sparse in self.rounds:
+            sparse.own, sparse.void = None, True
+        if self.smoothed is not None:
+            self.smoothed.zero_()
 
     def finish(self) -> MergeReport | None:
         """Apply what is in flight, then average everything: all workers end with the same bits."""
@@ -161,9 +176,9 @@ class SPARTA:
         message = sparse.flight.message
         mean = message[:-1].div_(total_weight(sparse.flight))
         indices = self.indices(sparse.number) if sparse.indices is None else sparse.indices
-        if sparse.own is None:
+        if sparse.own is None and not sparse.void:
             self.flat.vector.index_copy_(0, indices, mean)
-        else:
+        elif sparse.own is not None:
             self.flat.vector.index_add_(0, indices, self._smooth(indices, mean.sub_(sparse.own)))
         ledger, (collectives, sent) = self.peers.ledger, self._reported
         self._reported = (ledger.collectives, ledger.bytes_sent)
@@ -197,7 +212,7 @@ class SPARTA:
         return {
             "round": self.round,
             "smoothed": self.smoothed,
-            "rounds": [(r.number, r.sent_at, r.own, r.flight.message) for r in self.rounds],
+            "rounds": [(r.number, r.sent_at, r.own, r.flight.message, r.void) for r in self.rounds],
             "average": self.average.state_dict(),
         }
 
@@ -208,7 +223,7 @@ class SPARTA:
         if self.smoothed is not None:
             self.smoothed.copy_(state["smoothed"])
         self.rounds = deque(
-            Round(number, sent_at, None, None if own is None else own.to(device), Landed(message.to(device)))
-            for number, sent_at, own, message in state["rounds"]
+            Round(number, sent_at, None, None if own is None else own.to(device), Landed(message.to(device)), void)
+            for number, sent_at, own, message, void in state["rounds"]
         )
         self.average.load_state_dict(state["average"])

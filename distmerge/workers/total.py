@@ -68,36 +68,46 @@ class Peers:
         dist.all_reduce(high, dist.ReduceOp.MAX, group=self.group)
         return [tensor for tensor, differs in zip(tensors, (low != high).tolist(), strict=True) if differs]
 
-    def merge_buffers(self, flat: FlatParameters, policies: dict[str, Policy], full: bool) -> None:
+    def merge_buffers(self, flat: FlatParameters, policies: dict[str, Policy], full: bool, counts: bool = True) -> None:
         """Merge the model's buffers by policy; the constant ones are compared only in a ``full`` merge.
 
         The ranks of a worker, which have seen different data, take part: all ranks of all workers end with the same.
+
+        Args:
+            counts: whether this worker's buffers do. Those of one that doesn't, finite or not, reach nobody.
         """
         by_policy: dict[str, list[Tensor]] = {"mean": [], "last": [], "equal": []}
         for name, buffer in flat.model.named_buffers():
             by_policy[policies[name]].append(buffer)
         if by_policy["mean"]:
-            self._average(by_policy["mean"], flat)
+            self._average(by_policy["mean"], flat, counts)
         if by_policy["last"]:
-            self._take_first(by_policy["last"], flat)
+            self._take_first(by_policy["last"], flat, counts)
         if by_policy["equal"] and full:
             digests = torch.stack([fingerprint(buffer) for buffer in by_policy["equal"]])
             self.ledger.gather(digests.numel() * digests.element_size() * self.size)
             self._compare(f"the buffers {[n for n, p in policies.items() if p == 'equal']}, which must be equal", digests)
 
-    def _average(self, buffers: list[Tensor], flat: FlatParameters) -> None:
-        packed = torch.cat([buffer.detach().float().view(-1) for buffer in buffers])
-        self.total(packed).div_(self.size)
+    def _average(self, buffers: list[Tensor], flat: FlatParameters, counts: bool) -> None:
+        packed = torch.cat([*(buffer.detach().float().view(-1) for buffer in buffers), flat.vector.new_ones(1)])
+        if not counts:
+            packed.zero_()
+        self.total(packed)
+        packed = packed[:-1] / packed[-1]
         if flat.inside is not None:
             dist.all_reduce(packed, group=flat.inside)
             packed /= dist.get_world_size(flat.inside)
         for buffer, part in zip(buffers, packed.split([buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(part.view(buffer.shape))
 
-    def _take_first(self, buffers: list[Tensor], flat: FlatParameters) -> None:
+    def _take_first(self, buffers: list[Tensor], flat: FlatParameters, counts: bool) -> None:
+        """Those of the first worker that counts."""
         packed = torch.cat([buffer.detach().contiguous().view(-1).view(torch.uint8) for buffer in buffers])
+        first = torch.tensor([self.rank if counts else self.size], device=packed.device)
+        self.ledger.all_reduce(first.element_size())
+        dist.all_reduce(first, dist.ReduceOp.MIN, group=self.group)
         self.ledger.gather(packed.numel())
-        dist.broadcast(packed, dist.get_global_rank(self.group, 0), group=self.group)
+        dist.broadcast(packed, dist.get_global_rank(self.group, int(first.item())), group=self.group)
         if flat.inside is not None:
             dist.broadcast(packed, dist.get_global_rank(flat.inside, 0), group=flat.inside)
         sizes = [buffer.numel() * buffer.element_size() for buffer in buffers]

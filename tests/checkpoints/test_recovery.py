@@ -16,6 +16,7 @@ from distmerge.checkpoints.block import marks, read_block
 from distmerge.checkpoints.durable import verify
 from distmerge.checkpoints.plan import Plan, finish_tainting, read_plan, write_plan
 from distmerge.checkpoints.recovery import Recovery
+from distmerge.checkpoints.rollback import RollBack
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
 from distmerge.errors import UserError
@@ -63,13 +64,13 @@ def test_merges_the_stable_checkpoints_and_leaves_out_the_batches(tmp_path: Path
     batches = nan_at(35)
     merged: list[dict[str, torch.Tensor]] = []
     with pytest.MonkeyPatch.context() as patch:
-        real = Recovery._merge
+        real = RollBack._merge
 
-        def spying(self: Recovery, members: list[str]) -> None:
+        def spying(self: RollBack, members: list[str]) -> None:
             real(self, members)
             merged.append({name: view.clone() for name, view in self.run.engine.parameters.named_views()})
 
-        patch.setattr(Recovery, "_merge", spying)
+        patch.setattr(RollBack, "_merge", spying)
         sick = run(tmp_path, "sick", text, recovery=RECOVERY)
     states = [load_file(clean / f"checkpoints/step-{step:08}/parameters-00000.safetensors") for step in (20, 30)]
     for name, view in merged[0].items():
@@ -113,12 +114,12 @@ def test_blocks_are_merged_where_there_are_enough(tmp_path: Path, text: Path, na
 def test_a_damaged_block_is_not_merged(tmp_path: Path, text: Path, nan_at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Recovery.roll_back
 
-    def flip_then_roll_back(self: Recovery, step: int) -> None:
+    def flip_then_roll_back(self: Recovery, step: int) -> bool:
         file = tmp_path / "flipped/window/block-00000020/model.safetensors"
         content = bytearray(file.read_bytes())
         content[-3] ^= 1
         file.write_bytes(content)
-        real(self, step)
+        return real(self, step)
 
     monkeypatch.setattr(Recovery, "roll_back", flip_then_roll_back)
     nan_at(35)
@@ -133,10 +134,10 @@ def test_a_killed_roll_back_is_finished_by_the_next_start(tmp_path: Path, text: 
     nan_at(35)
     with pytest.MonkeyPatch.context() as patch:
 
-        def die(self: Recovery, plan: Any, kept: Any) -> None:
+        def die(self: RollBack, plan: Any, kept: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(Recovery, "carry_out", die)
+        patch.setattr(RollBack, "carry_out", die)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, "killed", text, recovery=RECOVERY)
     nan_at()
@@ -219,10 +220,13 @@ def test_every_decision_is_a_text_in_tensorboard(tmp_path: Path, text: Path, nan
     ), told
 
 
-def test_without_a_stable_checkpoint_it_stops(tmp_path: Path, text: Path, nan_at: Any) -> None:
-    nan_at(5)
-    with pytest.raises(UserError, match="no checkpoint is at least 2 steps older"):
-        run(tmp_path, "sick", text, recovery=RECOVERY)
+def test_before_the_first_checkpoint_it_goes_back_to_the_start(tmp_path: Path, text: Path, nan_at: Any) -> None:
+    clean = run(tmp_path, "clean", text)
+    nan_at(3)
+    sick = run(tmp_path, "sick", text, recovery=RECOVERY | {"margin": 5, "skip_batches": 0, "merge_last": 1})
+    assert [event["to"] for event in events(sick, "rolled back")] == [0]
+    assert same(parameters(clean / "final"), parameters(sick / "final"))
+    assert [line["step"] for line in lines(sick, "metrics.jsonl")].count(0) == 1
 
 
 def test_watching_changes_no_bit(tmp_path: Path, text: Path) -> None:

@@ -151,7 +151,12 @@ def test_a_published_block_that_a_spike_touched_is_marked_and_stays_so(ranks: Ra
 
 
 def test_a_sick_worker_taints_every_block_until_the_merge(ranks: Ranks, folder: Path) -> None:
-    sections: dict[str, Any] = {"merge": [{"kind": "average", "every": 20}], "window": WINDOW, "recovery": RECOVERY}
+    sections: dict[str, Any] = {
+        "merge": [{"kind": "average", "every": 20}],
+        "window": WINDOW,
+        "recovery": RECOVERY,
+        "checkpoint": {"every": 20},
+    }
     directory = run(ranks, folder, "long", {1: 25}, **sections)
     assert [event["block"] for event in events(directory, "block dropped")] == ["block-00000030", "block-00000040"]
 

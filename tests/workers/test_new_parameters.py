@@ -1,0 +1,73 @@
+"""When parameters are replaced, what mergers have in flight or remember is of the old ones, and is not applied to the new."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distmerge import SPARTA, DiLoCo
+from tests.ranks import Ranks
+
+MERGERS: dict[str, Any] = {
+    "overlap": lambda model: DiLoCo(model, every=4, overlap=3),
+    "wire": lambda model: DiLoCo(model, every=2, wire="int4", error_feedback=True, outer_lr=1.0, outer_momentum=0.0),
+    "exchange": lambda model: DiLoCo(model, every=4, overlap=3, wire="int4", error_feedback=True),
+    "delay": lambda model: SPARTA(model, fraction=0.5, every=2, delay=3),
+    "smoothed": lambda model: SPARTA(model, fraction=0.5, every=1, ema=0.5),
+}
+
+
+@torch.no_grad()
+def restarted(kind: str) -> list[float]:
+    """Workers go apart until something is in flight; then all take the same parameters, and none moves any more."""
+    torch.manual_seed(dist.get_rank())
+    model = nn.Linear(16, 16)
+    merger = MERGERS[kind](model)
+    for _ in range(4):
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter)
+        merger.step()
+    for parameter in model.parameters():
+        parameter.fill_(1.0)
+    merger.restart()
+    for _ in range(8):
+        merger.step()
+    return sorted({value.item() for parameter in model.parameters() for value in parameter.view(-1)})
+
+
+@pytest.mark.parametrize("kind", MERGERS)
+def test_after_a_restart_nothing_of_before_moves_the_parameters(ranks: Ranks, kind: str) -> None:
+    assert ranks.run(2, restarted, kind) == [[1.0]] * 2
+
+
+@torch.no_grad()
+def started_again(kind: str) -> bool:
+    """Worker 1 is NaN when something is sent, counts for nothing, and takes other parameters."""
+    torch.manual_seed(dist.get_rank())
+    model = nn.Linear(16, 16)
+    merger = MERGERS[kind](model)
+    for step in range(1, 12):
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter)
+        sick = step == 4 and dist.get_rank() == 1
+        if sick:
+            next(model.parameters()).view(-1)[:] = math.nan
+            merger.weight = 0.0
+        merger.step()
+        if sick:
+            for parameter in model.parameters():
+                parameter.fill_(1.0)
+            merger.start_again()
+            merger.weight = 1.0
+    merger.finish()
+    return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", MERGERS)
+def test_a_worker_that_starts_again_leaves_its_nan_behind(ranks: Ranks, kind: str) -> None:
+    assert ranks.run(2, started_again, kind) == [True, True]
