@@ -33,13 +33,13 @@ LIMIT = 100
 UNEXPLAINED = 1.5
 """Times the level before, beyond which a loss that grows is not the data's."""
 
-LEARNT = 0.85
+LEARNT = 0.75
 """Part of the start's loss below which a run has learnt: going back to the start's is then a divergence."""
 
 MEMORY = 512
 """Steps for which a level that was left is remembered: coming back to it is ordinary."""
 
-HIGH, SAME = 0.95, 1.15
+HIGH, SAME = 0.85, 1.15
 """Parts: of the start's loss that counts as being back there; of a level that counts as clearly above it."""
 
 
@@ -139,7 +139,8 @@ class Detector:
         if len(self.history.losses) < LEAST_SAMPLES:
             high = loss > UNEXPLAINED * self.start + self._negligible()
             return Step(value, {}, "loss far above the start's" if high else "")
-        found = self.history.statistics([*(step.value for step in self.suspicious), value])
+        newest = [*(step.value for step in self.suspicious), value]
+        found = self.history.statistics(newest)
         limits = self.history.limits()
         ratios = {name: found[name] / limits[name] for name in UNUSUAL if name in found}
         if len(self.history.losses) < LONG:
@@ -149,7 +150,7 @@ class Detector:
             return Step(value, found, f"loss too low: {math.exp(-found[name]):.2g} times the level")
         if ratio > 1:
             return Step(value, found, f"loss too high: {name}, {ratio:.1f} times the usual")
-        high = self._loss(self.history.level()) > self._untrained()
+        high = self._loss(statistics.median([*self.history.losses, *newest][-SHORT:])) > self._untrained()
         return Step(value, found, f"loss as high as at the start ({self.start:.4g})" if high else "")
 
     def _judge(self, reason: str) -> Verdict:
@@ -206,9 +207,11 @@ class Detector:
 
     def _is_back(self, step: Step) -> bool:
         """Whether the loss is back at a level that was left, which is then the level again."""
+        usual = self.history.limits()["one"]
         for index, (_, losses) in enumerate(self.left):
             level = statistics.median(losses[-LONG:])
-            if abs(step.value - level) < self.history.limits()["one"] and self._loss(level) < self._untrained():
+            apart = abs(level - self.history.level()) > usual
+            if apart and abs(step.value - level) < usual and self._loss(level) < self._untrained():
                 del self.left[index]
                 self._leave()
                 self.history.move(losses)
@@ -234,10 +237,10 @@ class Detector:
     def _learn_scare(self) -> None:
         """A suspicion that passed by itself: a short one is this run's noise, a long one was an event."""
         for step in self.suspicious:
-            if len(self.suspicious) <= SHORT:
-                self.history.widen(step.found)
             if not step.unusual:
                 self._learn(step)
+            elif len(self.suspicious) <= SHORT:
+                self.history.learn_unusual(step.found)
         self._release()
 
     def _release(self) -> None:
