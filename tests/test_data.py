@@ -30,6 +30,7 @@ from distmerge.errors import UserError
 from distmerge.model import load_tokenizer
 from distmerge.sources import SAMPLE_BYTES, data_files, stdlib_files
 from distmerge.stream import StreamBatches, held_out, stream_held_out
+from tests.byte_pairs import byte_pairs
 
 LENGTH = 16
 DOCUMENTS = [f"<{index}>" + "abcdefghij"[index % 10] * (20 + index % 7) for index in range(80)]
@@ -273,17 +274,7 @@ def test_the_judged_sequences_come_from_anywhere_in_the_held_out_text(tmp_path: 
 
 @pytest.fixture
 def bpe(tmp_path: Path) -> str:
-    """A byte-level BPE tokenizer, in whose text some characters have several tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], initial_alphabet=alphabet)  # pyright: ignore
-    tokenizer.train_from_iterator(["the words of the text that it learns"] * 9, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path / "bpe")
+    byte_pairs(["the words of the text that it learns"]).save_pretrained(tmp_path / "bpe")
     return str(tmp_path / "bpe")
 
 
