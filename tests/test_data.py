@@ -418,6 +418,29 @@ def test_a_stream_resumes_exactly(tmp_path: Path, stop: int, world: int, kind: s
     assert found == uninterrupted
 
 
+@pytest.mark.parametrize("buffer", [1, 3, 7, 50])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_stream_that_is_cut_off_again_and_again_goes_on_exactly(tmp_path: Path, buffer: int, kind: str) -> None:
+    """Also where a shard was opened and not yet read from; and with shards of other lengths."""
+    bounds = [0, 1, 3, 20, 44, 45, 80]
+    for part, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        rows: Any = datasets.Dataset.from_dict({"text": DOCUMENTS[start:stop]})
+        rows.to_parquet(tmp_path / f"{part}.parquet", batch_size=7) if kind == "parquet" else rows.to_json(
+            tmp_path / f"{part}.jsonl"
+        )
+    path = tmp_path / f"*.{kind}"
+    uninterrupted = tokens(stream(path, shuffle_buffer=buffer), range(300))
+    found: list[int] = []
+    state: dict[str, Any] = stream(path, shuffle_buffer=buffer).state_dict()
+    for step in range(300):
+        if step % 3 == 0:
+            batches = stream(path, shuffle_buffer=buffer)
+            batches.load_state_dict(state)
+        found += tokens(batches, range(step, step + 1))
+        state = batches.state_dict()
+    assert found == uninterrupted
+
+
 def test_a_streams_state_holds_no_documents(shards: Path) -> None:
     batches = stream(shards)
     tokens(batches, range(20))
