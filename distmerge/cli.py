@@ -91,7 +91,7 @@ def run(arguments: list[str]) -> int:
     evaluate = verbs.add_parser("eval", help="the loss of a model directory on text", allow_abbrev=False)
     evaluate.add_argument("model", metavar="MODEL_DIR")
     evaluate.add_argument("--files", nargs="+", metavar="GLOB", help="text files (default: what its run held out)")
-    evaluate.add_argument("--sequence-length", type=int, help="tokens (default: as in its run, or 128)")
+    evaluate.add_argument("--sequence-length", type=int, help="tokens (default: 128, or as in its run without --files)")
     evaluate.add_argument("--sequences", type=int, default=256, help="drawn from all of the text (default: 256)")
     verbs.add_parser("build-ops", help="compile what DeepSpeed needs, once, in one process", allow_abbrev=False)
     experts.add_parsers(verbs)

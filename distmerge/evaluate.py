@@ -97,7 +97,7 @@ def evaluate_directory(path: str, files: list[str] | None, sequence_length: int 
 
     Args:
         files: text files, all of whose text may be drawn from; None for the text that the model's own run held out.
-        sequence_length: tokens of a sequence; None for those of the model's run, or 128.
+        sequence_length: tokens of a sequence; None for 128, or where there are no files for as many as in the model's run.
         sequences: how many are drawn.
     """
     tokenizer = load_tokenizer(path)

@@ -88,11 +88,9 @@ class Run:
 
     def _open_preview(self) -> Preview | None:
         section = self.config.preview
-        return (
-            Preview(section, self.window, self.engine.parameters, lambda: self._judge().loss)
-            if section and self.window
-            else None
-        )
+        if section is None or self.window is None:
+            return None
+        return Preview(section, self.window, self.engine.parameters, lambda: self._judge().loss)
 
     def _open_data(self) -> tuple[IndexedBatches | StreamBatches, Any]:
         """The training batches, and the sequences to be judged on; of a stream the first rank alone draws those."""

@@ -33,8 +33,29 @@ OPEN_SHARDS = 8
 BLOCK_CHARACTERS = 1 << 24
 """A block has no more text than about this, however many documents it might have."""
 
-SCAN_CHARACTERS, SCAN_DOCUMENTS = 1 << 27, 200_000
+SCAN_CHARACTERS, SCAN_DOCUMENTS = 1 << 26, 100_000
 """How much of a stream is looked through for held-out text at each start: all of a corpus that is no larger."""
+
+
+class Shard:
+    """The rows of one shard, from a state on."""
+
+    def __init__(self, documents: datasets.IterableDataset, index: int, state: dict[str, Any] | None):
+        self.index, self.state = index, state
+        self.documents = documents.shard(documents.num_shards, index)
+        if state is not None:
+            self.documents.load_state_dict(state)
+        self.rows: Iterator[Any] | None = None
+
+    def next(self) -> dict[str, Any] | None:
+        """The next row; None at the end."""
+        if self.rows is None:
+            self.rows = iter(self.documents)
+        return next(self.rows, None)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """``datasets`` does not tell the state of what it has not read from yet."""
+        return self.state if self.rows is None else self.documents.state_dict()
 
 
 class Interleaved:
@@ -47,24 +68,18 @@ class Interleaved:
     def __init__(self, documents: datasets.IterableDataset, section: Data, order: list[int]):
         self.documents, self.section, self.order = documents, section, order
         self.opened, self.turn = 0, 0
-        self.shards: list[tuple[int, datasets.IterableDataset, Iterator[Any]]] = []
-
-    def _open(self, shard: int, state: dict[str, Any] | None) -> None:
-        rows = self.documents.shard(self.documents.num_shards, shard)
-        if state is not None:
-            rows.load_state_dict(state)
-        self.shards.append((shard, rows, iter(rows)))
+        self.shards: list[Shard] = []
 
     def __iter__(self) -> Iterator[str]:
         while True:
             while len(self.shards) < OPEN_SHARDS and self.opened < len(self.order):
-                self._open(self.order[self.opened], None)
+                self.shards.append(Shard(self.documents, self.order[self.opened], None))
                 self.opened += 1
             if not self.shards:
                 return
             self.turn %= len(self.shards)
             try:
-                row = next(self.shards[self.turn][2], None)
+                row = self.shards[self.turn].next()
             except (OSError, ValueError) as error:
                 raise unreadable(self.section, error) from None
             if row is None:
@@ -76,16 +91,12 @@ class Interleaved:
             yield text
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "opened": self.opened,
-            "turn": self.turn,
-            "shards": [(shard, rows.state_dict()) for shard, rows, _ in self.shards],
-        }
+        shards = [(shard.index, shard.state_dict()) for shard in self.shards]
+        return {"opened": self.opened, "turn": self.turn, "shards": shards}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.opened, self.turn, self.shards = state["opened"], state["turn"], []
-        for shard, rows_state in state["shards"]:
-            self._open(shard, rows_state)
+        self.opened, self.turn = state["opened"], state["turn"]
+        self.shards = [Shard(self.documents, index, rows) for index, rows in state["shards"]]
 
 
 class StreamBatches:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 import distmerge.launch
 from distmerge.rundir import Lock, RunDirectory
@@ -279,3 +280,24 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     for key in ("--mesh.workers", "--data.sequence-length", "--optimizer.lr", "--checkpoint.every", "--run-dir"):
         assert key in text
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "model"])
+def test_a_misspelt_path_is_answered_at_once(tmp_path: Path, key: str) -> None:
+    """Where the hub cannot be reached, too, it was looked for there twelve times."""
+    table = {"run_dir": str(tmp_path / "run"), "model": {"path": "models/absent"}}
+    if key == "tokenizer":
+        table |= {"model": {"config": {"model_type": "llama"}}, "data": {"tokenizer": "models/absent"}}
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(table))
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path)}
+    job = subprocess.run(
+        [sys.executable, "-m", "distmerge", "train", str(tmp_path / "config.toml")],
+        env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert job.returncode == 2 and job.stderr.count("\n") == 1, job.stderr
+    name = "config.data.tokenizer" if key == "tokenizer" else "config.model.path"
+    expected = (
+        f"error: {name} must be a directory or a hub id, got models/absent, which does not exist here, and the hub cannot"
+    )
+    assert job.stderr.startswith(expected)

@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 from transformers import ByT5Tokenizer
 
-from distmerge import cli
+from distmerge import cli, config_file
 from distmerge.config import Model
 from distmerge.evaluate import Evaluation, evaluate
 from distmerge.labels import ids_and_labels
 from distmerge.model import build_model, save_model
+from tests.byte_pairs import byte_pairs
+from tests.checkpoints import runs
 from tests.ranks import Ranks
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -158,3 +160,87 @@ def test_the_verbs_mistakes(tmp_path: Path) -> None:
         cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "b.txt"), "--sequence-length", "3000"])
     with pytest.raises(cli.UserError, match="matches no file"):
         cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "no*.txt")])
+
+
+# ---- the text that a model is judged on
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return runs.write_text(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_without_files_a_model_is_judged_on_what_its_own_run_held_out(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture, streaming: bool
+) -> None:
+    """It was the standard library's, whatever the model was trained on. The loss is that of the run's own last evaluation."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in text.read_text().splitlines()))
+    data = {"streaming": True, "files": [str(tmp_path / "a.jsonl")]} if streaming else {}
+    made = runs.run(tmp_path, "run", text, steps=4, data=data, evaluate={"sequences": 40})
+    summary = json.loads((made / "summary.json").read_text())
+    assert 0 < summary["eval_loss_last_se"] < 0.1
+    lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
+    assert [line["eval/loss_se"] for line in lines if "eval/loss" in line][-1] == summary["eval_loss_last_se"]
+    for record in (True, False):
+        if not record:
+            (made / "final" / "training.json").unlink()  # config.toml of the run directory tells, too
+        assert cli.run(["eval", str(made / "final"), "--sequences", "40"]) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["sequences"] == 40 and found["tokens"] == 40 * 31
+        assert found["loss"] == pytest.approx(summary["eval_loss_last"], rel=1e-6)
+        assert found["loss_se"] == pytest.approx(summary["eval_loss_last_se"], rel=1e-5)
+
+
+def test_where_nothing_tells_what_was_held_out_files_are_asked_for(tmp_path: Path) -> None:
+    save_model(model(), ByT5Tokenizer(), tmp_path / "model")
+    with pytest.raises(cli.UserError, match=r"--files must be given for .*model, since no training.json or config.toml says"):
+        cli.run(["eval", str(tmp_path / "model")])
+    record = {"data": {"source": "files", "files": [str(tmp_path / "gone.txt")]}}
+    (tmp_path / "model" / "training.json").write_text(json.dumps(record))
+    with pytest.raises(cli.UserError, match=r"cannot read the text that .* was trained on, give --files GLOB: .*gone.txt"):
+        cli.run(["eval", str(tmp_path / "model")])
+    for broken in ("{", "[]", '{"data": {"source": "moon"}}', '{"data": 5}'):
+        (tmp_path / "model" / "training.json").write_text(broken)
+        with pytest.raises(cli.UserError, match=r"training.json does not tell what .* was trained on .*: give --files GLOB"):
+            cli.run(["eval", str(tmp_path / "model")])
+
+
+def test_bits_per_byte_of_a_bpe_model_count_the_bytes_of_its_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """They were printed for byte tokenizers alone. A model that knows nothing needs log2(vocabulary) bits for each token."""
+    tokenizer = byte_pairs(["the words of the text that it learns"])
+    subject = build_model(Model(config={"model_type": "llama", **SMALL}), tokenizer, 0)
+    with torch.no_grad():
+        subject.get_output_embeddings().weight.zero_()  # pyright: ignore
+    save_model(subject, tokenizer, tmp_path / "model")
+    text = "the words of the text, é–\N{GRINNING FACE}, are its "
+    (tmp_path / "a.txt").write_text(text * 40)
+    assert cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "a.txt"), "--sequence-length", "16"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ids: Any = tokenizer(text * 40)["input_ids"]
+    rows = [ids[start : start + 16] for start in range(0, len(ids) - 15, 16)]
+    size = sum(len(tokenizer.decode(row[1:]).encode()) for row in rows)
+    assert found["bytes"] == pytest.approx(size, abs=2 * len(rows))  # a decoded row may begin or end within a character
+    assert found["bytes"] > 1.5 * found["tokens"]
+    bits = math.log2(len(tokenizer)) * found["tokens"] / found["bytes"]
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+# ---- what a run is told
+
+
+def test_a_configuration_with_batches_is_told_what_to_write(tmp_path: Path) -> None:
+    with pytest.raises(
+        cli.UserError, match=r"^config.evaluate.batches is now sequences, .* write sequences = 32 x train.batch"
+    ):
+        config_file.validate({"run_dir": "x", "model": {"path": "y"}, "evaluate": {"batches": 32}})
+
+
+def test_a_run_of_the_earlier_version_is_named_with_what_to_change(tmp_path: Path, text: Path) -> None:
+    made = runs.run(tmp_path, "run", text, steps=2)
+    stored = (made / "config.toml").read_text()
+    (made / "config.toml").write_text(stored.replace("sequences = 16", "batches = 4"))
+    with pytest.raises(
+        cli.UserError, match=r"run/config.toml, from an earlier version: config.evaluate.batches is now sequences"
+    ):
+        runs.run(tmp_path, "run", text, steps=3)
