@@ -105,9 +105,9 @@ def parameters(run: TrainConfig) -> Count:
             table: dict[str, Any] = json.loads((path / "config.json").read_text())
             config = AutoConfig.for_model(table.pop("model_type"), **table)
         else:
-            config = AutoConfig.from_pretrained(run.model.path)
+            config = AutoConfig.from_pretrained(run.model.path, trust_remote_code=False)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"config.model.path must be a model whose config.json is here or in the hub's cache, got {run.model.path}: "
