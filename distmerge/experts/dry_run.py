@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distmerge.config import TrainConfig
 from distmerge.config_experts import Lora
 from distmerge.errors import UserError
+from distmerge.experts.adapt import dtype_of
 from distmerge.experts.several import Plan
 from distmerge.model import first_line
 
@@ -58,9 +59,15 @@ def expert(run: TrainConfig, ranks: int) -> list[str]:
     ]
     steps = published(run)
     if steps:
-        size = count.trained if run.expert.lora else count.whole
-        lines.append(f"  published: {len(steps)} steps and the final model, {4 * size * (len(steps) + 1) / GB:.1f} GB on disk")
+        size = 4 * count.trained if run.expert.lora else bytes_of(run) * count.whole
+        lines.append(f"  published: {len(steps)} steps and the final model, {size * (len(steps) + 1) / GB:.1f} GB on disk")
     return lines + stopping(run, count, len(steps))
+
+
+def bytes_of(run: TrainConfig) -> int:
+    """Of a parameter as the run publishes it."""
+    assert run.model.path is not None
+    return 4 if (run.checkpoint.dtype or dtype_of(run.model.path)) == "float32" else 2
 
 
 def stopping(run: TrainConfig, count: Count, steps: int) -> list[str]:
