@@ -24,6 +24,10 @@ RESUMED = ("train", "anneal", "experts", "merge", "ptm")
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
+OUT_OF_MEMORY = "out of memory: allow the process more (ulimit -v, the container's limit), or give it less to do at once"
+MEMORY_SIGNS = ("can't allocate memory", "not enough memory", "bad_alloc", "can't start new thread")
+"""In what torch, C++ and Python's threads say when there is no more."""
+
 
 def program() -> None:
     """The command: the process ends with it."""
@@ -38,13 +42,26 @@ def program() -> None:
 
 def main() -> None:
     try:
-        sys.exit(run(sys.argv[1:]))
+        status = run(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(status)
     except UserError as error:
         fail(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in Python's buffer goes there when the process ends
+        fail("standard output was closed before all was written")
+    except MemoryError:
+        fail(OUT_OF_MEMORY)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            fail(OUT_OF_MEMORY)
         if error.errno not in DISK_ERRORS:
             raise
         fail(f"cannot write {error.filename or 'to the disk'}: {error.strerror}")
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in MEMORY_SIGNS):
+            raise
+        fail(OUT_OF_MEMORY)
     except KeyboardInterrupt:
         if LAUNCHED in os.environ:
             sys.exit(130)

@@ -23,6 +23,9 @@ class Checkpoint(Section):
     asynchronous: bool = Field(default=False, alias="async")
     """In TOML: async. Copy the state and write it in the background, while training goes on; one copy more of the state
     in memory."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the models in RUN_DIR/steps and RUN_DIR/final; by default that of the model in model.path, and float32 without one.
+    Adapters are written in float32, and so is all that a resume goes on from."""
 
 
 class Window(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,20 @@ from distmerge.sources import check_directory
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
+READ = (".safetensors", ".json", ".model", ".txt", ".jinja")
+"""Suffixes of what a model's directory holds."""
+
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """``bytes`` (a token per byte, no files needed), or the tokenizer in a directory or of a hub id."""
     if name == "bytes":
         return ByT5Tokenizer()
     check_directory("config.data.tokenizer", name)
+    check_regular(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a bad file makes transformers and tokenizers raise many kinds
+        refuse_code(name, error)
         raise UserError(
             f'config.data.tokenizer must be "bytes", a directory or a hub id, got {name}: {first_line(error)}'
         ) from None
@@ -51,7 +57,7 @@ def build_model(section: Model, tokenizer: PreTrainedTokenizerBase, seed: int) -
     assert section.config is not None
     model_config = build_config(dict(section.config), tokenizer)
     try:
-        return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError, KeyError, StrictDataclassError) as error:
         raise UserError(f"config.model.config does not describe a causal language model: {first_line(error)}") from None
 
@@ -67,13 +73,72 @@ def check_fits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sequence_le
 
 
 def load_model(path: str) -> nn.Module:
+    """The causal language model of a directory or hub id, in float32 on the CPU. No code from there is run.
+
+    Raises:
+        UserError: when it cannot be loaded, its files lack weights or have others than its config.json says, or one is NaN or
+            infinite.
+    """
     check_directory("config.model.path", path)
+    check_regular(path)
     # transformers imports deepspeed where it is installed, and that says on standard output which device it found.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
+        )  # fmt: skip
+    except Exception as error:  # a bad file makes transformers, safetensors and each architecture raise many kinds
+        if isinstance(error, MemoryError):
+            raise
+        refuse_code(path, error)
         raise UserError(f"cannot load a causal language model from {path}: {first_line(error)}") from None
+    check_report(path, report)
+    check_finite(path, model)
+    return model
+
+
+def check_regular(path: str) -> None:
+    """Refuse a directory in which something that would be read is no file: to open a pipe would wait for ever."""
+    for file in Path(path).iterdir() if Path(path).is_dir() else ():
+        if file.suffix in READ and not file.is_file():
+            raise UserError(f"{file} must be a regular file")
+
+
+def refuse_code(name: str, error: Exception) -> None:
+    """Where ``error`` is that a model or tokenizer needs code of its own: say so in our words.
+
+    Raises:
+        UserError: naming auto_map.
+    """
+    if "trust_remote_code" in str(error):
+        raise UserError(f"{name} needs Python code of its own (auto_map in its configuration), which is never run") from None
+
+
+def check_report(path: str, report: dict[str, Any]) -> None:
+    """Refuse a model of which transformers has drawn weights at random, by its report on the loading; say what it left out.
+
+    Raises:
+        UserError: naming the first such weight.
+    """
+    left = sorted(report["unexpected_keys"])
+    if left and os.environ.get("RANK", "0") == "0":
+        print(f"{path} holds {len(left)} weights that its architecture has no place for, such as {left[0]}", file=sys.stderr)
+    for key, said in (
+        ("missing_keys", "lacks"),
+        ("mismatched_keys", "has another shape than its config.json says of"),
+    ):
+        names = sorted(entry if isinstance(entry, str) else entry[0] for entry in report[key])
+        if names:
+            more = f" and {len(names) - 1} more weights" if len(names) > 1 else ""
+            raise UserError(f"{path} {said} {names[0]}{more}")
+
+
+def check_finite(path: str, model: nn.Module) -> None:
+    """Refuse a model with a weight or buffer that is NaN or infinite, by its name."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{path} holds NaN or infinity in {name}")
 
 
 def build_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from distmerge.config import Model
@@ -138,3 +140,83 @@ def test_first_lines() -> None:
     assert first_line(ValueError("Validation failed:\n  a reason")) == "a reason"
     assert first_line(ValueError()) == "ValueError"
     assert first_line(KeyError("gelo")) == "unknown key 'gelo'"
+
+
+def with_code(path: Path, model_type: str) -> None:
+    """A directory whose configuration names code that would leave a trace if it were run."""
+    save_model(build("llama"), ByT5Tokenizer(), path)
+    (path / "trap.py").write_text(
+        f"open({str(path / 'ran')!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM, ByT5Tokenizer\n"
+        "class C(LlamaConfig):\n    model_type = 'trap'\nclass M(LlamaForCausalLM):\n    config_class = C\n"
+        "class T(ByT5Tokenizer):\n    pass\n"
+    )
+    config = json.loads((path / "config.json").read_text())
+    config |= {"model_type": model_type, "auto_map": {"AutoConfig": "trap.C", "AutoModelForCausalLM": "trap.M"}}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_code_of_a_model_is_neither_asked_about_nor_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    with_code(tmp_path / "known", "llama")
+    assert len(list(load_model(str(tmp_path / "known")).parameters())) > 0, "what transformers knows itself loads without it"
+    with_code(tmp_path / "unknown", "trap")
+    for load in (load_model, load_tokenizer):
+        if load is load_tokenizer:
+            table = json.loads((tmp_path / "unknown" / "tokenizer_config.json").read_text())
+            table |= {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["trap.T", None]}}
+            (tmp_path / "unknown" / "tokenizer_config.json").write_text(json.dumps(table))
+        with pytest.raises(UserError, match=r"needs Python code of its own \(auto_map in its configuration\)"):
+            load(str(tmp_path / "unknown"))
+    assert not list(tmp_path.rglob("ran"))
+
+
+def test_a_model_that_lacks_weights_is_refused_by_the_name_of_one(tmp_path: Path) -> None:
+    save_model(build("llama", tie_word_embeddings=False), ByT5Tokenizer(), tmp_path)
+    content = load_file(tmp_path / "model.safetensors")
+    gone = "model.layers.1.mlp.up_proj.weight"
+    save_file({name: value for name, value in content.items() if name != gone}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=rf"lacks {gone}$"):
+        load_model(str(tmp_path))
+    save_file(content | {gone: torch.zeros(3, 3)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=rf"has another shape than its config.json says of {gone}$"):
+        load_model(str(tmp_path))
+
+
+def test_weights_without_a_place_are_said(tmp_path: Path, capfd) -> None:
+    save_model(build("llama"), ByT5Tokenizer(), tmp_path)
+    content = load_file(tmp_path / "model.safetensors")
+    save_file(content | {"score.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    load_model(str(tmp_path))
+    assert "holds 1 weights that its architecture has no place for, such as score.weight" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_with_a_value_that_is_not_finite_is_refused_by_the_tensors_name(value: float, tmp_path: Path) -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    save_model(model, ByT5Tokenizer(), tmp_path)
+    with pytest.raises(UserError, match=r"holds NaN or infinity in model\.layers\.1\.mlp\.up_proj\.weight$"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"\1\2\3", b"\xff" * 64, "cut", "cut in the data"])
+def test_broken_safetensors_are_one_line(content: Any, tmp_path: Path) -> None:
+    save_model(build("llama"), ByT5Tokenizer(), tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes({"cut": whole[:100], "cut in the data": whole[:-1]}.get(content, content))
+    with pytest.raises(UserError, match="cannot load a causal language model") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json"])
+def test_a_pipe_in_a_model_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
+    save_model(build("llama"), ByT5Tokenizer(), tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(UserError, match=f"{name} must be a regular file"):
+            load(str(tmp_path))

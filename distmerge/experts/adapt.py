@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from distmerge.config_experts import Lora
 from distmerge.errors import UserError
+from distmerge.files.header import FLOATS
+from distmerge.files.models import open_model
+from distmerge.files.sources import DTYPES
 from distmerge.flat import FlatParameters
 from distmerge.model import save_model
 
@@ -42,12 +46,30 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
+def dtype_of(path: str) -> str:
+    """The dtype of most of a model's weights, as its files hold them: "bfloat16"; float64 counts as float32."""
+    counts: Counter[str] = Counter()
+    with contextlib.suppress(UserError):  # transformers loads some directories that a merge would refuse
+        for stored in open_model(path).tensors.values() if Path(path).is_dir() else ():
+            counts[stored.dtype] += stored.numel if stored.dtype in FLOATS else 0
+    if counts:
+        dtype: Any = DTYPES[max(counts, key=counts.__getitem__)]
+    else:
+        dtype = AutoConfig.from_pretrained(path, trust_remote_code=False).dtype
+    return str(dtype).removeprefix("torch.") if dtype in (torch.bfloat16, torch.float16) else "float32"
+
+
 def save_expert(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path, whole: dict[str, Tensor] | None = None
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    whole: dict[str, Tensor] | None = None,
+    dtype: str = "float32",
 ) -> None:
-    """A model directory, or an adapter's in PEFT's format; ``whole`` is the state where the model does not hold it."""
+    """A model directory in ``dtype``, or an adapter's in PEFT's format and float32; ``whole`` is the state where the model does
+    not hold it."""
     if not is_adapted(model):
-        save_model(model, tokenizer, directory, state=whole)
+        save_model(model, tokenizer, directory, None if dtype == "float32" else dtype, whole)
         return
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from distmerge.config import TrainConfig
 from distmerge.config_experts import Lora
 from distmerge.errors import UserError
+from distmerge.experts.adapt import dtype_of
 from distmerge.experts.several import Plan
 from distmerge.model import first_line
 
@@ -58,9 +59,15 @@ def expert(run: TrainConfig, ranks: int) -> list[str]:
     ]
     steps = published(run)
     if steps:
-        size = count.trained if run.expert.lora else count.whole
-        lines.append(f"  published: {len(steps)} steps and the final model, {4 * size * (len(steps) + 1) / GB:.1f} GB on disk")
+        size = 4 * count.trained if run.expert.lora else bytes_of(run) * count.whole
+        lines.append(f"  published: {len(steps)} steps and the final model, {size * (len(steps) + 1) / GB:.1f} GB on disk")
     return lines + stopping(run, count, len(steps))
+
+
+def bytes_of(run: TrainConfig) -> int:
+    """Of a parameter as the run publishes it."""
+    assert run.model.path is not None
+    return 4 if (run.checkpoint.dtype or dtype_of(run.model.path)) == "float32" else 2
 
 
 def stopping(run: TrainConfig, count: Count, steps: int) -> list[str]:
@@ -105,9 +112,9 @@ def parameters(run: TrainConfig) -> Count:
             table: dict[str, Any] = json.loads((path / "config.json").read_text())
             config = AutoConfig.for_model(table.pop("model_type"), **table)
         else:
-            config = AutoConfig.from_pretrained(run.model.path)
+            config = AutoConfig.from_pretrained(run.model.path, trust_remote_code=False)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"config.model.path must be a model whose config.json is here or in the hub's cache, got {run.model.path}: "

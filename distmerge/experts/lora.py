@@ -22,7 +22,7 @@ from distmerge.experts.record import as_json
 from distmerge.files.adapters import CONFIG, PREFIX, WEIGHTS, Adapter, Factors, is_adapter, read_adapter
 from distmerge.files.digests import Digests
 from distmerge.files.layout import shard
-from distmerge.files.models import TOKENIZER_FILES
+from distmerge.files.models import TOKENIZER_FILES, carried
 from distmerge.files.output import RECORD, Output
 from distmerge.files.sources import NAMES, Maps, OnDisk, Source
 from distmerge.rules.counter import key_of, uniform
@@ -56,8 +56,7 @@ def merge_adapters(recipe: Recipe, out: Path, options: argparse.Namespace) -> No
         if recipe.method == "svd":
             found = {name: truncated(*pair, options.rank) for name, pair in found.items()}
     config = config | {"base_model_name_or_path": recipe.base or config.get("base_model_name_or_path")}
-    carried = {name: (beside / name).read_bytes() for name in TOKENIZER_FILES if (beside / name).is_file()}
-    write(found, config, recipe, out, carried)
+    write(found, config, recipe, out, carried(beside, TOKENIZER_FILES))
     print(f"{out}: an adapter of {len(found)} weights by {recipe.method}")
 
 
@@ -184,8 +183,8 @@ def leading_factors(member: Source, base: Source, shape: tuple[int, ...], rank: 
     return (found @ left)[:, :rank], (left.T @ test.T)[:rank]
 
 
-def write(found: dict[str, Pair], config: dict[str, Any], recipe: Recipe, out: Path, carried: dict[str, bytes]) -> None:
-    """The adapter's directory, and files ``carried`` into it. Scales are in B, so alpha is r; ranks differ only in ``cat``."""
+def write(found: dict[str, Pair], config: dict[str, Any], recipe: Recipe, out: Path, more: dict[str, bytes]) -> None:
+    """The adapter's directory, and the files ``more`` in it. Scales are in B, so alpha is r; ranks differ only in ``cat``."""
     rank = max(b.shape[1] for b, _ in found.values())
     tensors: dict[str, Tensor] = {}
     for name, (b, a) in found.items():
@@ -208,4 +207,4 @@ def write(found: dict[str, Pair], config: dict[str, Any], recipe: Recipe, out: P
     digests.advance(output.path / WEIGHTS)
     outputs = {path.name: entry for path, entry in digests.finish().items()}
     record = {"tool": "distmerge", "recipe": {"method": recipe.method, "models": recipe.references}, "outputs": outputs}
-    output.publish(carried | {CONFIG: as_json(said), RECORD: as_json(record)})
+    output.publish(more | {CONFIG: as_json(said), RECORD: as_json(record)})

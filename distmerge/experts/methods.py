@@ -162,6 +162,8 @@ def checked(name: str, value: Any, where: str) -> Any:
     """
     parameter = PARAMETERS[name]
     if parameter.holds is None:
+        if value in (0, 1):  # YAML users write 1.0, and mergekit takes it
+            value = bool(value)
         if not isinstance(value, bool):
             raise UserError(f"{name} of {where} must be {parameter.allowed}, got {value!r}")
         return value

@@ -13,11 +13,14 @@ from distmerge.errors import UserError
 from distmerge.experts.pairing import Pairing
 from distmerge.experts.recipe import Recipe
 from distmerge.files.header import FLOATS
-from distmerge.files.models import Model
+from distmerge.files.models import Model, layer_of
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 INDEX_LISTS = ("moe_layers", "mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "hybrid_layer_ids")
 """Keys whose lists hold the layers' numbers, not a value for each layer."""
+
+PROVED_LAYERS = 128
+"""The proof builds the first so many layers: more than any common model has, and it takes a second."""
 
 
 def restacked(recipe: Recipe, models: dict[str, Model], config: dict[str, Any]) -> dict[str, Any]:
@@ -36,15 +39,33 @@ def restacked(recipe: Recipe, models: dict[str, Model], config: dict[str, Any]) 
         for index in range(*entry.layers or (0, 0))
     ]
     whole = {name: complete(models[name].config) for name in dict.fromkeys([recipe.donor, *(name for name, _ in layers)])}
-    out = config | {count: len(layers)}
-    for key, value in whole[recipe.donor].items():
+    return stacked(whole, recipe.donor, config | {count: len(layers)}, layers)
+
+
+def stacked(
+    whole: dict[str, dict[str, Any]], donor: str, out: dict[str, Any], layers: list[tuple[str, int]]
+) -> dict[str, Any]:
+    """``out`` with the lists over layers that the models' ``whole`` configurations have at ``layers``."""
+    for key, value in whole[donor].items():
         if not isinstance(value, list):
             continue
         if key in INDEX_LISTS:
             out[key] = [place for place, (name, index) in enumerate(layers) if index in (whole[name].get(key) or ())]
-        elif is_per_layer(key, value, whole[recipe.donor].get(count)):
+        elif is_per_layer(key, value, count_of(whole[donor])):
             out[key] = [of_layer(key, whole[name].get(key), name, index) for name, index in layers]
     return out
+
+
+def count_of(config: dict[str, Any]) -> Any:
+    return next((config[key] for key in COUNTS if key in config), None)
+
+
+def beginning(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The configuration of the first ``layers`` layers alone."""
+    held = {key: value for key, value in config.items() if isinstance(value, list)}
+    cut = {key: value[:layers] for key, value in held.items() if is_per_layer(key, value, count_of(config))}
+    cut |= {key: [index for index in held[key] if index < layers] for key in INDEX_LISTS if key in held}
+    return config | cut | {key: layers for key in COUNTS if key in config}
 
 
 def is_per_layer(key: str, value: list[Any], layers: Any) -> bool:
@@ -100,13 +121,16 @@ def prove(config: dict[str, Any], pairings: list[Pairing]) -> None:
     """
     if not is_known(config):
         return
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed, which says which device it found
     import torch
     import transformers
 
     from distmerge.model import first_line
 
     built = parsed(config)
+    if count_of(config) > PROVED_LAYERS:
+        built = parsed(beginning(config, PROVED_LAYERS))
+        pairings = [item for item in pairings if (layer_of(item.name) or ("", 0))[1] < PROVED_LAYERS]
     named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
     kind = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
     kinds = {True: torch.float32, False: torch.int64}

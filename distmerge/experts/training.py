@@ -25,7 +25,7 @@ from distmerge.data import IndexedBatches, open_corpus, sampled
 from distmerge.engine.engine import Engine
 from distmerge.engine.soundness import sickness
 from distmerge.evaluate import evaluate
-from distmerge.experts.adapt import Theta, save_expert
+from distmerge.experts.adapt import Theta, dtype_of, save_expert
 from distmerge.experts.examples import Known, look, nothing_known, observe, tracked_rows
 from distmerge.experts.flat_merge import merge, read_model
 from distmerge.experts.stopping import Peak, Plateau, member_at
@@ -91,6 +91,12 @@ class ExpertTraining:
         """The model that merges measure this one from."""
         assert self.config.expert is not None and self.config.model.path is not None
         return self.config.expert.base or self.config.model.path
+
+    @cached_property
+    def dtype(self) -> str:
+        """Of the models that are published."""
+        path = self.config.model.path
+        return self.config.checkpoint.dtype or (dtype_of(path) if path is not None else "float32")
 
     @property
     def lr_factor(self) -> float:
@@ -164,7 +170,7 @@ class ExpertTraining:
 
     def save(self, directory: Path, step: int, whole: dict[str, Tensor] | None) -> None:
         """Write the model, or adapter, as it stands, and what it was trained on. ``whole`` is the engine's whole state."""
-        save_expert(self.run.engine.model, self.run.tokenizer, directory, whole)
+        save_expert(self.run.engine.model, self.run.tokenizer, directory, whole, self.dtype)
         (directory / RECORD).write_text(json.dumps(self.record(step), indent=2) + "\n")
 
     def record(self, step: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ has. This is mergekit's rule for ``tokenizer_source``.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from distmerge.errors import UserError
 from distmerge.experts.recipe import Recipe
-from distmerge.files.models import Model
+from distmerge.files.models import TOKENIZER_FILES, Model, check_inside
 from distmerge.files.sources import Source
 
 
@@ -34,13 +35,17 @@ class Alignment:
         source = recipe.tokenizer.source
         if source not in ("base", "union") and source not in models:
             raise UserError(f"tokenizer_source must be base, union or a model of the recipe, got {source}")
-        chosen = tokenizers[source if source in models else recipe.donor]
+        origin = source if source in models else recipe.donor
+        chosen, self.base = tokenizers[origin], recipe.donor
+        # Before the chosen one is changed: what a model has a row for is what its own tokenizer says.
+        own = {name: own_tokens(tokenizers[name], models[name]) for name in models}
+        strip(chosen, models[origin], own[origin])
         if source == "union":
-            extend(chosen, [other for other in tokenizers.values() if other is not chosen])
+            order = dict.fromkeys([recipe.donor, *models])
+            extend(chosen, [tokenizers[name] for name in order], [own[name] for name in order])
         vocabulary = chosen.get_vocab()
         self.size = max(vocabulary.values()) + 1
-        self.base = recipe.donor
-        self.rows = {name: places(vocabulary, self.size, tokenizers[name], models[name]) for name in models}
+        self.rows = {name: places(vocabulary, self.size, own[name]) for name in models}
         self.files = files_of(chosen)
 
     def align(self, models: list[str], sources: list[Source]) -> list[Source]:
@@ -74,43 +79,85 @@ class Aligned:
         having = [index for index, row in enumerate(at) if row >= 0]
         if not having:
             return torch.zeros(self._width, dtype=self.dtype)
-        total = torch.zeros(self._width)
+        total = torch.zeros(self._width, dtype=self.dtype)  # mergekit sums in the tensors' own dtype
         for index in having:
-            total += self._read(index, at[index])
-        return (total / len(having)).to(self.dtype)
+            total += self._read(index, at[index]).to(self.dtype)
+        return total / len(having)
 
     def _read(self, index: int, row: int) -> Tensor:
         return self._sources[index].read(row * self._width, (row + 1) * self._width)
 
 
 def load(model: Model) -> Any:
-    from transformers import AutoTokenizer
+    """The tokenizer beside a model's weights. No code from there is run."""
+    from distmerge.model import load_tokenizer
 
+    for name in TOKENIZER_FILES:
+        if (model.directory / name).exists():
+            check_inside(model.directory, model.directory / name)
     try:
-        return AutoTokenizer.from_pretrained(str(model.directory))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or ["no tokenizer"])[0]
-        raise UserError(f"tokenizer_source needs a tokenizer in {model.reference}: {reason}") from None
+        return load_tokenizer(str(model.directory))
+    except UserError as error:
+        raise UserError(f"tokenizer_source needs a tokenizer in {model.reference}: {error}") from None
 
 
-def extend(tokenizer: Any, others: list[Any]) -> None:
-    """Add what the other tokenizers know beyond this one: plain tokens first, then added ones with their settings."""
-    for plain in (True, False):
-        for other in others:
-            added = {str(token.content): token for token in other.added_tokens_decoder.values()}
-            known = tokenizer.get_vocab()
-            names = [name for name, _ in sorted(other.get_vocab().items(), key=lambda item: item[1]) if name not in known]
-            new = [name if plain else added[name] for name in names if (name not in added) == plain]
-            tokenizer.add_tokens(new)
+def own_tokens(tokenizer: Any, model: Model) -> dict[str, int]:
+    """The tokens that the model has a row for; a tokenizer may name more, beyond the model's vocabulary."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    rows = int(model.config.get("vocab_size", 0))
+    return {token: index for token, index in vocabulary.items() if index < rows}
 
 
-def places(vocabulary: dict[str, int], size: int, tokenizer: Any, model: Model) -> Tensor:
+def strip(tokenizer: Any, model: Model, own: dict[str, int]) -> None:
+    """Take tokens out of the tokenizer that the model has no row for: the output would have none for them either.
+
+    Raises:
+        UserError: when they cannot be taken out of this kind of tokenizer.
+    """
+    beyond = tokenizer.get_vocab().keys() - own.keys()
+    if not beyond:
+        return
+    added = {str(token.content) for token in tokenizer.added_tokens_decoder.values()}
+    table = json.loads(tokenizer.backend_tokenizer.to_str()) if getattr(tokenizer, "is_fast", False) else {"model": {}}
+    if table["model"].get("type") != "BPE" and not beyond <= (added if table["model"] else set()):
+        raise UserError(
+            f"the tokenizer of {model.reference} has tokens that the model has no row for, such as {min(beyond)!r}, and is not "
+            "a BPE that could do without"
+        )
+    table["added_tokens"] = [token for token in table["added_tokens"] if token["content"] not in beyond]
+    if table["model"].get("type") == "BPE":
+        table["model"]["vocab"] = {token: index for token, index in table["model"]["vocab"].items() if token not in beyond}
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in table["model"]["merges"]]
+        table["model"]["merges"] = [pair for pair in merges if not {*pair, "".join(pair)} & beyond]
+    from tokenizers import Tokenizer
+
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(table))
+    for role, token in tokenizer.special_tokens_map.items():
+        if token in beyond:  # it would be added again when the tokenizer is loaded
+            setattr(tokenizer, role, None)
+
+
+def extend(tokenizer: Any, others: list[Any], owned: list[dict[str, int]]) -> None:
+    """Add what tokenizers know beyond this one and their models have rows for (``owned``): plain tokens first, then added ones
+    with the settings of the first tokenizer that has them. The order is mergekit's."""
+    added: dict[str, Any] = {}
+    for other, own in zip(others, owned, strict=True):
+        for index, token in other.added_tokens_decoder.items():
+            if own.get(str(token.content)) == index:
+                added.setdefault(str(token.content), token)
+    known = set(tokenizer.get_vocab())
+    for own in owned:
+        new = [token for token, _ in sorted(own.items(), key=lambda item: item[1]) if token not in known and token not in added]
+        tokenizer.add_tokens(new)
+        known.update(new)
+    tokenizer.add_tokens([token for content, token in added.items() if content not in known])
+
+
+def places(vocabulary: dict[str, int], size: int, own: dict[str, int]) -> Tensor:
     """``[size]``: the row of each output token in the model, -1 for none."""
-    own, rows = tokenizer.get_vocab(), int(model.config.get("vocab_size", 0))
     found = torch.full((size,), -1, dtype=torch.int64)
     for token, index in vocabulary.items():
-        if own.get(token, rows) < rows:
-            found[index] = own[token]
+        found[index] = own.get(token, -1)
     return found
 
 

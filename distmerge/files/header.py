@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,8 @@ def read_header(path: Path) -> Header:
         UserError: when the file is truncated, or anything in the header is not as the format says.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for ever
+            raise UserError(f"{path} must be a regular file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)

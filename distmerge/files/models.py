@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ class Model:
 
     def carried(self, names: tuple[str, ...]) -> dict[str, bytes]:
         """The content of those of ``names`` that lie beside the weights."""
-        return {name: (self.directory / name).read_bytes() for name in names if (self.directory / name).is_file()}
+        return carried(self.directory, names)
 
 
 def open_model(reference: str, allow_pickle: bool = False) -> Model:
@@ -80,6 +81,27 @@ def open_model(reference: str, allow_pickle: bool = False) -> Model:
         raise UserError(f"{reference} holds no tensors")
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
     return Model(reference, path, tensors, config, recorded=read_recorded(path))
+
+
+def carried(directory: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    """The content of those of ``names`` that lie in a model's directory, to be published with a merge of it.
+
+    Raises:
+        UserError: for one that is a link to somewhere else, which the model's author may have aimed at a file of the reader's.
+    """
+    found = {name: directory / name for name in names if (directory / name).is_file()}
+    for path in found.values():
+        check_inside(directory, path)
+    return {name: path.read_bytes() for name, path in found.items()}
+
+
+def check_inside(directory: Path, path: Path) -> None:
+    """Refuse a file of a model that is a link out of its directory; the hub's cache links snapshots to blobs beside them."""
+    root = directory.resolve()
+    roots = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+    real = path.resolve()
+    if not any(real.is_relative_to(place) for place in roots):
+        raise UserError(f"{path} is a link out of the model's directory, to {real}; it is not copied: put the file itself there")
 
 
 def read_recorded(path: Path) -> dict[str, dict[str, Any]]:
@@ -171,8 +193,11 @@ def read_index(path: Path) -> dict[str, Stored]:
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON table."""
     try:
-        if path.stat().st_size > JSON_LIMIT_BYTES:
-            raise UserError(f"{path} must have <= {JSON_LIMIT_BYTES} bytes, got {path.stat().st_size}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
+            raise UserError(f"{path} must be a regular file")
+        if status.st_size > JSON_LIMIT_BYTES:
+            raise UserError(f"{path} must have <= {JSON_LIMIT_BYTES} bytes, got {status.st_size}")
         table = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -163,10 +163,10 @@ class Stream:
             merged = job.rule.merge(block, state)
         except ValueError as error:
             raise UserError(f"{job.name} {error}") from None
-        for values in (merged, *block.members) if job.rule.hides(state) else (merged,):
-            if values.is_floating_point() and not bool(torch.isfinite(values.sum())):
-                self._blame(job, block)
         rounded = self.rounding.to(DTYPES[job.dtype], merged, job.name, block.start)
+        for values in (rounded, *block.members) if job.rule.hides(state) else (rounded,):
+            if values.is_floating_point() and not bool(torch.isfinite(values.sum(dtype=wide(values)))):
+                self._blame(job, block, rounded)
         write(job, block.start, rounded.cpu())
         if self.observer is None:
             return Measured()
@@ -174,12 +174,14 @@ class Stream:
             block = block._replace(base=job.origin.read(block.start, block.start + merged.numel()).to(merged.device))
         return self.observer.measure(job, block, merged, rounded)
 
-    def _blame(self, job: Job, block: Block) -> None:
-        """Say which input holds a value that is not finite, if one does: a sum may also overflow harmlessly."""
+    def _blame(self, job: Job, block: Block, rounded: Tensor) -> None:
+        """Say which input holds a value that is not finite, or that the output would: a sum may also overflow harmlessly."""
         for source, values in zip(job.sources, (*block.members, block.base), strict=False):
             if values is not None and not bool(torch.isfinite(values).all()):
                 files = ", ".join(str(entry.file) for entry in source.stored)
                 raise UserError(f"{job.name} holds NaN or infinity in {files}")
+        if not bool(torch.isfinite(rounded).all()):
+            raise UserError(f"{job.name} would hold NaN or infinity in the output: it overflows {str(rounded.dtype)[6:]}")
 
     def _tallied(self, jobs: list[Job], measure: Callable[[Job, Block], Measured]) -> dict[str, Tally]:
         tallies = {job.name: Tally() for job in jobs}
@@ -228,6 +230,11 @@ class Stream:
             members = [source.read(start, stop).to(device) for source in job.members]
             base = job.base.read(start, stop).to(device) if job.base is not None else None
             yield Block(members, base, start, index)
+
+
+def wide(values: Tensor) -> torch.dtype:
+    """A dtype in which a sum of the values does not overflow just because there are many."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 def check_device(device: str) -> None:
