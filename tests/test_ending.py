@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from distmerge import cli
 from distmerge.checkpoints.verify import verify_run
 from distmerge.ending import divergence, finite
+from distmerge.errors import UserError
 from distmerge.launch import DIVERGED, explain_failure
 from tests import jobs
 from tests.checkpoints.runs import run, write_text
@@ -145,3 +148,18 @@ def test_a_final_model_with_its_manifest_is_loaded_and_merged(tmp_path: Path, te
     outcome = command(["merge", "--method", "linear", *inputs, "--out", str(tmp_path / "again")])
     assert outcome.status == 2 and "does not have the XXH128" in outcome.stderr
     assert not (tmp_path / "again").exists()
+
+
+def test_a_run_whose_directory_is_deleted_ends_in_one_line(tmp_path: Path, text: Path) -> None:
+    def delete() -> None:
+        record = tmp_path / "run" / "metrics.jsonl"
+        jobs.wait_for(lambda: record.exists() and record.read_bytes().count(b"\n") > 3, "a few steps")
+        shutil.rmtree(tmp_path / "run")
+
+    thread = threading.Thread(target=delete)
+    thread.start()
+    with pytest.raises(UserError, match=r"cannot write .*run/.* deleted or moved while a run used it") as told:
+        run(tmp_path, "run", text, steps=100_000, checkpoint={"every": 100, "at": "every"}, window={"every": 50})
+    thread.join()
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "run").exists(), "its parts do not come back"
