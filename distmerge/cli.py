@@ -276,8 +276,9 @@ def train_help() -> int:
 
     from distmerge.config import TrainConfig
 
-    print("usage: distmerge train CONFIG.toml [--ranks N] [--section.key value ...]\n")
-    print("Any key of the configuration can be given after the file; --merge.0.every is the first [[merge]]'s.\n")
+    print("usage: distmerge train CONFIG.toml [--ranks N] [--restart] [--section.key value ...]\n")
+    print("Any key of the configuration can be given after the file; --merge.0.every is the first [[merge]]'s.")
+    print("--restart begins anew, and moves what is in run_dir to RUN_DIR.old-N.\n")
     tyro.cli(TrainConfig, prog="distmerge train CONFIG.toml", args=["--help"], config=(tyro.conf.AvoidSubcommands,))
     return 0
 

@@ -15,6 +15,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from distmerge.checkpoints.durable import guarded
 from distmerge.engine.engine import StepResult
 from distmerge.files.lines import Lines
 from distmerge.rundir import RunDirectory
@@ -113,25 +114,25 @@ class MetricsLog:
     def durable_bytes(self) -> int:
         """The record's length, once it and the events are on the disk: part of a checkpoint, so that a resume can cut it
         back, and never finds less."""
-        self.events.sync()
-        return self.lines.sync()
+        guarded(self.events.path, self.events.sync)
+        return guarded(self.lines.path, self.lines.sync)
 
     def write(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
-        self._draw(line)
+        guarded(self.lines.path, lambda: self.lines.append(line))
+        guarded(self.lines.path.parent, lambda: self._draw(line))
         self.say("  ".join(shown(line, self.steps)), line["step"])
 
     def event(self, step: int, kind: str, facts: dict[str, Any]) -> None:
         """A decision, as a line of events.jsonl, which is only ever added to, and as a text in TensorBoard."""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, "event": kind} | facts
-        self.events.append(line)
-        self._note(line)
-        self.board.flush()
+        guarded(self.events.path, lambda: self.events.append(line))
+        guarded(self.events.path.parent, lambda: self._note(line))
         if kind != "block":
             self.say(f"step {step}: {kind}: " + ", ".join(f"{key} {brief(value)}" for key, value in facts.items()))
 
     def _note(self, line: dict[str, Any]) -> None:
         self.board.add_text(f"events/{line['event']}", json.dumps(line), line["step"])
+        self.board.flush()
 
     def say(self, text: str, step: int | None = None) -> None:
         """A line for people, and the bar moved."""
@@ -146,6 +147,7 @@ class MetricsLog:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
+        self.durable_bytes()
         self.board.close()
         self.events.close()
         self.lines.close()

@@ -204,7 +204,10 @@ def guarded(path: Path, work: Callable[[], Any]) -> Any:
         causes = [cause for cause in chain(error) if isinstance(cause, OSError)]
         reason = causes[-1].strerror if causes else str(error).splitlines()[0]
         file = next((cause.filename for cause in causes if cause.filename), path)
-        raise UserError(f"cannot write {file}: {reason}; free some space or take another run_dir, and start again") from error
+        hint = "free some space or take another run_dir"
+        if any(isinstance(cause, FileNotFoundError) for cause in causes):
+            hint = "it or its directory was deleted or moved while a run used it; put it back or take another run_dir"
+        raise UserError(f"cannot write {file}: {reason}; {hint}, and start again") from error
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

@@ -40,6 +40,7 @@ class Lines:
 
     def append(self, line: dict[str, Any]) -> None:
         """Add a line. It is the operating system's now; :meth:`sync` waits for the disk."""
+        os.stat(self.path)  # a file that was deleted would take every line, and nobody would ever read them
         written = (json.dumps(line) + "\n").encode()
         write_all(self.descriptor, memoryview(written), self.path)
         self.bytes += len(written)

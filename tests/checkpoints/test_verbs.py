@@ -130,6 +130,7 @@ def test_explain_and_plot(trained: Path, tmp_path: Path, capsys: pytest.CaptureF
         (["--out", "OUT", "--curve", "lineer"], "lineer"),
         (["--out", "OUT", "--last", "1"], "at least two"),
         (["--out", "OUT", "--last", "0"], "--last must be >= 1"),
+        (["--out", "OUT", "--last", "99"], "--last must be <= "),
         (["--out", "OUT", "--steps", "4"], "A:B"),
         (["--out", "OUT", "--curve", "table:0=1,0.5=1.2,1=0"], "must not increase"),
         (["--out", "OUT", "--curve", "table:0=1,1=-0.1"], "stay in [0, 1]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,51 @@ def test_blocks_that_retention_took_are_not_merged_after_going_back(tmp_path: Pa
     after = {line["step"]: line["preview/loss"] for line in lines(directory, "metrics.jsonl") if "preview/loss" in line}
     assert 24 not in after and before.keys() - after.keys() == {24}  # one block is none to be merged
     assert after[32] == before[32] and after[40] == before[40]
+
+
+@pytest.mark.parametrize("harm", ["vanishes", "is damaged", "is another run's"])
+def test_a_block_that_is_no_longer_what_was_published_is_left_out_and_said(tmp_path: Path, text: Path, harm: str) -> None:
+    """The preview goes on with an older block in its place, as if there had never been the other; training is not touched."""
+    sections = {"window": {"every": 4}, "preview": {"every": 8, "last": 2}}
+    plain = run(tmp_path, "plain", text, **sections)
+    directory = run(tmp_path, "harmed", text, steps=30, **sections)
+    place = directory / "window" / "block-00000028"
+    if harm == "vanishes":
+        shutil.rmtree(place)
+    elif harm == "is damaged":
+        weights = place / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    else:
+        shutil.rmtree(place)
+        shutil.copytree(plain / "window" / place.name, place)
+    (directory / "summary.json").unlink()
+    run(tmp_path, "harmed", text, **sections)
+    previews = {line["step"]: line["preview/loss"] for line in lines(directory, "metrics.jsonl") if "preview/loss" in line}
+    expected = {line["step"]: line["preview/loss"] for line in lines(plain, "metrics.jsonl") if "preview/loss" in line}
+    assert previews[40] == expected[40], "blocks 36 and 40"
+    assert 32 in previews and previews[32] != expected[32], "blocks 24 and 32 in place of 28 and 32"
+    said = [event for event in lines(directory, "events.jsonl") if event["event"] == "block left out"]
+    assert len(said) == (harm != "vanishes") and all(event["block"] == place.name for event in said)
+    assert same(parameters(plain / "final"), parameters(directory / "final"))
+
+
+def test_a_block_that_vanishes_while_the_run_goes_on_is_said_once(tmp_path: Path, text: Path, monkeypatch) -> None:
+    from distmerge.checkpoints.preview import Preview
+
+    loss, gone = Preview.loss, tmp_path / "run" / "window" / "block-00000012"
+
+    def without_the_third(self: Preview, step: int) -> float | None:
+        if gone.exists():
+            shutil.rmtree(gone)
+        return loss(self, step)
+
+    monkeypatch.setattr(Preview, "loss", without_the_third)
+    directory = run(tmp_path, "run", text, window={"every": 4}, preview={"every": 8, "last": 5})
+    said = [event for event in lines(directory, "events.jsonl") if event["event"] == "block left out"]
+    assert [(event["step"], event["block"]) for event in said] == [(16, "block-00000012")]
+    assert "cannot be read" in said[0]["reason"]
+    previews = [line["step"] for line in lines(directory, "metrics.jsonl") if "preview/loss" in line]
+    assert previews == [8, 16, 24, 32, 40]
 
 
 @pytest.mark.parametrize(
