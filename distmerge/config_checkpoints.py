@@ -69,12 +69,11 @@ class Preview(Section):
 class Recovery(Section):
     enabled: bool = False
     """Watch for spikes, and go back before one. Reads the loss of each step, for which a GPU must be waited."""
-    threshold: float = Field(default=6.5, gt=0)
-    """Robust standard deviations by which the mean of four steps must lie above the last ones: of the loss, or of loss and log
-    gradient norm together. The loss of one step alone must lie twice as far above; a gradient norm alone counts only if it
-    stays."""
-    window: int = Field(default=128, ge=16)
-    """Steps whose scatter a step is held against."""
+    threshold: float = Field(default=5.5, gt=0)
+    """Robust standard deviations above the last steps from which the loss of one step is suspected, and accordingly less for
+    several. What the run's own history has shown to be ordinary is not, however far out."""
+    window: int = Field(default=512, ge=16)
+    """Healthy steps from which it is learned what is ordinary. Roll-backs within two windows count as attempts on one spike."""
     margin: int = Field(default=5, ge=0)
     """Steps before its detection at which a spike may have begun: no checkpoint is trusted from then on."""
     keep_optimizer: Literal["keep", "reset", "average", "rollback"] = "rollback"
@@ -88,5 +87,6 @@ class Recovery(Section):
     """Steps after a roll-back in which only what is no number is a spike."""
     attempts: int = Field(default=3, ge=1)
     """Roll-backs, closer to each other than two windows, before the run stops."""
-    merge_last: int = Field(default=3, ge=1)
-    """Stable checkpoints, or blocks of the window, that are merged where the run goes on; 1 is a plain roll-back."""
+    merge_last: int = Field(default=1, ge=1)
+    """Stable checkpoints, or blocks of the window, that are merged where the run goes on; 1 is a plain roll-back, which
+    was as good or better wherever it was measured."""

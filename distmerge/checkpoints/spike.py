@@ -1,43 +1,62 @@
-"""Spikes: a loss or gradient norm far above what the last steps would make one expect, or one that is no number.
+"""Spikes, in two stages: a step is suspected soon, and a run is called diverged only when it is.
 
-Robust statistics, since the sample is small and what is looked for would spoil it: of the loss and of the logarithm of the
-gradient norm (whose scatter is multiplicative), the level is the median of the last steps. The scatter is the median distance
-between successive steps, which a loss that falls does not widen as it widens the median absolute deviation; of the gradient
-norm, whose level wanders in well runs, the larger of the two. A step is held against them together with the three before it:
-one hard batch is not enough, unless it is beyond all measure, and a divergence that creeps is found before it is far away.
-The loss counts alone and together with the gradient norm, which alone is high for some steps in well runs, too. Its tail is
-heavy even in logarithms: one batch of a well run has four times the norm of all others and leaves no trace. So of one step
-it counts no more than a bound (Huber's, https://doi.org/10.1214/aoms/1177703732), and what stays is told from what passes.
-Samples that were called a spike stay out of the statistics: one NaN in a rolling window would blind it.
+The detector is pure: the loss and the gradient norm of a step go in, a verdict comes out. ``suspected`` says that the loss is
+out of the ordinary (``tails.py`` learns what is ordinary). It costs little, since the caller only holds back what would be
+published, so it comes early. ``diverged`` costs a roll-back, so it waits for proof:
+
+- a loss or a gradient norm that is not finite, at once;
+- a loss that still grows and has left what data can explain: half above the level before, or above the start's;
+- a loss that grows for ``LIMIT`` steps on end;
+- a loss that has been as high as that of the untrained model for ``PATIENCE`` steps and does not fall, or for ``LIMIT``.
+
+A suspicion ends at once where the loss is ordinary again, and after ``PATIENCE`` steps where its new level stays flat or
+falls: that is other data, and it is accepted as the new level. No suspicion is longer than ``LIMIT``.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
-from collections import deque
 from typing import Any, Literal, NamedTuple
 
-LEAST_SAMPLES = 16
-
-LEVEL_SAMPLES = 16
-
-TOGETHER = 4
-"""Steps whose mean excess is judged. The mean of n independent ones scatters by 1 / sqrt(n)."""
-
-MOST_NORM_EXCESS = 6.0
-"""What the gradient norm of one step counts at most, in robust standard deviations: one step does not decide for four."""
-
-LEAST_SCALE = {"loss": 0.02, "gradient norm": 0.1}
-"""Scatter below this is not believed: of the loss relative to its median, of the log of the gradient norm as it is."""
-
-
-PATIENCE = 20
-"""Steps after which a suspicion ends: in a roll-back where the loss still grows, else with its level accepted."""
+from distmerge.checkpoints.tails import LEAST_SAMPLES, LONG, NEGLIGIBLE, RISING, SHORT, TRENDS, History, trend
 
 CALM = 4
 """Ordinary steps in a row that end a suspicion."""
+
+PATIENCE = 40
+"""Steps after which a new level is accepted that does not grow."""
+
+LIMIT = 100
+"""Steps of the longest suspicion."""
+
+UNEXPLAINED = 1.5
+"""Times the level before, beyond which a loss that grows is not the data's."""
+
+LEARNT = 0.85
+"""Part of the start's loss below which a run has learnt: going back to the start's is then a divergence."""
+
+MEMORY = 512
+"""Steps for which a level that was left is remembered: coming back to it is ordinary."""
+
+HIGH, SAME = 0.95, 1.15
+"""Parts: of the start's loss that counts as being back there; of a level that counts as clearly above it."""
+
+
+FIRST = 5
+"""Steps whose median is the start's loss."""
+
+UNUSUAL = (*RISING, "fall")
+
+KEPT = ("start", "best", "calm", "quiet")
+
+
+class Step(NamedTuple):
+    """The logarithm of a loss, its statistics beside the history, and why it is unusual; empty where it is not."""
+
+    value: float
+    found: dict[str, float]
+    unusual: str
 
 
 class Verdict(NamedTuple):
@@ -57,119 +76,187 @@ class Verdict(NamedTuple):
 
 
 class Detector:
-    """Judges each step by its loss and its gradient norm; what follows from the verdict is the caller's to decide.
+    """Judges each step; what follows from the verdict is the caller's to decide.
 
     Args:
-        window: steps whose statistics a step is held against.
-        threshold: robust standard deviations, of a mean of four steps, above the median.
+        window: healthy steps from which the tails of the loss are learned.
+        threshold: robust standard deviations from which a step of independent scatter is suspected.
     """
 
     def __init__(self, window: int, threshold: float):
-        self.window, self.threshold = window, threshold
-        self.samples: dict[str, deque[float]] = {name: deque(maxlen=window) for name in LEAST_SCALE}
-        self.recent: dict[str, deque[float]] = {name: deque(maxlen=TOGETHER - 1) for name in LEAST_SCALE}
-        self.quiet = 0
-        self.suspicious: list[tuple[float, float]] = []  # the steps of a suspicion, the first one included
-        self.calm = 0
-        self.start: float | None = None
+        self.history = History(window, threshold)
+        self.suspicious: list[Step] = []  # since the suspicion began
+        self.left: list[tuple[int, list[float]]] = []  # levels that were left: steps to remember it for, and its losses
+        self.first: list[float] = []
+        self.start = 0.0  # loss of the first steps
+        self.best = math.inf  # lowest level of LONG steps
+        self.calm = self.quiet = 0
 
     def cool_down(self, steps: int) -> None:
         """The run went back: for ``steps`` steps, until past the spike's own step, only a non-finite value counts.
 
-        The samples before the spike stay: they are of healthy steps, and the run is where it was.
+        The history stays as it was before the spike: the run is where it was.
         """
         self.quiet = steps
         self._release()
 
     def accept(self) -> None:
         """The caller goes on with this level, having used up its attempts to go back: take it as the normal one."""
-        for name in self.samples:
-            self.samples[name].clear()
-        for values in self.suspicious:
-            self._learn(*values)
+        if self.suspicious:
+            level = statistics.median([step.value for step in self.suspicious][-max(TRENDS) :])
+            self.start = max(self.start, UNEXPLAINED * self._loss(level))
+            self._move()
+
+    def check(self, loss: float, grad_norm: float) -> Verdict:
+        """The verdict on one step. After "diverged" the caller says ``cool_down`` or ``accept``."""
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            return Verdict("diverged", f"loss {loss}, gradient norm {grad_norm}", len(self.suspicious))
+        if len(self.first) < FIRST:
+            self.first.append(loss)
+            self.start = statistics.median(self.first)
+        self.left = [(steps - 1, losses) for steps, losses in self.left if steps > 1]
+        step = self._seen(loss)
+        if self.quiet:
+            self.quiet -= 1
+            if not step.unusual:
+                self._learn(step)
+            return Verdict("healthy")
+        if not step.unusual and not self.suspicious:
+            self._learn(step)
+            return Verdict("healthy")
+        if self._is_back(step):
+            return Verdict("healthy")
+        self.suspicious.append(step)
+        self.calm = 0 if step.unusual else self.calm + 1
+        if self.calm == CALM:
+            self._learn_scare()
+            return Verdict("healthy")
+        return self._judge(f"{self._why()} (loss {loss:.4g}, gradient norm {grad_norm:.4g})")
+
+    def _seen(self, loss: float) -> Step:
+        """A step beside the history, and why it is unusual."""
+        value = math.log(max(loss, 0.0) + self._negligible())
+        if len(self.history.losses) < LEAST_SAMPLES:
+            high = loss > UNEXPLAINED * self.start + self._negligible()
+            return Step(value, {}, "loss far above the start's" if high else "")
+        found = self.history.statistics([*(step.value for step in self.suspicious), value])
+        limits = self.history.limits()
+        ratios = {name: found[name] / limits[name] for name in UNUSUAL if name in found}
+        if len(self.history.losses) < LONG:
+            ratios.pop("fall", None)  # early on, learning is sudden
+        name, ratio = max(ratios.items(), key=lambda item: item[1])
+        if ratio > 1 and name == "fall":
+            return Step(value, found, f"loss too low: {math.exp(-found[name]):.2g} times the level")
+        if ratio > 1:
+            return Step(value, found, f"loss too high: {name}, {ratio:.1f} times the usual")
+        high = self._loss(self.history.level()) > self._untrained()
+        return Step(value, found, f"loss as high as at the start ({self.start:.4g})" if high else "")
+
+    def _judge(self, reason: str) -> Verdict:
+        """A suspicion goes on, is proved, or ends with its level accepted."""
+        steps, since = len(self.suspicious), len(self.suspicious) - 1
+        limits, before = self.history.limits(), self._before()
+        values = self._since_the_last_fall(limits["fall"])
+        trends = {count: trend(values, count) for count in TRENDS if len(values) >= 2 * count}
+        growing = {count for count, rise in trends.items() if rise > limits[f"trend of {count}"]}
+        explained = min(UNEXPLAINED * before, max(self.start, SAME * before))
+        level = max((self._loss(statistics.median(values[-count:])) for count in growing), default=0.0)
+        if level > explained:
+            return Verdict("diverged", f"the loss grew from {before:.4g} to {level:.4g} and still grows: {reason}", since)
+        longest = max(TRENDS)
+        if steps < PATIENCE or (longest not in trends and steps < LIMIT):
+            return Verdict("suspected", reason, since)
+        level = self._loss(statistics.median(values[-longest:]))
+        slope, usual = trends.get(longest, 0.0), limits[f"trend of {longest}"]
+        high = longest in trends and level > max(before, self._untrained())
+        if high and (slope > -0.5 * usual or level > 2 * self._untrained() or steps >= LIMIT):
+            return Verdict("diverged", f"the loss stays at {level:.4g}, as at the start ({self.start:.4g}): {reason}", since)
+        if high or (slope > 0.5 * usual and steps < LIMIT):
+            return Verdict("suspected", reason, since)
+        if slope > 0.5 * usual and trend(values, len(values) // 2) > usual:
+            return Verdict("diverged", f"the loss has grown for {steps} steps, {before:.4g} to {level:.4g}: {reason}", since)
+        self._move()
+        return Verdict("healthy", f"a loss of {level:.4g} after {before:.4g} is the new level", since, accepted=True)
+
+    def _since_the_last_fall(self, limit: float) -> list[float]:
+        """Suspicious log losses; coming back from losses that were too low is not growing."""
+        low = [step.found.get("fall", 0.0) > limit for step in self.suspicious]
+        first = 0 if low[-1] or True not in low else len(low) - low[::-1].index(True)
+        return [step.value for step in self.suspicious[first:]]
+
+    def _before(self) -> float:
+        """The loss before the suspicion."""
+        if len(self.history.losses) < LEAST_SAMPLES:
+            return self.start
+        return self._loss(min(self.history.level(), self.history.level(LONG)))
+
+    def _untrained(self) -> float:
+        """The loss from which on a run knows no more than at its start, or is far above what it had."""
+        best = min(self.best, self._before())
+        return HIGH * self.start if best < LEARNT * self.start else UNEXPLAINED * best
+
+    def _why(self) -> str:
+        return next(step.unusual for step in reversed(self.suspicious) if step.unusual)
+
+    def _negligible(self) -> float:
+        return NEGLIGIBLE * abs(self.start) + 1e-12
+
+    def _loss(self, value: float) -> float:
+        return math.exp(value) - self._negligible()
+
+    def _is_back(self, step: Step) -> bool:
+        """Whether the loss is back at a level that was left, which is then the level again."""
+        for index, (_, losses) in enumerate(self.left):
+            level = statistics.median(losses[-LONG:])
+            if abs(step.value - level) < self.history.limits()["one"] and self._loss(level) < self._untrained():
+                del self.left[index]
+                self._leave()
+                self.history.move(losses)
+                self._release()
+                return True
+        return False
+
+    def _leave(self) -> None:
+        self.left = [*self.left[-2:], (MEMORY, list(self.history.losses))]
+
+    def _move(self) -> None:
+        """The level of the suspicious steps is the normal one."""
+        if self.history.losses:
+            self._leave()
+        self.history.move([step.value for step in self.suspicious])
+        self._release()
+
+    def _learn(self, step: Step) -> None:
+        self.history.learn(step.value, step.found)
+        if len(self.history.losses) >= LONG:
+            self.best = min(self.best, self._loss(self.history.level(LONG)))
+
+    def _learn_scare(self) -> None:
+        """A suspicion that passed by itself: a short one is this run's noise, a long one was an event."""
+        for step in self.suspicious:
+            if len(self.suspicious) <= SHORT:
+                self.history.widen(step.found)
+            if not step.unusual:
+                self._learn(step)
         self._release()
 
     def _release(self) -> None:
         self.suspicious, self.calm = [], 0
-        for excesses in self.recent.values():
-            excesses.clear()
-
-    def check(self, loss: float, grad_norm: float) -> Verdict:
-        """The verdict on one step. "diverged" is repeated until the caller says ``cool_down`` or ``accept``, or all is well."""
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            return Verdict("diverged", f"loss {loss}, gradient norm {grad_norm}", len(self.suspicious))
-        self.start = loss if self.start is None else self.start
-        reason = self._unusual(loss, grad_norm)
-        if self.quiet:
-            self.quiet -= 1
-            self._learn(loss, grad_norm)
-            return Verdict("healthy")
-        if not self.suspicious and not reason:
-            self._learn(loss, grad_norm)
-            return Verdict("healthy")
-        self.suspicious.append((loss, grad_norm))
-        self.calm = 0 if reason else self.calm + 1
-        since = len(self.suspicious) - 1
-        if self.calm >= CALM:
-            for values in self.suspicious[-CALM:]:
-                self._learn(*values)
-            self._release()
-            return Verdict("healthy")
-        if since < PATIENCE:
-            return Verdict("suspected", reason or "not yet calm", since)
-        losses = [loss for loss, _ in self.suspicious]
-        older, newer = (statistics.median(part) for part in (losses[-PATIENCE : -PATIENCE // 2], losses[-PATIENCE // 2 :]))
-        if newer > max(older, *losses[:1]) or newer > self.start:
-            return Verdict("diverged", f"the loss grew from {older:.4g} to {newer:.4g}", since)
-        self.accept()
-        return Verdict("healthy", f"accepted a loss of {newer:.4g}", since, accepted=True)
-
-    def _learn(self, loss: float, grad_norm: float) -> None:
-        self.samples["loss"].append(loss)
-        self.samples["gradient norm"].append(math.log(max(grad_norm, 1e-30)))
-
-    def _unusual(self, loss: float, grad_norm: float) -> str:
-        """Why this step is out of the ordinary; empty for one that is not."""
-        values = {"loss": loss, "gradient norm": math.log(max(grad_norm, 1e-30))}
-        excesses = {name: self._excess(name, value) for name, value in values.items()}
-        of_four = {name: (sum(self.recent[name]) + excess) / math.sqrt(TOGETHER) for name, excess in excesses.items()}
-        both = sum(of_four.values()) / math.sqrt(len(of_four))
-        found = {"loss": of_four["loss"], "loss with gradient norm": both}
-        reasons = [f"{name} {z:.1f} robust sigma above the last steps" for name, z in found.items() if z > self.threshold]
-        if not self.quiet:
-            for name in values:
-                self.recent[name].append(excesses[name])
-        return f"{' and '.join(reasons)} (loss {loss:.4g}, gradient norm {grad_norm:.4g})" if reasons else ""
-
-    def _excess(self, name: str, value: float) -> float:
-        """Robust standard deviations above the level; 0 while there are too few samples to tell."""
-        samples = self.samples[name]
-        if len(samples) < min(LEAST_SAMPLES, self.window):
-            return 0.0
-        level = statistics.median(list(samples)[-LEVEL_SAMPLES:])
-        scatter = 1.4826 * statistics.median(abs(b - a) for a, b in itertools.pairwise(samples)) / math.sqrt(2)
-        if name == "loss":
-            return (value - level) / max(scatter, LEAST_SCALE[name] * abs(level))
-        median = statistics.median(samples)
-        deviation = 1.4826 * statistics.median(abs(sample - median) for sample in samples)
-        return min(MOST_NORM_EXCESS, (value - level) / max(scatter, deviation, LEAST_SCALE[name]))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and names, from which ``load_state_dict`` goes on bitwise."""
-        return {
-            "samples": {name: list(samples) for name, samples in self.samples.items()},
-            "recent": {name: list(excesses) for name, excesses in self.recent.items()},
-            "quiet": self.quiet,
-            "suspicious": list(self.suspicious),
-            "calm": self.calm,
-            "start": self.start,
+        kept = {name: getattr(self, name) for name in KEPT}
+        return kept | {
+            "history": self.history.state_dict(),
+            "suspicious": [tuple(step) for step in self.suspicious],
+            "left": [(steps, list(losses)) for steps, losses in self.left],
+            "first": list(self.first),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.quiet, self.calm, self.start = state["quiet"], state["calm"], state["start"]
-        self.suspicious = [(loss, norm) for loss, norm in state["suspicious"]]
-        for name, samples in self.samples.items():
-            samples.clear()
-            samples.extend(state["samples"][name])
-            self.recent[name].clear()
-            self.recent[name].extend(state["recent"][name])
+        for name in KEPT:
+            setattr(self, name, state[name])
+        self.history.load_state_dict(state["history"])
+        self.suspicious = [Step(*step) for step in state["suspicious"]]
+        self.left = [(steps, list(losses)) for steps, losses in state["left"]]
+        self.first = list(state["first"])

@@ -1,0 +1,161 @@
+"""What is ordinary for a run's loss, learned from the run's own history.
+
+Losses are taken as logarithms, so that scatter is relative to the level; where a loss is small beside that of the start, its
+scatter counts less. Several statistics of the newest steps, from one step to 32, are each held against the level before
+them. What a statistic may be without being unusual is the larger of two limits: what independent noise would make of it,
+by a robust scale, and somewhat beyond what it has been in the run's healthy past. The second learns whatever tail a run has:
+rare hard batches, correlated losses, epochs. Medians and minima keep one batch from deciding for many.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+LEAST_SAMPLES = 16
+"""Healthy steps without which only a loss of half above the start's is unusual."""
+
+SHORT, LONG = 16, 64
+"""Steps whose median is the level: for statistics of few steps, which a falling loss must not blind, and of many."""
+
+FLOOR = 0.01
+"""Relative scatter below this is not believed."""
+
+UNKNOWN = 0.3
+"""Relative scatter of a run that has not got so far."""
+
+NEGLIGIBLE = 0.005
+"""Beside this part of the start's loss, a loss is as good as none."""
+
+BEYOND = 1.25
+"""A statistic is unusual from this many times the largest one of the history on."""
+
+LEAST_FALL = 0.4
+"""A fall of the log loss below which it is never too low: learning may be sudden."""
+
+SLOW = (8, 32)
+"""Steps of the slow statistics."""
+
+TRENDS = (5, 10, 20)
+"""A trend is the median of so many steps, less that of as many before them."""
+
+RISING = ("one", "two", "three", *(f"median of {steps}" for steps in SLOW))
+NAMES = (*RISING, "fall", *(f"trend of {steps}" for steps in TRENDS))
+
+EXPECTED = {"one": 1.0, "two": 0.71, "three": 0.5, "fall": 1.0}
+"""Scatter of each statistic where steps are independent, in that of one step."""
+EXPECTED |= {f"median of {steps}": math.sqrt(1.57 / steps + 1.57 / LONG) for steps in SLOW}
+EXPECTED |= {f"trend of {steps}": math.sqrt(2 * 1.57 / steps) for steps in TRENDS}
+
+
+LAG = 64
+"""Steps after which a healthy step's statistics are learned: a slow ramp must not widen the limits that are to find it."""
+
+
+class Tail:
+    """The newest values of a statistic, and the largest of them."""
+
+    def __init__(self, length: int):
+        self.values: deque[float] = deque(maxlen=length)
+        self.largest = 0.0
+
+    def append(self, value: float) -> None:
+        gone = self.values[0] if len(self.values) == self.values.maxlen else None
+        self.values.append(value)
+        self.largest = max(self.largest, value) if gone != self.largest else max(0.0, *self.values)
+
+    def replace(self, values: list[float]) -> None:
+        self.values.clear()
+        self.values.extend(values)
+        self.largest = max(0.0, *values) if values else 0.0
+
+
+class History:
+    """The healthy steps of a run: their level, their scatter, their tails.
+
+    Args:
+        window: steps of the history.
+        threshold: robust standard deviations from which a statistic of independent steps is unusual.
+    """
+
+    def __init__(self, window: int, threshold: float):
+        self.threshold = threshold
+        self.losses: deque[float] = deque(maxlen=LONG + 2 * max(TRENDS))  # logarithms
+        self.excesses: deque[float] = deque(maxlen=2)  # of the last steps, above the level that was theirs
+        self.waiting: deque[dict[str, float]] = deque()  # statistics that are not yet learned
+        self.tails = {name: Tail(window) for name in NAMES}
+
+    def level(self, steps: int = SHORT) -> float:
+        return statistics.median(list(self.losses)[-steps:])
+
+    def scale(self) -> float:
+        """Of successive differences, which a falling loss does not widen."""
+        if len(self.losses) < LEAST_SAMPLES:
+            return UNKNOWN
+        distances = [abs(b - a) for a, b in itertools.pairwise(self.losses)]
+        return max(FLOOR, 1.4826 * statistics.median(distances) / math.sqrt(2))
+
+    def limits(self) -> dict[str, float]:
+        """From where on each statistic is unusual."""
+        independent = self.threshold * self.scale()
+        limits = {name: max(independent * EXPECTED[name], BEYOND * tail.largest) for name, tail in self.tails.items()}
+        limits["fall"] = max(limits["fall"], LEAST_FALL)
+        return limits
+
+    def statistics(self, newest: list[float]) -> dict[str, float]:
+        """Of the last step of ``newest``: steps since the history, one at least, in order."""
+        before = list(self.losses)
+        short, long = self.level(), self.level(LONG)
+        excesses = [*self.excesses, *(loss - short for loss in newest[-3:])][-3:]
+        found = {"one": excesses[-1], "two": sum(excesses[-2:]) / 2, "three": min(excesses), "fall": -max(excesses[-2:])}
+        together = (before + newest)[-2 * max(TRENDS) - LONG :]
+        for steps in SLOW:
+            past = together[-steps - LONG : -steps] if len(newest) < steps else before[-LONG:]
+            found[f"median of {steps}"] = statistics.median(together[-steps:]) - (statistics.median(past) if past else long)
+        for steps in TRENDS:
+            if len(together) >= 2 * steps:
+                found[f"trend of {steps}"] = trend(together, steps)
+        return found
+
+    def learn(self, loss: float, found: dict[str, float]) -> None:
+        """A healthy step and its statistics."""
+        self.losses.append(loss)
+        if found:
+            self.excesses.append(found["one"])
+            self.waiting.append(found)
+        if len(self.waiting) > LAG:
+            self.widen(self.waiting.popleft())
+
+    def widen(self, found: dict[str, float]) -> None:
+        """Such statistics are ordinary."""
+        for name, value in found.items():
+            self.tails[name].append(value)
+
+    def move(self, losses: list[float]) -> None:
+        """To another level, that of ``losses``; the tails stay."""
+        self.losses.clear()
+        self.losses.extend(losses)
+        self.excesses.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "losses": list(self.losses),
+            "excesses": list(self.excesses),
+            "waiting": [dict(found) for found in self.waiting],
+            "tails": {name: list(tail.values) for name, tail in self.tails.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("losses", "excesses", "waiting"):
+            kept = getattr(self, name)
+            kept.clear()
+            kept.extend(state[name])
+        for name, tail in self.tails.items():
+            tail.replace(state["tails"][name])
+
+
+def trend(losses: list[float], steps: int) -> float:
+    return statistics.median(losses[-steps:]) - statistics.median(losses[-2 * steps : -steps])
