@@ -90,7 +90,9 @@ def test_what_goes_on_growing_is_gone_back_from_to_before_its_first_step(
 def test_a_new_level_is_accepted_and_what_was_held_is_released(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report(monkeypatch, {1: 3.0} | dict.fromkeys(range(30, 35), 2.0) | dict.fromkeys(range(35, 200), 1.5))
+    report(
+        monkeypatch, dict.fromkeys(range(1, 13), 3.0) | dict.fromkeys(range(30, 35), 2.0) | dict.fromkeys(range(35, 200), 1.5)
+    )
     moved = run(tmp_path, "moved", text, recovery=RECOVERY, **SECTIONS)
     assert not events(moved, "spike", "rolled back") and events(moved, "level accepted")
     assert events(moved, "block held") and events(moved, "blocks released")
