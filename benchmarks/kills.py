@@ -18,7 +18,7 @@ from report import Report, parser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.faults.kills import campaign  # noqa: E402
+from tests.faults.kills import campaign
 
 
 def main() -> None:

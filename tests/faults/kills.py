@@ -18,10 +18,12 @@ from distmerge.checkpoints.durable import verify
 from distmerge.checkpoints.store import published_checkpoints
 from tests import jobs
 
-STEPS = 60
+STEPS = 40
 
 CONFIG = (
-    jobs.CONFIG.partition("[[merge]]")[0].replace("num_hidden_layers = 1", "num_hidden_layers = 2")
+    jobs.CONFIG.partition("[[merge]]")[0]
+    .replace("num_hidden_layers = 1", "num_hidden_layers = 2")
+    .replace("steps = 60", f"steps = {STEPS}")
     + """
 [[merge]]
 kind = "sparta"
