@@ -27,19 +27,22 @@ CALM = 4
 PATIENCE = 40
 """Steps after which a new level is accepted that does not grow."""
 
+MILD = 2.0
+"""Times the limit up to which a suspicion that proved wrong is taken for this run's noise, however long it was."""
+
 LIMIT = 100
 """Steps of the longest suspicion."""
 
 UNEXPLAINED = 1.5
 """Times the level before, beyond which a loss that grows is not the data's."""
 
-LEARNT = 0.85
+LEARNT = 0.75
 """Part of the start's loss below which a run has learnt: going back to the start's is then a divergence."""
 
 MEMORY = 512
 """Steps for which a level that was left is remembered: coming back to it is ordinary."""
 
-HIGH, SAME = 0.95, 1.15
+HIGH, SAME = 0.85, 1.15
 """Parts: of the start's loss that counts as being back there; of a level that counts as clearly above it."""
 
 
@@ -57,6 +60,7 @@ class Step(NamedTuple):
     value: float
     found: dict[str, float]
     unusual: str
+    ratio: float = 0.0  # of the most unusual statistic to its limit
 
 
 class Verdict(NamedTuple):
@@ -139,18 +143,19 @@ class Detector:
         if len(self.history.losses) < LEAST_SAMPLES:
             high = loss > UNEXPLAINED * self.start + self._negligible()
             return Step(value, {}, "loss far above the start's" if high else "")
-        found = self.history.statistics([*(step.value for step in self.suspicious), value])
+        newest = [*(step.value for step in self.suspicious), value]
+        found = self.history.statistics(newest)
         limits = self.history.limits()
         ratios = {name: found[name] / limits[name] for name in UNUSUAL if name in found}
         if len(self.history.losses) < LONG:
             ratios.pop("fall", None)  # early on, learning is sudden
         name, ratio = max(ratios.items(), key=lambda item: item[1])
         if ratio > 1 and name == "fall":
-            return Step(value, found, f"loss too low: {math.exp(-found[name]):.2g} times the level")
+            return Step(value, found, f"loss too low: {math.exp(-found[name]):.2g} times the level", ratio)
         if ratio > 1:
-            return Step(value, found, f"loss too high: {name}, {ratio:.1f} times the usual")
-        high = self._loss(self.history.level()) > self._untrained()
-        return Step(value, found, f"loss as high as at the start ({self.start:.4g})" if high else "")
+            return Step(value, found, f"loss too high: {name}, {ratio:.1f} times the usual", ratio)
+        high = self._loss(statistics.median([*self.history.losses, *newest][-SHORT:])) > self._untrained()
+        return Step(value, found, f"loss as high as at the start ({self.start:.4g})" if high else "", ratio)
 
     def _judge(self, reason: str) -> Verdict:
         """A suspicion goes on, is proved, or ends with its level accepted."""
@@ -206,9 +211,11 @@ class Detector:
 
     def _is_back(self, step: Step) -> bool:
         """Whether the loss is back at a level that was left, which is then the level again."""
+        usual = self.history.limits()["one"]
         for index, (_, losses) in enumerate(self.left):
             level = statistics.median(losses[-LONG:])
-            if abs(step.value - level) < self.history.limits()["one"] and self._loss(level) < self._untrained():
+            apart = abs(level - self.history.level()) > usual
+            if apart and abs(step.value - level) < usual and self._loss(level) < self._untrained():
                 del self.left[index]
                 self._leave()
                 self.history.move(losses)
@@ -219,8 +226,13 @@ class Detector:
     def _leave(self) -> None:
         self.left = [*self.left[-2:], (MEMORY, list(self.history.losses))]
 
+    def _is_mild(self) -> bool:
+        return max(step.ratio for step in self.suspicious) < MILD
+
     def _move(self) -> None:
         """The level of the suspicious steps is the normal one."""
+        for step in self.suspicious if self._is_mild() else []:
+            self.history.learn_unusual(step.found)
         if self.history.losses:
             self._leave()
         self.history.move([step.value for step in self.suspicious])
@@ -232,12 +244,13 @@ class Detector:
             self.best = min(self.best, self._loss(self.history.level(LONG)))
 
     def _learn_scare(self) -> None:
-        """A suspicion that passed by itself: a short one is this run's noise, a long one was an event."""
+        """A suspicion that passed by itself: a short or a mild one is this run's noise, any other was an event."""
+        noise = len(self.suspicious) <= SHORT or self._is_mild()
         for step in self.suspicious:
-            if len(self.suspicious) <= SHORT:
-                self.history.widen(step.found)
             if not step.unusual:
                 self._learn(step)
+            elif noise:
+                self.history.learn_unusual(step.found)
         self._release()
 
     def _release(self) -> None:

@@ -42,7 +42,8 @@ SLOW = (8, 32)
 TRENDS = (5, 10, 20)
 """A trend is the median of so many steps, less that of as many before them."""
 
-RISING = ("one", "two", "three", *(f"median of {steps}" for steps in SLOW))
+QUICK = ("one", "two", "three", "fall")
+RISING = (*QUICK[:3], *(f"median of {steps}" for steps in SLOW))
 NAMES = (*RISING, "fall", *(f"trend of {steps}" for steps in TRENDS))
 
 EXPECTED = {"one": 1.0, "two": 0.71, "three": 0.5, "fall": 1.0}
@@ -126,11 +127,18 @@ class History:
         if found:
             self.excesses.append(found["one"])
             self.waiting.append(found)
-        if len(self.waiting) > LAG:
-            self.widen(self.waiting.popleft())
+        while len(self.waiting) > LAG:
+            self._widen(self.waiting.popleft())
 
-    def widen(self, found: dict[str, float]) -> None:
-        """Such statistics are ordinary."""
+    def learn_unusual(self, found: dict[str, float]) -> None:
+        """Statistics of a step that looked unusual and was healthy: those of few steps at once, or every hard batch would be
+        suspected for ``LAG`` steps."""
+        for name in QUICK:
+            if name in found:
+                self.tails[name].append(found[name])
+        self.waiting.append({name: value for name, value in found.items() if name not in QUICK})
+
+    def _widen(self, found: dict[str, float]) -> None:
         for name, value in found.items():
             self.tails[name].append(value)
 
