@@ -38,6 +38,9 @@ from distmerge.config_checkpoints import Recovery
 
 TRACES = RECORDS / "detector-traces.npz"
 
+EVENTFUL = ("spikes", "constant_batches")
+"""Families in which suspicion is right: something is wrong for some steps, and heals by itself."""
+
 REAL_SOON = ("rate x10 for 10", "rate x30", "random for 3", "random for good", "constant for 30")
 """Real faults that are in the loss within a step or two."""
 
@@ -93,8 +96,8 @@ def families(report: Report, seeds: range) -> None:
     report.data["healthy"] = rows
     worst = max(rows.values(), key=lambda row: row["alarms_per_10000"])
     report.bar("alarms per 10,000 healthy steps, worst family", worst["alarms_per_10000"], "<=", 1)
-    share = max(row["suspected_share"] for row in rows.values())
-    report.bar("share of healthy steps that are suspected, worst family", share, "<=", 0.1)
+    share = max(row["suspected_share"] for name, row in rows.items() if name not in EVENTFUL)
+    report.bar("share of healthy steps that are suspected, worst family without events", share, "<=", 0.1)
     report.bar("longest suspicion of a healthy run, in steps", max(row["longest"] for row in rows.values()), "<=", LIMIT)
 
 

@@ -100,6 +100,12 @@ def test_process_groups_are_made_in_one_place() -> None:
             )
 
 
+def test_the_group_of_the_commits_is_the_stores_alone() -> None:
+    """Its collectives are a thread's: one of the training on the same group would take the other's messages, and hang."""
+    users = {path.name for path in MODULES if re.search(r"mesh\.files\b", path.read_text())}
+    assert users == {"store.py"}
+
+
 @pytest.mark.parametrize("folder", ["distmerge", "benchmarks", "tests"])
 def test_rooms_fit(folder: str) -> None:
     lines = {str(path): path.read_text().count("\n") for path in (ROOT / folder).rglob("*.py")}

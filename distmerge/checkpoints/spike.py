@@ -27,6 +27,9 @@ CALM = 4
 PATIENCE = 40
 """Steps after which a new level is accepted that does not grow."""
 
+MILD = 2.0
+"""Times the limit up to which a suspicion that proved wrong is taken for this run's noise, however long it was."""
+
 LIMIT = 100
 """Steps of the longest suspicion."""
 
@@ -57,6 +60,7 @@ class Step(NamedTuple):
     value: float
     found: dict[str, float]
     unusual: str
+    ratio: float = 0.0  # of the most unusual statistic to its limit
 
 
 class Verdict(NamedTuple):
@@ -147,11 +151,11 @@ class Detector:
             ratios.pop("fall", None)  # early on, learning is sudden
         name, ratio = max(ratios.items(), key=lambda item: item[1])
         if ratio > 1 and name == "fall":
-            return Step(value, found, f"loss too low: {math.exp(-found[name]):.2g} times the level")
+            return Step(value, found, f"loss too low: {math.exp(-found[name]):.2g} times the level", ratio)
         if ratio > 1:
-            return Step(value, found, f"loss too high: {name}, {ratio:.1f} times the usual")
+            return Step(value, found, f"loss too high: {name}, {ratio:.1f} times the usual", ratio)
         high = self._loss(statistics.median([*self.history.losses, *newest][-SHORT:])) > self._untrained()
-        return Step(value, found, f"loss as high as at the start ({self.start:.4g})" if high else "")
+        return Step(value, found, f"loss as high as at the start ({self.start:.4g})" if high else "", ratio)
 
     def _judge(self, reason: str) -> Verdict:
         """A suspicion goes on, is proved, or ends with its level accepted."""
@@ -222,8 +226,13 @@ class Detector:
     def _leave(self) -> None:
         self.left = [*self.left[-2:], (MEMORY, list(self.history.losses))]
 
+    def _is_mild(self) -> bool:
+        return max(step.ratio for step in self.suspicious) < MILD
+
     def _move(self) -> None:
         """The level of the suspicious steps is the normal one."""
+        for step in self.suspicious if self._is_mild() else []:
+            self.history.learn_unusual(step.found)
         if self.history.losses:
             self._leave()
         self.history.move([step.value for step in self.suspicious])
@@ -235,11 +244,12 @@ class Detector:
             self.best = min(self.best, self._loss(self.history.level(LONG)))
 
     def _learn_scare(self) -> None:
-        """A suspicion that passed by itself: a short one is this run's noise, a long one was an event."""
+        """A suspicion that passed by itself: a short or a mild one is this run's noise, any other was an event."""
+        noise = len(self.suspicious) <= SHORT or self._is_mild()
         for step in self.suspicious:
             if not step.unusual:
                 self._learn(step)
-            elif len(self.suspicious) <= SHORT:
+            elif noise:
                 self.history.learn_unusual(step.found)
         self._release()
 

@@ -1,4 +1,4 @@
-"""When parameters are replaced, what mergers have in flight or remember is of the old ones, and is not applied to the new."""
+"""What must not spread: what is in flight of parameters that were replaced, and the buffers of a worker of weight 0."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from distmerge import SPARTA, DiLoCo
 from tests.ranks import Ranks
+from tests.workers.loops import build
 
 MERGERS: dict[str, Any] = {
     "overlap": lambda model: DiLoCo(model, every=4, overlap=3),
@@ -71,3 +72,25 @@ def started_again(kind: str) -> bool:
 @pytest.mark.parametrize("kind", MERGERS)
 def test_a_worker_that_starts_again_leaves_its_nan_behind(ranks: Ranks, kind: str) -> None:
     assert ranks.run(2, started_again, kind) == [True, True]
+
+
+def norm_of_a_sick_worker(sick: int) -> dict[str, Tensor]:
+    model = build("norm")
+    merger = DiLoCo(model, every=1)
+    rank = dist.get_rank()
+    state = model.state_dict()
+    state["1.running_mean"].fill_(math.nan if rank == sick else rank)
+    state["1.running_var"].fill_(math.inf if rank == sick else 2.0 * rank)
+    state["1.num_batches_tracked"].fill_(rank + 5)
+    merger.weight = float(rank != sick)
+    merger.step()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("sick", [0, 2])
+def test_the_buffers_of_a_worker_of_weight_0_reach_nobody(ranks: Ranks, sick: int) -> None:
+    mean = {0: 1.5, 2: 0.5}[sick]
+    for state in ranks.run(3, norm_of_a_sick_worker, sick):
+        assert torch.equal(state["1.running_mean"], torch.full((5,), mean))
+        assert torch.equal(state["1.running_var"], torch.full((5,), 2 * mean))
+        assert state["1.num_batches_tracked"].item() == {0: 6, 2: 5}[sick]
