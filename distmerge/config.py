@@ -24,8 +24,11 @@ class Mesh(Section):
     """Replicas that train alone between merges. Ranks per worker = world size / workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA with NCCL where every local rank has a GPU of its own, else the CPU with gloo. cuda: ranks may share GPUs."""
-    timeout_seconds: float = Field(default=600.0, gt=0)
-    """A collective that waits longer than this ends the job: the peer is taken for dead."""
+    timeout_seconds: float = Field(default=600.0, ge=1, le=1e6)
+    """A collective that waits longer than this ends the job: the peer is taken for dead. Ranks come to the start within it."""
+    watchdog_seconds: float | None = Field(default=None, ge=1, le=1e6)
+    """End the job when no step, evaluation or commit ended for so long after the first step, naming the slowest rank; off by
+    default. It must be longer than the longest evaluation or commit, or wait for a sibling expert."""
 
 
 class Model(Section):

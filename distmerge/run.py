@@ -28,7 +28,8 @@ from distmerge.experts.adapt import with_lora
 from distmerge.experts.training import ExpertTraining
 from distmerge.files.manifest import read_manifest
 from distmerge.flat import fingerprint
-from distmerge.launch import REQUEUE
+from distmerge.interrupts import REQUEUE
+from distmerge.launch import LEFT
 from distmerge.mesh import Mesh
 from distmerge.metrics import Meter, MetricsLog, table
 from distmerge.model import build_model, check_fits, load_tokenizer
@@ -45,6 +46,8 @@ class Run:
 
     def __init__(self, config: TrainConfig, mesh: Mesh, directory: RunDirectory):
         self.config, self.mesh, self.directory = config, mesh, directory
+        self.preemption = Preemption(mesh, config.steps)
+        self.left: int | None = None  # the exit status, where the job was told to leave
         with mesh.together():
             self.tokenizer = load_tokenizer(config.data.tokenizer)
             model = build_model(config.model, self.tokenizer, config.seed)
@@ -70,8 +73,6 @@ class Run:
         self.recovery = Recovery(config.recovery, self)
         with mesh.together():
             self.expert = ExpertTraining(config, self)
-        lead = max((max(getattr(m.settings, "overlap", 0), getattr(m.settings, "delay", 0)) for m in self.mergers), default=0)
-        self.preemption = Preemption(mesh, lead)
 
     def _open_window(self) -> Window | None:
         section, root, flat = self.config.window, self.directory.window, self.engine.parameters
@@ -95,12 +96,6 @@ class Run:
     def tokens_per_step(self) -> int:
         rows = self.config.train.batch_size * self.config.train.gradient_accumulation
         return rows * self.config.data.sequence_length * self.mesh.world
-
-    def meets(self) -> bool:
-        """Whether all ranks meet in a collective of the step that ends next."""
-        step, config = self.step + 1, self.config
-        meetings = any(step % every == 0 for every in (config.evaluate.every, config.checkpoint.every))
-        return self.mesh.workers == 1 or meetings or any(merger.due() for merger in self.mergers)
 
     def due(self, every: int) -> bool:
         return self.step % every == 0
@@ -148,6 +143,7 @@ class Run:
                 self.meter.log_bytes = self.log.bytes_written
             self.store.commit(self.step, self.engine.state_files() | {f"rank-{self.mesh.rank:05}.pt": self._state()})
         self.committed = self.step
+        self.mesh.watchdog.mark(f"the commit of step {self.step}")
 
     def _state(self) -> dict[str, Any]:
         cuda = self.mesh.device.type == "cuda"
@@ -222,6 +218,8 @@ class Run:
             loss = self._loss()
         if self.meter.first_eval is None:
             self.meter.first_eval = loss
+        if self.step:
+            self.mesh.watchdog.mark(f"the evaluation of step {self.step}")
         return loss
 
     def preview_loss(self) -> float | None:
@@ -242,8 +240,14 @@ class Run:
             self.commit()
         self.store.wait()
         if self.log is not None:
-            self.log.say(f"told to leave: checkpoint of step {self.step} committed, status {REQUEUE} asks for a requeue")
+            asks = f", status {REQUEUE} asks for a requeue" if self.preemption.status == REQUEUE else ""
+            self.log.say(
+                f"told to leave: checkpoint of step {self.step} committed{asks}; start the same command again to resume"
+            )
             self.log.close()
+            self.mesh.board.ask(lambda store: store.set(LEFT, "1"), self.mesh.timeout_seconds)
+        self.preemption.tell_agent()
+        self.left = self.preemption.status
         self.engine.close()
 
     def close(self) -> None:
@@ -251,6 +255,7 @@ class Run:
         if self.committed != self.step:
             self.commit()
         self.store.wait()
+        self.preemption.end()
         for merger in self.mergers:
             merger.finish()
         step = self.expert.finish()

@@ -9,7 +9,8 @@ from pathlib import Path
 from distmerge import config_file
 from distmerge.config import TrainConfig
 from distmerge.errors import UserError
-from distmerge.launch import REQUEUE, Place, launch
+from distmerge.interrupts import REQUEUE
+from distmerge.launch import Place, launch
 from distmerge.mesh import Mesh
 from distmerge.run import Run
 from distmerge.rundir import RunDirectory, take_lock, write_atomically
@@ -19,20 +20,22 @@ from distmerge.schedule import lr_factor
 def train(config: TrainConfig, place: Place, command: list[str]) -> None:
     """Train one run to its end, from its beginning or from its newest valid checkpoint."""
     mesh = Mesh(config.mesh, place, config.train.threads)
+    run: Run | None = None
     try:
         directory = RunDirectory(config.run_dir)
         lock = take_lock(directory, config, mesh, command)
         run = Run(config, mesh, directory)
         run.resume()
-        finished = loop(run)
-        run.close() if finished else run.leave()
-        run.preemption.close()
+        run.close() if loop(run) else run.leave()
         lock.release()
+        mesh.close()
+        if run.left is not None:
+            raise SystemExit(run.left)
     except RuntimeError as error:
         raise mesh.name_dead_peers(error) from error
-    mesh.close()
-    if not finished:
-        raise SystemExit(REQUEUE)
+    finally:
+        if run is not None:
+            run.preemption.close()
 
 
 def train_here(config: TrainConfig, ranks: int) -> None:
@@ -40,6 +43,7 @@ def train_here(config: TrainConfig, ranks: int) -> None:
 
     Raises:
         UserError: when the job failed; it has said why.
+        SystemExit: when it was interrupted; it has said so.
     """
     if ranks == 1:
         before = dict(os.environ)
@@ -52,13 +56,17 @@ def train_here(config: TrainConfig, ranks: int) -> None:
         return
     path = Path(config.run_dir).with_suffix(".toml")
     write_atomically(path, config_file.dump(config))
-    if launch(ranks, ["train", str(path)]):
+    status = launch(ranks, ["train", str(path)])
+    if status == REQUEUE or status > 128:
+        raise SystemExit(status)
+    if status:
         raise UserError(f"the run {config.run_dir} failed")
 
 
 def loop(run: Run) -> bool:
     """Train to the end: True. False where the job was told to leave before it."""
     config, meter, recovery = run.config, run.meter, run.recovery
+    run.preemption.begin(run.step)
     if run.step == 0:
         run.write_line(run.evaluate())
     while run.step < config.steps and not run.expert.stopped:
@@ -68,7 +76,7 @@ def loop(run: Run) -> bool:
         if recovery.needed(run.step + 1, result):  # before a merge or a block can take in sick values
             recovery.roll_back(run.step + 1)
             continue
-        meeting = run.meets()
+        run.mesh.watchdog.mark(f"the training of step {run.step + 1}")
         merges = [report for merger in run.mergers if (report := merger.step())]  # across workers
         run.step += 1
         recovery.cure(run.step, merges)
@@ -83,6 +91,7 @@ def loop(run: Run) -> bool:
         run.expert.observe(run.step, loss)  # publishes steps to be merged, stops where the rule says so
         if run.due(config.checkpoint.every) and not recovery.blocks_commit(run.step):
             run.commit()
-        if run.preemption.due(run.step, meeting):
+        run.mesh.watchdog.mark(f"step {run.step}")
+        if run.preemption.due(run.step):
             return False
     return True

@@ -216,5 +216,7 @@ def test_a_rank_whose_launcher_died_before_it_looked_ends(tmp_path: Path) -> Non
     code = "from distmerge.launch import die_with_parent; die_with_parent(); print('lives')"
     for launcher, outcome in ((os.getpid(), (0, "lives\n")), (os.getppid(), (1, ""))):
         environment = os.environ | {"DISTMERGE_LAUNCHED": str(launcher)}
-        job = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=jobs.PATIENCE_SECONDS)
+        job = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=jobs.PATIENCE_SECONDS
+        )
         assert (job.returncode, job.stdout) == outcome
