@@ -214,7 +214,7 @@ class TrainConfig(Section):
 
     run_dir: str
     """Where everything that the run writes lies. Started again on it, the run resumes."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
     """Seed of the weights, the order of the data and dropout."""
     steps: int = Field(default=400, ge=1)
     """Inner steps of each worker."""
@@ -246,6 +246,7 @@ class TrainConfig(Section):
             )
         if self.mesh.workers == 1 and self.merge:
             raise UserError(f"mesh.workers must be >= 2 for a [[merge]] of kind {self.merge[0].kind}, got 1")
+        self.consistent_mergers()
         if self.schedule.warmup + self.schedule.decay > self.steps:
             raise UserError(
                 f"schedule.warmup + decay must be <= steps = {self.steps}, got {self.schedule.warmup} + {self.schedule.decay}"
@@ -266,6 +267,17 @@ class TrainConfig(Section):
             raise UserError('schedule.decay must be >= 1 for schedule.name "wsd", got 0')
         self.consistent_expert()
         return self
+
+    def consistent_mergers(self) -> None:
+        """Refuse mergers that undo each other: an anchor must hold what the workers last agreed on."""
+        outer = [index for index, entry in enumerate(self.merge) if isinstance(entry, DiLoCo)]
+        if len(outer) > 1:
+            raise UserError(
+                f"merge must have at most one entry of kind diloco or streaming-diloco, whose outer steps would undo each "
+                f"other's, got entries {', '.join(map(str, outer))}"
+            )
+        if len(self.merge) > 1 and any(isinstance(entry, NoMerge) for entry in self.merge):
+            raise UserError('merge must have no other entry beside kind "none", which is for workers that never merge')
 
     def consistent_expert(self) -> None:
         if self.examples.track and (self.checkpoint.at is None or self.data.streaming):

@@ -60,7 +60,7 @@ class Run:
         self.engine = build_engine(model, config, mesh)
         with mesh.together():
             self.mergers: list[DiLoCo | SPARTA] = build_mergers(config, self.engine.parameters, mesh)
-        torch.manual_seed(config.seed * 1_000_003 + mesh.rank)  # dropout draws apart on each rank
+        torch.manual_seed((config.seed * 1_000_003 + mesh.rank) % 2**64)  # dropout draws apart on each rank
         section = config.checkpoint
         self.store = Store(directory.checkpoints, mesh, section.keep, section.asynchronous, relayout.layout(config, mesh))
         self.meter = Meter(mesh.device, self.tokens_per_step)
@@ -176,7 +176,7 @@ class Run:
         self.batches.load_state_dict(state["batches"])
         self.expert.load_state_dict(state["expert"])
         if state["generators"] is None:  # of another layout: draws go on apart, from the step
-            torch.manual_seed((self.config.seed * 1_000_003 + self.mesh.rank) * 1_000_003 + self.step)
+            torch.manual_seed(((self.config.seed * 1_000_003 + self.mesh.rank) * 1_000_003 + self.step) % 2**64)
         else:
             torch.set_rng_state(state["generators"][0])
             if state["generators"][1] is not None:
