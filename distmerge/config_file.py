@@ -169,8 +169,8 @@ def descend(place: Any, name: str, key: str) -> Any:
         if int(name) == len(place):
             place.append({})
         return place[int(name)]
-    if isinstance(place, list) and key.split(".")[0] == "merge":
-        raise UserError(f"--{key} does not say which [[merge]]; did you mean --{key.replace('merge.', 'merge.0.', 1)}?")
+    if key == f"merge.{name}" and not name.isdigit():
+        raise UserError(f"--{key} does not say which [[merge]]; did you mean --merge.0.{name}?")
     raise UserError(f"--{key} does not lead to a key of the configuration")
 
 
