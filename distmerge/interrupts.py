@@ -9,11 +9,12 @@ This module imports nothing heavy: it is loaded before everything else.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
@@ -47,7 +48,8 @@ def say(line: str) -> None:
     """One line on standard error, from any thread: once for a machine's ranks, and by our launcher for its own."""
     if (LAUNCHED in os.environ and "RANK" in os.environ) or os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    os.write(2, (("\n" if os.isatty(2) else "") + line + "\n").encode())  # the stream may be locked by the main thread
+    descriptor = EARS.stderr
+    os.write(descriptor, (("\n" if os.isatty(descriptor) else "") + line + "\n").encode())  # the stream may be locked
 
 
 class Ears:
@@ -56,6 +58,7 @@ class Ears:
     def __init__(self) -> None:
         self.listener: Listener = end
         self.installed = False
+        self.stderr = 2  # where lines go: not to 2 while that is turned away
         self.before: dict[int, object] = {}
 
     def install(self) -> None:
@@ -89,6 +92,21 @@ class Ears:
         if self.installed and threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, ignore)
+
+    @contextlib.contextmanager
+    def without_stderr(self) -> Iterator[None]:
+        """A stretch in which what C writes to standard error is dropped, since whoever calls it says it in a line."""
+        sys.stderr.flush()
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        self.stderr = kept
+        os.dup2(nowhere, 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            self.stderr = 2
+            os.close(nowhere)
+            os.close(kept)
 
     def hear(self, listener: Listener) -> Listener:
         """Let another one listen; the one before it."""

@@ -48,7 +48,7 @@ def number_of(name: str, least: int, most: int | None = None, default: int | Non
     text = os.environ.get(name)
     if text is None and default is not None:
         return default
-    allowed = f"an integer >= {least}" if most is None else f"an integer from {least} to {most}"
+    allowed = f"an integer >= {least}" if most is None else f"an integer from {least} to {most}" if most > least else f"{least}"
     if text is None:
         raise UserError(f"the environment must have {name}, {allowed}: it says that this process is a rank")
     try:

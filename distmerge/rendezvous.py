@@ -15,6 +15,7 @@ from datetime import timedelta
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from distmerge.errors import UserError
+from distmerge.interrupts import EARS
 from distmerge.launch import Place, number_of
 
 
@@ -34,10 +35,9 @@ def open_store(place: Place, seconds: float) -> Store:
     hosts = place.rank == 0 and not agents
     try:
         listening = listener(host, port) if hosts and is_loopback(host) else None
-        store = TCPStore(
-            host, port, None, hosts, timeout, wait_for_workers=False,
-            master_listen_fd=None if listening is None else listening.detach(),
-        )  # fmt: skip
+        descriptor = None if listening is None else listening.detach()
+        with EARS.without_stderr():  # torch's sockets write pages about each try
+            store = TCPStore(host, port, None, hosts, timeout, wait_for_workers=False, master_listen_fd=descriptor)
     except OSError as error:
         raise UserError(f"MASTER_PORT {port} of {host} cannot be listened on: {error.strerror or error}") from None
     except RuntimeError as error:
@@ -53,7 +53,7 @@ def unreachable(host: str, port: int, hosts: bool, seconds: float, error: Runtim
     if hosts and "EADDRINUSE" in text:
         return f"MASTER_PORT {port} of {host} cannot be listened on: Address already in use"
     if hosts:
-        return f"MASTER_ADDR {host}, MASTER_PORT {port}: rank 0 cannot listen there: {text[:200]}"
+        return f"rank 0 cannot be reached at MASTER_ADDR {host}, MASTER_PORT {port}: {text[:200]}"
     late = f"rank 0 did not come within mesh.timeout_seconds = {seconds:g}"
     return f"nobody answers at MASTER_ADDR {host}, MASTER_PORT {port}: {late}"
 
@@ -63,7 +63,8 @@ def call_the_roll(store: Store, place: Place, seconds: float, where: str) -> Non
     keys = [f"here/{rank}" for rank in range(place.world)]
     try:
         store.set(keys[place.rank], "1")
-        store.wait(keys, timedelta(seconds=max(0.1, seconds)))
+        with EARS.without_stderr():
+            store.wait(keys, timedelta(seconds=max(0.1, seconds)))
     except RuntimeError:
         try:
             missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))

@@ -43,16 +43,17 @@ def trains(job: jobs.Job, run: Path) -> bool:
     return jobs.last_step(run) >= 3
 
 
-PHASES: list[tuple[Callable[[jobs.Job, Path], bool], signal.Signals, int]] = [
+PHASES = [
     (listens, signal.SIGINT, 130),
-    (listens, signal.SIGTERM, 75),
-    (imports_torch, signal.SIGINT, 130),
+    pytest.param(listens, signal.SIGTERM, 75, marks=pytest.mark.full),
+    pytest.param(imports_torch, signal.SIGINT, 130, marks=pytest.mark.full),
     (imports_torch, signal.SIGTERM, 75),
     (has_ranks, signal.SIGINT, 130),
-    (has_ranks, signal.SIGTERM, 75),
-    (trains, signal.SIGINT, 130),
+    pytest.param(has_ranks, signal.SIGTERM, 75, marks=pytest.mark.full),
+    pytest.param(trains, signal.SIGINT, 130, marks=pytest.mark.full),
     (trains, signal.SIGTERM, 75),
 ]
+"""Each phase and each signal; all pairs in full."""
 
 
 @pytest.mark.parametrize(("phase", "number", "status"), PHASES, ids=lambda value: getattr(value, "__name__", str(value)))

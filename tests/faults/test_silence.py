@@ -57,7 +57,12 @@ def errors_of(job: jobs.Job) -> list[str]:
 
 @pytest.mark.parametrize(
     ("gone", "number"),
-    [(0, signal.SIGSTOP), (1, signal.SIGSTOP), (0, signal.SIGKILL), (1, signal.SIGKILL)],
+    [
+        (0, signal.SIGSTOP),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.full),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.full),
+        (1, signal.SIGKILL),
+    ],
     ids=["the stopped host of the store", "a stopped rank", "the killed host of the store", "a killed rank"],
 )
 def test_a_survivor_names_the_rank_that_is_gone(tmp_path: Path, started: list[jobs.Job], gone: int, number: int) -> None:
