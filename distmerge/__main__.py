@@ -1,6 +1,14 @@
-"""``python -m distmerge``: the same as the ``distmerge`` command."""
+"""The ``distmerge`` command, and ``python -m distmerge``: signals are heard before anything else is imported."""
 
-from distmerge.cli import program
+from distmerge.interrupts import EARS
+
+
+def program() -> None:
+    EARS.install()
+    from distmerge.cli import program
+
+    program()
+
 
 if __name__ == "__main__":
     program()

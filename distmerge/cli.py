@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,11 +17,8 @@ from distmerge.checkpoints import verbs as checkpoints
 from distmerge.errors import UserError
 from distmerge.experts import skill_verbs as skills
 from distmerge.experts import verbs as experts
-from distmerge.launch import DIVERGED, LAUNCHED
+from distmerge.interrupts import EARS
 from distmerge.quiet import quiet
-
-RESUMED = ("train", "anneal", "experts", "merge", "ptm")
-"""Verbs that go on where they were interrupted."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -31,13 +29,21 @@ MEMORY_SIGNS = ("can't allocate memory", "not enough memory", "bad_alloc", "can'
 
 def program() -> None:
     """The command: the process ends with it."""
+    EARS.install()
     gc.set_threshold(50_000, 20, 20)  # imports make no garbage, and looking for it is a tenth of their time
+    if "RANK" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what torch's sockets warn of is told in a line
     try:
         main()
     except SystemExit as end:
         if isinstance(end.code, int) and (sys.argv[1:2] == ["merge"] or "RANK" in os.environ):
             leave(end.code)
         raise
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        leave(1)
 
 
 def main() -> None:
@@ -62,12 +68,6 @@ def main() -> None:
         if not any(sign in str(error) for sign in MEMORY_SIGNS):
             raise
         fail(OUT_OF_MEMORY)
-    except KeyboardInterrupt:
-        if LAUNCHED in os.environ:
-            sys.exit(130)
-        again = "; start the same command again to go on from what is kept" if sys.argv[1:2] and sys.argv[1] in RESUMED else ""
-        print(f"\ninterrupted{again}", file=sys.stderr)
-        sys.exit(130)
 
 
 def leave(status: int) -> NoReturn:

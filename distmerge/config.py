@@ -24,8 +24,11 @@ class Mesh(Section):
     """Replicas that train alone between merges. Ranks per worker = world size / workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA with NCCL where every local rank has a GPU of its own, else the CPU with gloo. cuda: ranks may share GPUs."""
-    timeout_seconds: float = Field(default=600.0, gt=0)
-    """A collective that waits longer than this ends the job: the peer is taken for dead."""
+    timeout_seconds: float = Field(default=600.0, ge=1, le=1e6)
+    """A collective that waits longer than this ends the job: the peer is taken for dead. Ranks come to the start within it."""
+    watchdog_seconds: float | None = Field(default=None, ge=1, le=1e6)
+    """End the job when no step, evaluation or commit ended for so long after the first step, naming the slowest rank; off by
+    default. It must be longer than the longest evaluation or commit, or wait for a sibling expert."""
 
 
 class Model(Section):
@@ -222,7 +225,7 @@ class TrainConfig(Section):
 
     run_dir: str = Field(min_length=1)
     """Where everything that the run writes lies. Started again on it, the run resumes."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
     """Seed of the weights, the order of the data and dropout."""
     steps: int = Field(default=400, ge=1)
     """Inner steps of each worker."""
@@ -254,6 +257,7 @@ class TrainConfig(Section):
             )
         if self.mesh.workers == 1 and self.merge:
             raise UserError(f"mesh.workers must be >= 2 for a [[merge]] of kind {self.merge[0].kind}, got 1")
+        self.consistent_mergers()
         if self.schedule.warmup + self.schedule.decay > self.steps:
             raise UserError(
                 f"schedule.warmup + decay must be <= steps = {self.steps}, got {self.schedule.warmup} + {self.schedule.decay}"
@@ -274,6 +278,17 @@ class TrainConfig(Section):
             raise UserError('schedule.decay must be >= 1 for schedule.name "wsd", got 0')
         self.consistent_expert()
         return self
+
+    def consistent_mergers(self) -> None:
+        """Refuse mergers that undo each other: an anchor must hold what the workers last agreed on."""
+        outer = [index for index, entry in enumerate(self.merge) if isinstance(entry, DiLoCo)]
+        if len(outer) > 1:
+            raise UserError(
+                f"merge must have at most one entry of kind diloco or streaming-diloco, whose outer steps would undo each "
+                f"other's, got entries {', '.join(map(str, outer))}"
+            )
+        if len(self.merge) > 1 and any(isinstance(entry, NoMerge) for entry in self.merge):
+            raise UserError('merge must have no other entry beside kind "none", which is for workers that never merge')
 
     def consistent_expert(self) -> None:
         if self.examples.track and (self.checkpoint.at is None or self.data.streaming):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import stat
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -20,8 +22,26 @@ S = TypeVar("S", bound=Section)
 LAYOUT = ("engine.kind", "engine.reshard_after_forward", "train.batch_size", "train.gradient_accumulation")
 """Keys of the layout: a checkpoint can be read in another one, whose steps have as many sequences."""
 
-MAY_CHANGE = ("run_dir", "steps", "train.threads", "log", "evaluate", "checkpoint", "preview", "recovery", *LAYOUT)
+MAY_CHANGE = (
+    "run_dir",
+    "steps",
+    "mesh.timeout_seconds",
+    "mesh.watchdog_seconds",
+    "train.threads",
+    "log",
+    "evaluate",
+    "checkpoint",
+    "preview",
+    "recovery",
+    *LAYOUT,
+)
 """Keys, or whole sections, that may differ when a run is resumed. run_dir: a run may be moved."""
+
+LARGEST_BYTES = 1 << 20
+"""Of a configuration."""
+
+DEEPEST = 32
+"""Tables in tables of a configuration; none that means something comes near."""
 
 MERGE_KINDS: dict[str, type[Section]] = {
     kind: entry for entry in get_args(get_args(Merge)[0]) for kind in get_args(entry.model_fields["kind"].annotation)
@@ -38,11 +58,24 @@ def read(path: str, overrides: list[str]) -> TrainConfig:
 
 def read_table(path: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(Path(path).read_text())
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise UserError(f"cannot read the configuration {path}: it is no regular file")
+        if os.path.getsize(path) > LARGEST_BYTES:
+            raise UserError(f"a configuration must have at most {LARGEST_BYTES} bytes, {path} has more")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+    return parse(text, path)
+
+
+def parse(text: str, what: str) -> dict[str, Any]:
+    """TOML as a table, or one line that says what is wrong with it."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise UserError(f"{what} is not valid TOML: it is nested too deep") from None
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
+        raise UserError(f"{what} is not valid TOML: {error}") from None
 
 
 def validate(table: dict[str, Any]) -> TrainConfig:
@@ -51,10 +84,22 @@ def validate(table: dict[str, Any]) -> TrainConfig:
 
 def validate_as(section: type[S], table: dict[str, Any]) -> S:
     """The table as a configuration of another kind than a run's, such as an experiment's."""
+    check_texts(table, "config")
     try:
         return section.model_validate(table)
     except ValidationError as error:
         raise UserError(explain(error.errors()[0])) from None
+
+
+def check_texts(value: Any, key: str, depth: int = 0) -> None:
+    """Refuse text that cannot be a path, nor be written into a file (NUL, bytes that are no UTF-8), and endless nesting."""
+    if depth > DEEPEST:
+        raise UserError(f"{key[:80]}... must be nested at most {DEEPEST} deep")
+    if isinstance(value, str) and ("\0" in value or (not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value))):
+        raise UserError(f"{key} must be text without NUL, in UTF-8, got {value!r}")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        check_texts(item, f"{key}[{name}]" if isinstance(name, int) else f"{key}.{name}", depth + 1)
 
 
 def checked(section: type[S], **values: Any) -> S:
@@ -110,6 +155,7 @@ def put(table: dict[str, Any], key: str, values: list[str]) -> None:
     for name in parents:
         place = descend(place, name, key)
     if not isinstance(place, dict):
+        descend(place, last, key)
         raise UserError(f"--{key} does not lead to a key of the configuration")
     place[last] = coerce(parents, last, key, values)
 
@@ -123,6 +169,8 @@ def descend(place: Any, name: str, key: str) -> Any:
         if int(name) == len(place):
             place.append({})
         return place[int(name)]
+    if key == f"merge.{name}" and not name.isdigit():
+        raise UserError(f"--{key} does not say which [[merge]]; did you mean --merge.0.{name}?")
     raise UserError(f"--{key} does not lead to a key of the configuration")
 
 
@@ -132,7 +180,7 @@ def coerce(parents: list[str], last: str, key: str, values: list[str]) -> Any:
         value = " ".join(values)
         try:
             return tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             return value
     section = section_at(parents)
     field = fields_of(section).get(last) if section else None
@@ -181,7 +229,8 @@ def explain(error: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         section = section_at(location[:-1])
         known = sorted(fields_of(section)) if section else []
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
+        near = [name for name in OTHER_NAMES.get(str(location[-1]), ()) if name in known]
+        near = near or difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         return f"{key} is not a known key; " + (f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tags = ", ".join(f"'{name}'" for name in MERGE_KINDS)
@@ -197,6 +246,16 @@ def name_of(location: tuple[str | int, ...]) -> str:
     parts = [part for index, part in enumerate(location) if not (index == 2 and location[0] == "merge" and part in MERGE_KINDS)]
     return "config" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
 
+
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "learning_rate": ("lr",), "rate": ("lr",), "max_steps": ("steps",), "num_steps": ("steps",), "output_dir": ("run_dir",),
+    "num_workers": ("workers",), "replicas": ("workers",), "optimizer": ("name",), "lr_scheduler": ("name",),
+    "max_grad_norm": ("gradient_clip",), "grad_clip": ("gradient_clip",), "seq_len": ("sequence_length",),
+    "max_length": ("sequence_length",), "timeout": ("timeout_seconds",), "watchdog": ("watchdog_seconds",),
+    "per_device_train_batch_size": ("batch_size",), "gradient_accumulation_steps": ("gradient_accumulation",),
+    "sync_every": ("every",), "interval": ("every",), "warmup_steps": ("warmup",),
+}  # fmt: skip
+"""Keys as other tools call them, and as they are called here."""
 
 ALLOWED = {
     "greater_than_equal": ">= {ge:g}",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -14,11 +16,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from distmerge import config
 from distmerge.errors import UserError
+from distmerge.interrupts import REQUEUE
 from distmerge.launch import Place
+from distmerge.noticeboard import Noticeboard, Silent
+from distmerge.rendezvous import keep_to_loopback, on_one_machine, open_store
+from distmerge.watchdog import LEAVE, Watchdog, verdict
 
 T = TypeVar("T")
 
@@ -46,16 +51,22 @@ class Mesh:
         self.device = choose_device(section.device, place)
         os.environ.setdefault("DS_ACCELERATOR", self.device.type)  # transformers may import deepspeed, which looks once
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // place.local_world))
+        self.timeout_seconds, self.name = section.timeout_seconds, place.name
         timeout = timedelta(seconds=section.timeout_seconds)
-        store, _, _ = next(rendezvous("env://", place.rank, place.world, timeout=timeout))
-        self.name = place.name
-        self.store = PrefixStore(f"{place.name}/{attempt()}", store)
+        if on_one_machine(place):
+            keep_to_loopback()
+        store = open_store(place, section.timeout_seconds)
+        self.board = Noticeboard(store)
+        self.watchdog = Watchdog(self, section.watchdog_seconds)
         self.crowding = crowding(self.device, place)
         # NCCL wants a GPU for each rank; ranks that share one talk over gloo.
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" and self.crowding is None else "gloo"
-        dist.init_process_group(
-            backend, store=PrefixStore("world", self.store), rank=self.rank, world_size=self.world, timeout=timeout
-        )
+        try:
+            dist.init_process_group(
+                backend, store=PrefixStore("world", store), rank=self.rank, world_size=self.world, timeout=timeout
+            )
+        except RuntimeError as error:
+            raise UserError(f"the ranks cannot connect to each other: {' '.join(str(error).split())[:300]}") from None
         ranks = [list(range(worker * self.shards, (worker + 1) * self.shards)) for worker in range(self.workers)]
         self.inside = self._group(ranks, timeout)
         self.peers = self._group([list(column) for column in zip(*ranks, strict=True)], timeout)
@@ -109,48 +120,71 @@ class Mesh:
         stage = 0 if self.leads else 1 if self.local_rank == 0 else 2
         first_ranks = self._count_of_nodes()
         if stage >= 1:
-            self._wait(f"{what}/0", 1)
+            self._wait(what, 0, 1)
         if stage == 2:
-            self._wait(f"{what}/1", first_ranks - 1)
-        try:
+            self._wait(what, 1, first_ranks - 1)
             return work()
+        try:
+            with self._beating(what):
+                return work()
         finally:
-            if stage < 2:
-                self.store.add(f"{what}/{stage}", 1)
+            self.board.ask(lambda store: store.add(f"{what}/{stage}", 1), self.timeout_seconds)
 
     def _count_of_nodes(self) -> int:
         local_ranks: list[int] = [0] * self.world
         dist.all_gather_object(local_ranks, self.local_rank)
         return max(1, local_ranks.count(0))
 
-    def _wait(self, key: str, count: int) -> None:
-        while self.store.add(key, 0) < count:
+    @contextlib.contextmanager
+    def _beating(self, what: str) -> Iterator[None]:
+        """Time in which this rank shows the others that wait for it that it lives."""
+        done = threading.Event()
+
+        def beat() -> None:
+            with contextlib.suppress(Silent):
+                while not done.wait(1.0):
+                    self.board.ask(lambda store: store.add(f"{what}/beats", 1), self.timeout_seconds)
+
+        threading.Thread(target=beat, daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def _wait(self, what: str, stage: int, count: int) -> None:
+        """Until ``count`` ranks of a stage are done; for as long as somebody shows that it lives."""
+        beats, since = -1, time.monotonic()
+        while True:
+            done, now = self.board.ask(
+                lambda store: (store.add(f"{what}/{stage}", 0), store.add(f"{what}/beats", 0)), self.timeout_seconds
+            )
+            if done >= count:
+                return
+            if now != beats:
+                beats, since = now, time.monotonic()
+            if time.monotonic() - since > self.timeout_seconds:
+                raise Silent(f"no rank that prepares {what} showed that it lives within {self.timeout_seconds:g} s")
             time.sleep(0.05)
 
-    def missing_ranks(self, patience_seconds: float = 5.0) -> list[int]:
-        """After a collective failed: the ranks that do not say within the patience that it failed for them, too."""
-        try:
-            self.store.set(f"failed/{self.rank}", "1")
-            deadline = time.monotonic() + patience_seconds
-            missing = [rank for rank in range(self.world) if rank != self.rank]
-            while missing and time.monotonic() < deadline:
-                missing = [rank for rank in missing if not self.store.check([f"failed/{rank}"])]
-                time.sleep(0.05)
-            return missing
-        except RuntimeError:
-            return [0]  # rank 0's node held the store
-
     def name_dead_peers(self, error: RuntimeError) -> BaseException:
-        """What to raise for an error of the training: with the ranks' names, if peers died in a collective."""
-        text = str(error)
-        if not isinstance(error, dist.DistError) and not any(word in text.lower() for word in ("gloo", "nccl", "connection")):
+        """What to raise for an error of the training: with the ranks' names, if peers died, stopped or were late."""
+        text = str(error).lower()
+        lost = isinstance(error, (dist.DistError, Silent))
+        if not lost and not any(word in text for word in ("gloo", "nccl", "connection")):
             return error
-        missing = self.missing_ranks()
-        if not missing:
+        said = verdict(self, waited="timed out" in text or isinstance(error, Silent))
+        if said is None:
             return error
-        names = ", ".join(f"{rank} (worker {rank // self.shards})" for rank in missing)
-        print(f"error: rank {names} died or stopped answering; start the same command again to resume", file=sys.stderr)
-        return SystemExit(1)
+        if said:
+            print(f"error: {said}; start the same command again to resume", file=sys.stderr)
+        return SystemExit(1 if said else self._status_of_leaving())
+
+    def _status_of_leaving(self) -> int:
+        """The exit status of a rank that failed because the others were told to leave, or were ended by their watchdogs."""
+        with contextlib.suppress(Silent):
+            number = self.board.ask(lambda store: int(store.get(LEAVE)) if store.check([LEAVE]) else 0, 5.0)
+            return REQUEUE if number in (signal.SIGTERM, signal.SIGUSR1) else 128 + number if number else 1
+        return 1
 
     def check_same(self, what: str, digest: torch.Tensor) -> None:
         """All ranks of all workers hold the same bits."""
@@ -159,16 +193,8 @@ class Mesh:
         assert all(torch.equal(other, theirs[0]) for other in theirs), f"the ranks differ in {what}"
 
     def close(self) -> None:
+        self.watchdog.stop()
         dist.destroy_process_group()
-
-
-def attempt() -> str:
-    """A name of this attempt at the job: torchrun's agent may give a restarted job the store of the one that failed.
-
-    Agents of several nodes count restarts apart; there, launch/torchrun.sh has a store made for each attempt.
-    """
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
-    return f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}" if shared else "attempt"
 
 
 def alone() -> dist.ProcessGroup:

@@ -213,4 +213,6 @@ def table(directory: RunDirectory, summary: dict[str, Any]) -> str:
     }
     if summary["ranks"] == 1:
         del rows["sent per worker"]
+    elif summary["workers"] == 1:
+        rows["sent per worker"] = f"{megabytes(data_parallel)} per rank, of gradients: one worker, data parallelism"
     return "\n" + "\n".join(f"{name:<16} {value}" for name, value in rows.items())

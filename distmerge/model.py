@@ -144,6 +144,8 @@ def check_finite(path: str, model: nn.Module) -> None:
 def build_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Any:
     """transformers takes any key in silence; here an unknown one is refused."""
     model_type = keys.pop("model_type")
+    if not isinstance(model_type, str):
+        raise UserError(f"config.model.config.model_type must be a string, got {model_type!r}")
     try:
         known = AutoConfig.for_model(model_type).to_dict()
     except ValueError:
@@ -154,10 +156,9 @@ def build_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> An
             hint = f'; did you mean "{near[0]}"?' if near else ""
             raise UserError(f"config.model.config.{key} is not a known key of {model_type}{hint}")
     keys.setdefault("vocab_size", len(tokenizer))
-    if keys["vocab_size"] < len(tokenizer):
-        raise UserError(
-            f"config.model.config.vocab_size must be >= {len(tokenizer)}, the tokenizer's, got {keys['vocab_size']}"
-        )
+    rows = keys["vocab_size"]
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < len(tokenizer):
+        raise UserError(f"config.model.config.vocab_size must be >= {len(tokenizer)}, the tokenizer's, got {rows!r}")
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         return AutoConfig.for_model(model_type, **({key: ids[key] for key in ids if key in known} | keys))

@@ -28,7 +28,8 @@ from distmerge.experts.adapt import with_lora
 from distmerge.experts.training import ExpertTraining
 from distmerge.files.manifest import read_manifest
 from distmerge.flat import fingerprint
-from distmerge.launch import DIVERGED, REQUEUE
+from distmerge.interrupts import REQUEUE
+from distmerge.launch import DIVERGED, LEFT
 from distmerge.mesh import Mesh
 from distmerge.metrics import Meter, MetricsLog
 from distmerge.model import build_model, check_fits, load_tokenizer
@@ -49,6 +50,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, mesh: Mesh, directory: RunDirectory, command: Sequence[str] = ()):
         self.config, self.mesh, self.directory, self.path = config, mesh, directory, directory.path
+        self.preemption = Preemption(mesh, config.steps)
         with mesh.together():
             self.tokenizer = load_tokenizer(config.data.tokenizer)
             model = build_model(config.model, self.tokenizer, config.seed)
@@ -62,7 +64,7 @@ class Run:
         self.engine = build_engine(model, config, mesh)
         with mesh.together():
             self.mergers: list[DiLoCo | SPARTA] = build_mergers(config, self.engine.parameters, mesh)
-        torch.manual_seed(config.seed * 1_000_003 + mesh.rank)  # dropout draws apart on each rank
+        torch.manual_seed((config.seed * 1_000_003 + mesh.rank) % 2**64)  # dropout draws apart on each rank
         section, layout = config.checkpoint, relayout.layout(config, mesh)
         self.claim = Claim(directory, config, mesh, command)
         self.store = Store(directory.checkpoints, mesh, section.keep, section.asynchronous, layout, self.claim.identity)
@@ -76,8 +78,6 @@ class Run:
         self.recovery = Recovery(config.recovery, self)
         with mesh.together():
             self.expert = ExpertTraining(config, self)
-        lead = max((max(getattr(m.settings, "overlap", 0), getattr(m.settings, "delay", 0)) for m in self.mergers), default=0)
-        self.preemption = Preemption(mesh, lead)
 
     def _open_window(self) -> Window | None:
         section, root, flat = self.config.window, self.directory.window, self.engine.parameters
@@ -105,12 +105,6 @@ class Run:
     def tokens_per_step(self) -> int:
         rows = self.config.train.batch_size * self.config.train.gradient_accumulation
         return rows * self.config.data.sequence_length * self.mesh.world
-
-    def meets(self) -> bool:
-        """Whether all ranks meet in a collective of the step that ends next."""
-        step, config = self.step + 1, self.config
-        meetings = any(step % every == 0 for every in (config.evaluate.every, config.checkpoint.every))
-        return self.mesh.workers == 1 or meetings or any(merger.due() for merger in self.mergers)
 
     def due(self, every: int) -> bool:
         return self.step % every == 0
@@ -164,6 +158,7 @@ class Run:
                 return False
             self.store.commit(self.step, files)
         self.committed = self.step
+        self.mesh.watchdog.mark(f"the commit of step {self.step}")
         return True
 
     def _state(self) -> dict[str, Any]:
@@ -197,7 +192,7 @@ class Run:
         self.batches.load_state_dict(state["batches"])
         self.expert.load_state_dict(state["expert"])
         if state["generators"] is None:  # of another layout: draws go on apart, from the step
-            torch.manual_seed((self.config.seed * 1_000_003 + self.mesh.rank) * 1_000_003 + self.step)
+            torch.manual_seed(((self.config.seed * 1_000_003 + self.mesh.rank) * 1_000_003 + self.step) % 2**64)
         else:
             torch.set_rng_state(state["generators"][0])
             if state["generators"][1] is not None:
@@ -240,6 +235,8 @@ class Run:
             found = self._judge()
         if self.meter.first_eval is None:
             self.meter.first_eval = found.loss
+        if self.step:
+            self.mesh.watchdog.mark(f"the evaluation of step {self.step}")
         return found
 
     def preview_loss(self) -> float | None:
@@ -258,10 +255,15 @@ class Run:
             self.commit()
         self.store.wait()
         if self.log is not None:
-            self.log.say(f"told to leave: checkpoint of step {self.committed} committed, status {REQUEUE} asks for a requeue")
+            asks = f", status {REQUEUE} asks for a requeue" if self.preemption.status == REQUEUE else ""
+            self.log.say(
+                f"told to leave: checkpoint of step {self.committed} committed{asks}; start the same command again to resume"
+            )
             self.log.close()
+            self.mesh.board.ask(lambda store: store.set(LEFT, "1"), self.mesh.timeout_seconds)
+        self.preemption.tell_agent()
         self.engine.close()
-        return REQUEUE
+        return self.preemption.status
 
     def close(self) -> int:
         """Keep the last state, merge what is left to merge, publish the model, and say what came out; the exit status."""
@@ -270,6 +272,7 @@ class Run:
             self.commit()
         self.store.wait()
         self.recovery.before_the_end(self.step)
+        self.preemption.end()
         for merger in self.mergers:
             merger.finish()
         step = self.expert.finish()

@@ -9,6 +9,7 @@ from pathlib import Path
 from distmerge import config_file
 from distmerge.config import TrainConfig
 from distmerge.errors import UserError
+from distmerge.interrupts import REQUEUE
 from distmerge.launch import Place, launch
 from distmerge.mesh import Mesh
 from distmerge.run import Run
@@ -19,19 +20,22 @@ from distmerge.schedule import lr_factor
 def train(config: TrainConfig, place: Place, command: list[str]) -> None:
     """Train one run to its end, from its beginning or from its newest valid checkpoint."""
     mesh = Mesh(config.mesh, place, config.train.threads)
+    run: Run | None = None
     try:
         directory = RunDirectory(config.run_dir)
         lock = take_lock(directory, config, mesh)
         run = Run(config, mesh, directory, command)
         run.resume()
         status = run.close() if loop(run) else run.leave()
-        run.preemption.close()
         lock.release()
+        mesh.close()
+        if status:
+            raise SystemExit(status)
     except RuntimeError as error:
         raise mesh.name_dead_peers(error) from error
-    mesh.close()
-    if status:
-        raise SystemExit(status)
+    finally:
+        if run is not None:
+            run.preemption.close()
 
 
 def train_here(config: TrainConfig, ranks: int) -> None:
@@ -39,6 +43,7 @@ def train_here(config: TrainConfig, ranks: int) -> None:
 
     Raises:
         UserError: when the job failed; it has said why.
+        SystemExit: when it was interrupted; it has said so.
     """
     if ranks == 1:
         before = dict(os.environ)
@@ -51,13 +56,17 @@ def train_here(config: TrainConfig, ranks: int) -> None:
         return
     path = Path(config.run_dir).with_suffix(".toml")
     write_atomically(path, config_file.dump(config))
-    if launch(ranks, ["train", str(path)]):
+    status = launch(ranks, ["train", str(path)])
+    if status == REQUEUE or status > 128:
+        raise SystemExit(status)
+    if status:
         raise UserError(f"the run {config.run_dir} failed")
 
 
 def loop(run: Run) -> bool:
     """Train to the end: True. False where the job was told to leave before it."""
     config, meter, recovery = run.config, run.meter, run.recovery
+    run.preemption.begin(run.step)
     if run.step == 0 and run.meter.first_eval is None:
         run.write_line(run.evaluate())
         if recovery.section.enabled:
@@ -69,7 +78,7 @@ def loop(run: Run) -> bool:
         run.claim.take()
         if recovery.needed(run.step + 1, result) and recovery.roll_back(run.step + 1):
             continue  # before a merge or a block could take in sick values
-        meeting = run.meets()
+        run.mesh.watchdog.mark(f"the training of step {run.step + 1}")
         merges = [report for merger in run.mergers if (report := merger.step())]  # across workers
         run.step += 1
         recovery.cure(run.step)
@@ -84,6 +93,7 @@ def loop(run: Run) -> bool:
         run.expert.observe(run.step, found and found.loss)  # publishes steps to be merged, stops where the rule says so
         if recovery.commits(run.step, run.due(config.checkpoint.every)):
             run.commit()
-        if run.preemption.due(run.step, meeting):
+        run.mesh.watchdog.mark(f"step {run.step}")
+        if run.preemption.due(run.step):
             return False
     return True

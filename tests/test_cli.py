@@ -135,7 +135,8 @@ def test_the_run_directory_of_another_configuration(folder: Path, tmp_path: Path
     said = error_of(command(["train", str(folder / "config.toml"), "--run-dir", str(tmp_path), "--merge.0.every", "3"]))
     assert said == (
         f"config.run_dir {tmp_path} belongs to a run of another configuration; differing keys: merge.0.every, optimizer.lr; "
-        "take another --run-dir, or only change steps, train.threads, log, evaluate, checkpoint, preview, recovery, "
+        "take another --run-dir, or only change steps, mesh.timeout_seconds, mesh.watchdog_seconds, train.threads, log, "
+        "evaluate, checkpoint, preview, recovery, "
         "engine.kind, engine.reshard_after_forward, train.batch_size, train.gradient_accumulation"
     )
 
@@ -172,6 +173,24 @@ def test_a_run_directory_without_permission(folder: Path, tmp_path: Path) -> Non
     (tmp_path / "closed").mkdir(mode=0o500)
     said = error_of(command(["train", str(folder / "config.toml"), "--run-dir", str(tmp_path / "closed" / "run")]))
     assert said == f"config.run_dir must be writable, got {tmp_path}/closed/run: Permission denied"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ("ptm {0}/config.toml", "distmerge ptm"),
+        ("examples {0} --merged {0}", "distmerge examples"),
+        ("sweep --method ties --model a --grid lambda=1 --skill a=b --plot {0}/plots", "--plot"),
+        ("diagnose a b --base c --plot {0}/plots", "--plot"),
+        ("window {0} --plot {0}/window.svg", "--plot"),
+    ],
+)
+def test_pictures_ask_for_matplotlib_before_the_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, what: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = error_of(command(arguments.format(folder).split()))
+    assert said == f"{what} needs matplotlib, which draws its pictures: pip install 'distmerge[plot]'"
 
 
 # ---- in the ranks: told once, though all of them fail

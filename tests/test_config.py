@@ -190,8 +190,9 @@ def test_overrides(path: str, arguments: str, key: str, value: Any) -> None:
         ("--steps 3 4", "--steps takes one value, got 3 4"),
         ("--stepz 3", 'config.stepz is not a known key; did you mean "steps"?'),
         ("--merge.2.every 3", "--merge.2.every does not lead to a key of the configuration"),
-        ("--merge.every 3", "--merge.every does not lead to a key of the configuration"),
+        ("--merge.every 3", "--merge.every does not say which [[merge]]; did you mean --merge.0.every?"),
         ("--merge.x.every 3", "--merge.x.every does not lead to a key of the configuration"),
+        ("--optimizer.learning-rate 3", 'config.optimizer.learning_rate is not a known key; did you mean "lr"?'),
         ("--run-dir.x 3", "--run_dir.x does not lead to a key of the configuration"),
         ("--mesh 3", "config.mesh must be a table, got '3'"),
         (
@@ -215,7 +216,7 @@ def test_overrides_that_are_wrong(path: str, arguments: str, message: str) -> No
         ("--steps 9 --log.every 3 --evaluate.sequences 2 --checkpoint.keep 9 --train.threads 3 --run-dir y", []),
         ("--seed 3", ["seed"]),
         ("--merge.0.every 3 --optimizer.betas 0.1 0.2", ["merge.0.every", "optimizer.betas"]),
-        ("--merge.1.kind none", ["merge.1.kind"]),
+        ("--merge.1.kind average", [f"merge.1.{key}" for key in ("bucket_bytes", "error_feedback", "every", "kind", "wire")]),
         ("--model.config.hidden-size 32 --train.gradient-clip 9", ["model.config.hidden_size", "train.gradient_clip"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -17,7 +18,6 @@ import pytest
 from distmerge.checkpoints.durable import verify
 from distmerge.checkpoints.store import published_checkpoints
 from tests import jobs
-from tests.ranks import free_port
 
 STEPS = 60
 
@@ -188,28 +188,35 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(uninterrupted: 
     assert_same_run(run, uninterrupted / "run")
 
 
-# ---- dead peers, where no launcher looks after them
+# ---- sockets
 
 
-def test_a_dead_or_silent_peer_ends_the_job_by_name(config: str, tmp_path: Path, started: list[jobs.Job]) -> None:
-    signals = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
-    peers: dict[str, list[jobs.Job]] = {}
-    for name in signals:
-        arguments = ["train", config, "--run-dir", str(tmp_path / name), "--mesh.timeout-seconds", "12", "--steps", "100000"]
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        peers[name] = [
-            jobs.distmerge(arguments, tmp_path / f"{name}-{rank}", place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in (0, 1)
-        ]
-        started += peers[name]
-    for name, number in signals.items():
-        reach(peers[name][0], tmp_path / name, 3)
-        jobs.kill(peers[name][1].process.pid, number)
-    for name in signals:
-        survivor = peers[name][0]
-        assert survivor.wait(60) == 1, survivor.output
-        message = "error: rank 1 (worker 1) died or stopped answering; start the same command again to resume"
-        assert message in survivor.output.splitlines(), survivor.output
+def listening_addresses(process: int) -> set[str]:
+    """Local addresses, as the kernel writes them in hexadecimal, of a process's sockets that listen."""
+    sockets = set()
+    for link in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(link))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
+                found.add(words[1].partition(":")[0])
+    return found
+
+
+def test_a_job_on_one_machine_listens_on_loopback_alone(config: str, tmp_path: Path, started: list[jobs.Job]) -> None:
+    job = jobs.distmerge(["train", config, "--run-dir", str(tmp_path / "run"), "--steps", "100000"], tmp_path / "log")
+    started.append(job)
+    reach(job, tmp_path / "run", 2)
+    found = [listening_addresses(process) for process in (job.process.pid, *job.ranks().values())]
+    assert all(found), "the launcher's store, and the collectives of each rank"
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    assert set().union(*found) <= loopback, found
+
+
+# ---- ranks without a launcher
 
 
 def test_a_rank_whose_launcher_died_before_it_looked_ends(tmp_path: Path) -> None:

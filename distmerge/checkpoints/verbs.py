@@ -69,9 +69,11 @@ def window(options: argparse.Namespace) -> int:
         raise UserError("distmerge window needs --out DIR, --explain or --plot FILE")
     if options.plot is not None:
         check_plot(options.plot)
+    span = span_of(options.steps)
+
     from distmerge.checkpoints.merge_window import merge_window
 
-    merge_window(options, span_of(options.steps))
+    merge_window(options, span)
     return 0
 
 

@@ -42,9 +42,7 @@ def restacked(recipe: Recipe, models: dict[str, Model], config: dict[str, Any]) 
     return stacked(whole, recipe.donor, config | {count: len(layers)}, layers)
 
 
-def stacked(
-    whole: dict[str, dict[str, Any]], donor: str, out: dict[str, Any], layers: list[tuple[str, int]]
-) -> dict[str, Any]:
+def stacked(whole: dict[str, dict[str, Any]], donor: str, out: dict[str, Any], layers: list[tuple[str, int]]) -> dict[str, Any]:
     """``out`` with the lists over layers that the models' ``whole`` configurations have at ``layers``."""
     for key, value in whole[donor].items():
         if not isinstance(value, list):
