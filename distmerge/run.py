@@ -35,7 +35,7 @@ from distmerge.model import build_model, check_fits, load_tokenizer
 from distmerge.preemption import Preemption
 from distmerge.rundir import RunDirectory, write_atomically
 from distmerge.stream import StreamBatches, stream_corpus
-from distmerge.workers.build import build_mergers
+from distmerge.workers.build import build_mergers, notes
 from distmerge.workers.diloco import DiLoCo
 from distmerge.workers.sparta import SPARTA
 
@@ -132,7 +132,7 @@ class Run:
             self.window.open(self.step)
         if self.mesh.leads:
             self.log = MetricsLog(self.directory, self.meter.log_bytes, self.config.steps, self.mesh.name)
-            for note in [self.mesh.crowding, *self.engine.notes]:
+            for note in [self.mesh.crowding, *self.engine.notes, *notes(self.config)]:
                 if note is not None:
                     self.log.say(note)
             for rejection in rejections:
@@ -253,6 +253,8 @@ class Run:
         self.store.wait()
         for merger in self.mergers:
             merger.finish()
+        for merger in self.mergers:  # what is evaluated is what is published, whichever of several came last
+            merger.restart()
         step = self.expert.finish()
         loss = self.evaluate()
         self.write_line(loss)

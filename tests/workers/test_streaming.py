@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmerge as dm
-from distmerge.config import DiLoCo
+from distmerge.config_merge import DiLoCo
 from distmerge.config_file import checked
 from distmerge.flat import fingerprint
 from distmerge.rules.mean import token_weight
