@@ -33,14 +33,13 @@ import distmerge as dm
 
 EVERY = 30
 ROUNDS = 8  # whole rounds before the tail
-LENGTH = 64
+LENGTH = 32
 BATCH = 8
 HELD_OUT = 256  # sequences
 RATE = 2e-3
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "0.7/0.5": {"outer_lr": 0.7, "outer_momentum": 0.5},
-    "0.7/0.9": {"outer_lr": 0.7, "outer_momentum": 0.9},
+    "defaults": {"outer_lr": 0.7, "outer_momentum": 0.5},
     "streaming": dm.PRESETS["streaming-diloco"],
 }
 

@@ -25,7 +25,7 @@ def reference(world: int, kind: str, options: dict[str, Any], optimizer_name: st
     models += [copy.deepcopy(models[0]) for _ in range(world - 1)]
     optimizers = [inner(optimizer_name, model) for model in models]
     anchor = nn.Parameter(vector_of(models[0]).double())
-    lr, momentum = options.get("outer_lr", 0.7), options.get("outer_momentum", 0.9)
+    lr, momentum = options.get("outer_lr", 0.7 if world < 4 else 1.0), options.get("outer_momentum", 0.5)
     nesterov = bool(options.get("nesterov", True) and momentum)
     outer = torch.optim.SGD([anchor], lr=lr, momentum=momentum, nesterov=nesterov)
     for step in range(steps):
