@@ -1,6 +1,6 @@
 """What ``finish()`` makes of a round that was begun: the loss of the final model at every length of the tail.
 
-Workers merge every 30 steps and stop after 240 + t steps, for t of 0 to 29. One run serves all of them: at each step from 240 on
+Workers merge every 30 steps and stop after 240 + t steps, for t of 0 to 29. One run serves all: at each step from 240 on
 the parameters and the merger's state are set aside, the run is finished as a user's loop finishes it, the model is judged on
 held-out text, and the run goes on from what was set aside. Beside ``finish()`` stand what it could have been:
 

@@ -275,7 +275,7 @@ def test_a_resume_keeps_what_its_run_chose(tmp_path: Path) -> None:
     run.check(longer)
     assert longer.merge == first.merge
     assert merges(tmp_path, steps=5000, name="another").merge[0].every == 50
-    with pytest.raises(UserError, match="differing keys: merge.0.every"):
+    with pytest.raises(UserError, match=r"differing keys: merge\.0\.every"):
         run.check(merges(tmp_path, steps=5000, entry="every = 50"))
 
 

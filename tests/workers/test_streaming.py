@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmerge as dm
-from distmerge.config_merge import DiLoCo
 from distmerge.config_file import checked
+from distmerge.config_merge import DiLoCo
 from distmerge.flat import fingerprint
 from distmerge.rules.mean import token_weight
 from tests.ranks import Ranks
