@@ -89,9 +89,9 @@ def candidates(merger: dm.DiLoCo) -> dict[str, Tensor]:
     mean = mean_over_workers(own)
     lr, momentum, delta = merger.outer.lr, merger.outer.momentum, mean - anchor
     share = torch.zeros_like(theta)
-    for fragment, (sent, _) in zip(merger.fragments, merger.sent, strict=True):
+    for number, fragment in enumerate(merger.fragments):
         for part in (part for bucket in fragment for part in bucket.slices):
-            share[part] = (merger.steps - sent) / EVERY
+            share[part] = merger.progress.since_sent(number) / EVERY
     merger.finish()
     found = {
         "anchor": anchor,
