@@ -18,6 +18,7 @@ from distmerge.errors import UserError
 from distmerge.experts import skill_verbs as skills
 from distmerge.experts import verbs as experts
 from distmerge.interrupts import EARS
+from distmerge.launch import DIVERGED
 from distmerge.quiet import quiet
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)

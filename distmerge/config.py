@@ -14,8 +14,8 @@ from distmerge.config_checkpoints import Checkpoint, Preview, Recovery, Window
 from distmerge.config_data import Data
 from distmerge.config_engine import Engine, check_engine
 from distmerge.config_experts import Examples, Expert, Stopping
+from distmerge.config_merge import DiLoCo, Merge, NoMerge
 from distmerge.errors import UserError
-from distmerge.presets import PRESETS
 from distmerge.section import Section, given
 
 
@@ -89,114 +89,6 @@ class Schedule(Section):
     """The share of the peak rate that the decay ends at."""
 
 
-Wire = Literal["fp32", "bf16", "int8", "int4"]
-
-
-class DiLoCo(Section):
-    kind: Literal["diloco"] = "diloco"
-    every: int = Field(default=100, ge=1)
-    """Inner steps between merges of a parameter (H)."""
-    outer_lr: float = Field(default=0.7, gt=0)
-    """Outer learning rate. 1 with momentum 0 is parameter averaging."""
-    outer_momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Outer momentum."""
-    nesterov: bool = True
-    """Nesterov's form of the outer momentum."""
-    fragments: int = Field(default=1, ge=1)
-    """Parts of the model that merge in turn, staggered over the H steps (Streaming DiLoCo)."""
-    fragment_order: Literal["strided", "balanced"] = "strided"
-    """strided: blocks dealt out over depth; balanced: by bytes."""
-    overlap: int = Field(default=0, ge=0)
-    """Inner steps that go on while a fragment's collectives run (tau); < every / fragments."""
-    mix: float = Field(default=0.0, ge=0, le=1)
-    """Share of its own parameters that a worker keeps in a merge (alpha). 1 is no communication but at the end."""
-    wire: Wire = "fp32"
-    """The format of the values that travel; the integer ones in blocks of 64."""
-    error_feedback: bool = False
-    """Add what the wire's rounding lost to the next message."""
-    rule: Literal["mean", "tokens", "radial"] = "mean"
-    """mean; tokens: weighted by tokens^2 / steps; radial: length and direction averaged apart, for each tensor."""
-    outer_sharded: bool = False
-    """Each worker keeps and steps 1/M of the anchor and velocity. Same traffic, no correlation in the metrics."""
-    outer_device: Literal["cpu"] | None = None
-    """cpu keeps anchor and velocity in host memory."""
-    bucket_bytes: int = Field(default=64 * 2**20, ge=4)
-    """Bytes of parameters per collective."""
-
-    @model_validator(mode="after")
-    def consistent(self) -> DiLoCo:
-        if self.fragments > self.every:
-            raise UserError(f"fragments must be <= every = {self.every}, got {self.fragments}")
-        if self.overlap and self.overlap * self.fragments >= self.every:
-            raise UserError(f"overlap must be < every / fragments = {self.every / self.fragments:g}, got {self.overlap}")
-        if self.error_feedback and self.wire == "fp32":
-            raise UserError("error_feedback must be false where wire is fp32, which loses nothing, got true")
-        if self.outer_sharded and self.wire != "fp32":
-            raise UserError(f"outer_sharded needs wire fp32, since it sends parameters and not deltas, got {self.wire}")
-        if self.rule == "radial":
-            for key, plain in (("fragments", 1), ("overlap", 0), ("wire", "fp32"), ("outer_sharded", False)):
-                if getattr(self, key) != plain:
-                    raise UserError(
-                        f'{key} must be {plain} for rule "radial", which is no running mean, got {getattr(self, key)}'
-                    )
-        return self
-
-
-class StreamingDiLoCo(DiLoCo):
-    """DiLoCo with the settings of its streaming form; any of them can be set."""
-
-    kind: Literal["streaming-diloco"] = "streaming-diloco"  # pyright: ignore[reportIncompatibleVariableOverride]
-    outer_lr: float = Field(default=PRESETS["streaming-diloco"]["outer_lr"], gt=0)
-    """Outer learning rate."""
-    fragments: int = Field(default=PRESETS["streaming-diloco"]["fragments"], ge=1)
-    """Parts of the model that merge in turn, staggered over the H steps."""
-    overlap: int = Field(default=PRESETS["streaming-diloco"]["overlap"], ge=0)
-    """Inner steps that go on while a fragment's collectives run (tau)."""
-    mix: float = Field(default=PRESETS["streaming-diloco"]["mix"], ge=0, le=1)
-    """Share of its own parameters that a worker keeps in a merge (alpha)."""
-    wire: Wire = PRESETS["streaming-diloco"]["wire"]
-    """The format of the values that travel."""
-    error_feedback: bool = PRESETS["streaming-diloco"]["error_feedback"]
-    """Add what the wire's rounding lost to the next message."""
-
-
-class Average(Section):
-    kind: Literal["average", "local-sgd"] = "average"
-    """Plain averaging of the parameters: DiLoCo with outer rate 1 and no momentum."""
-    every: int = Field(default=100, ge=1)
-    """Inner steps between merges."""
-    wire: Wire = "fp32"
-    """The format of the values that travel."""
-    error_feedback: bool = False
-    """Add what the wire's rounding lost to the next message."""
-    bucket_bytes: int = Field(default=64 * 2**20, ge=4)
-    """Bytes of parameters per collective."""
-
-
-class SPARTA(Section):
-    kind: Literal["sparta"] = "sparta"
-    fraction: float = Field(default=0.005, gt=0, le=1)
-    """Share of the parameters that is averaged in a round (p)."""
-    every: int = Field(default=1, ge=1)
-    """Inner steps between rounds."""
-    selector: Literal["random", "shuffled", "partitioned"] = "partitioned"
-    """random: drawn anew each round; shuffled: one permutation cut into chunks; partitioned: a new one each cycle."""
-    delay: int = Field(default=0, ge=0)
-    """Inner steps that go on while a round is in flight; what comes back is applied as a difference."""
-    ema: float = Field(default=0.0, ge=0, lt=1)
-    """Smoothing of the differences; costs a vector of the model's size."""
-    wire: Wire = "fp32"
-    """The format of the values that travel."""
-
-
-class NoMerge(Section):
-    kind: Literal["none"] = "none"
-    """Workers never talk; they are averaged once, at the end."""
-
-
-Merge = Annotated[DiLoCo | StreamingDiLoCo | Average | SPARTA | NoMerge, Field(discriminator="kind")]
-
-
 class Evaluate(Section):
     every: int = Field(default=100, ge=1)
     """Steps between evaluations; there is one at the start and one at the end anyway."""
@@ -250,6 +142,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def consistent(self) -> TrainConfig:
+        merge = tuple(entry.completed(self.mesh.workers, self.steps) for entry in self.merge)
+        object.__setattr__(self, "merge", merge)  # frozen from here on, with every default that depends on the run
         if self.mesh.workers > 1 and not self.merge:
             raise UserError(
                 f"merge must have an entry when mesh.workers is {self.mesh.workers}, got none "

@@ -79,7 +79,28 @@ def parse(text: str, what: str) -> dict[str, Any]:
 
 
 def validate(table: dict[str, Any]) -> TrainConfig:
-    return validate_as(TrainConfig, table)
+    return validate_as(TrainConfig, with_settled(table))
+
+
+def with_settled(table: dict[str, Any]) -> dict[str, Any]:
+    """The table with what an earlier start of its run has settled for the keys of [[merge]] that it leaves open.
+
+    Defaults that depend on the run are settled once: a resume that trains for longer merges as often as before.
+    """
+    try:
+        stored = tomllib.loads((Path(table["run_dir"]) / "config.toml").read_text()).get("merge", [])
+    except (KeyError, TypeError, ValueError, OSError):  # no run yet, or nothing to be read: others say what is wrong with it
+        return table
+    merge = table.get("merge")
+    if not isinstance(merge, list) or len(merge) != len(stored):
+        return table
+    return table | {"merge": [settled(entry, before) for entry, before in zip(merge, stored, strict=True)]}
+
+
+def settled(entry: Any, before: dict[str, Any]) -> Any:
+    if not isinstance(entry, dict) or entry.get("kind") != before.get("kind"):
+        return entry
+    return {key: before[key] for key in ("every", "outer_lr", "outer_momentum") if key in before} | entry
 
 
 def validate_as(section: type[S], table: dict[str, Any]) -> S:

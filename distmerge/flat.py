@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -140,7 +141,8 @@ class FlatParameters:
         return sum(math.prod(slot.shape) for slot in self.layout)
 
     def check(self) -> None:
-        """Refuse a model whose parameters no longer lie where they were laid out."""
+        """Refuse a model that trains other parameters than those that were laid out, or keeps them elsewhere."""
+        check_identity(self.model, [slot.name for slot in self.layout], self._parameters)
         if not self._views:
             return
         for slot, parameter in zip(self.layout, self._parameters, strict=True):
@@ -189,13 +191,49 @@ class FlatParameters:
             parameter.copy_(view) if into_model else view.copy_(parameter)
 
 
+def check_identity(model: nn.Module, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> None:
+    """Refuse a model whose trainable parameters are not the very objects that were laid out under these names.
+
+    Whatever was put in their place is merged by nobody, and the workers would stay apart without a word.
+    """
+    present = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if len(present) == len(parameters) and all(map(operator.is_, present, parameters)):
+        return
+    laid_out = dict(zip(names, parameters, strict=True))
+    there = dict(model.named_parameters(remove_duplicate=False))
+    known = {id(parameter) for parameter in parameters}
+    for name, parameter in there.items():
+        if parameter.requires_grad and id(parameter) not in known:
+            what = (
+                "is not the one that the merger was made with: use load_state_dict() without assign=True, and make the merger "
+                "after modules are replaced"
+                if name in laid_out
+                else "trains, but did not when the merger was made: make the merger after parameters are added or unfrozen"
+            )
+            raise UserError(f"parameter {name} {what}")
+    kept = {id(parameter): parameter.requires_grad for parameter in there.values()}
+    for name, parameter in laid_out.items():
+        if not kept.get(id(parameter), False):
+            what = "was frozen" if id(parameter) in kept else "was taken out of the model"
+            raise UserError(f"parameter {name} {what} after the merger was made: make the merger anew")
+
+
+def check_dtype(name: str, parameter: Tensor) -> None:
+    """Merges compute in float32: wider parameters would lose their low bits in silence."""
+    if not parameter.is_floating_point():
+        raise UserError(f"parameter {name} must be floating point, got {parameter.dtype}")
+    if parameter.dtype == torch.float64:
+        raise UserError(
+            f"parameter {name} must be float32, float16 or bfloat16, since merges are in float32, got torch.float64"
+        )
+
+
 def check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:
     if not named:
         raise UserError("the model has no trainable parameter, so there is nothing to merge")
     seen: dict[int, str] = {}
     for name, parameter in named:
-        if not parameter.is_floating_point():
-            raise UserError(f"parameter {name} must be floating point, got {parameter.dtype}")
+        check_dtype(name, parameter)
         if parameter.device != named[0][1].device:
             raise UserError(f"parameter {name} is on {parameter.device}, but {named[0][0]} on {named[0][1].device}")
         other = seen.setdefault(parameter.data_ptr(), name) if parameter.numel() else name

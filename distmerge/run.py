@@ -36,7 +36,7 @@ from distmerge.model import build_model, check_fits, load_tokenizer
 from distmerge.preemption import Preemption
 from distmerge.rundir import RunDirectory
 from distmerge.stream import StreamBatches, from_lead, stream_held_out
-from distmerge.workers.build import build_mergers
+from distmerge.workers.build import build_mergers, notes
 from distmerge.workers.diloco import DiLoCo
 from distmerge.workers.sparta import SPARTA
 
@@ -136,7 +136,7 @@ class Run:
             self.window.open(self.step)
         if self.mesh.leads:
             self.log = MetricsLog(self.directory, self.meter.log_bytes, self.config.steps, self.mesh.name)
-            for note in [self.mesh.crowding, *self.engine.notes]:
+            for note in [self.mesh.crowding, *self.engine.notes, *notes(self.config)]:
                 if note is not None:
                     self.log.say(note)
             for rejection in rejections:
@@ -275,6 +275,8 @@ class Run:
         self.preemption.end()
         for merger in self.mergers:
             merger.finish()
+        for merger in self.mergers:  # what is evaluated is what is published, whichever of several came last
+            merger.restart()
         step = self.expert.finish()
         found = self.evaluate()
         self.write_line(found)

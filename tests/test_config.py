@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from distmerge import config_file
 from distmerge.config import TrainConfig
 from distmerge.errors import UserError
+from distmerge.rundir import RunDirectory
 
 BASE = """
 run_dir = "run"
@@ -26,7 +27,7 @@ kind = "diloco"
 every = 20
 """
 
-KINDS = "'diloco', 'streaming-diloco', 'average', 'local-sgd', 'sparta', 'none'"
+KINDS = "'diloco', 'paper-diloco', 'streaming-diloco', 'average', 'local-sgd', 'sparta', 'none'"
 
 
 @pytest.fixture
@@ -50,9 +51,9 @@ def test_defaults(path: str) -> None:
     assert (config.seed, config.steps, config.run_dir) == (0, 400, "run")
     assert config.merge[0].kind == "diloco"
     assert config.model_dump()["merge"][0] == {
-        "kind": "diloco", "every": 20, "outer_lr": 0.7, "outer_momentum": 0.9, "nesterov": True, "bucket_bytes": 64 * 2**20,
+        "kind": "diloco", "every": 20, "outer_lr": 0.7, "outer_momentum": 0.5, "nesterov": True, "bucket_bytes": 64 * 2**20,
         "fragments": 1, "fragment_order": "strided", "overlap": 0, "mix": 0.0, "wire": "fp32", "error_feedback": False,
-        "rule": "mean", "outer_sharded": False, "outer_device": None,
+        "rule": "mean", "outer_sharded": False, "outer_device": None, "nonfinite": "raise",
     }  # fmt: skip
 
 
@@ -232,3 +233,68 @@ def test_dump_is_toml_of_all_that_is_set(path: str) -> None:
     assert table["merge"][0]["outer_lr"] == 0.7
     assert "path" not in table["model"]
     assert config_file.validate(copy.deepcopy(table)) == config
+
+
+# ---- defaults that depend on the run
+
+
+def merges(tmp_path: Path, steps: int = 400, workers: int = 2, entry: str = "", kind: str = "diloco", name: str = "r") -> Any:
+    text = BASE.replace('run_dir = "run"', f'run_dir = "{tmp_path / name}"\nsteps = {steps}')
+    text = text.replace("workers = 2", f"workers = {workers}")
+    (tmp_path / "case.toml").write_text(text.replace('kind = "diloco"\nevery = 20', f'kind = "{kind}"\n{entry}'))
+    return config_file.read(str(tmp_path / "case.toml"), [])
+
+
+@pytest.mark.parametrize(
+    ("steps", "workers", "every", "outer_lr"), [(400, 2, 10, 0.7), (2000, 3, 20, 0.7), (5000, 4, 50, 1.0), (10**6, 8, 100, 1.0)]
+)
+def test_diloco_chooses_by_workers_and_steps(tmp_path: Path, steps: int, workers: int, every: int, outer_lr: float) -> None:
+    entry = merges(tmp_path, steps, workers).merge[0]
+    assert (entry.every, entry.outer_lr, entry.outer_momentum) == (every, outer_lr, 0.5)
+
+
+def test_what_is_given_is_not_chosen(tmp_path: Path) -> None:
+    entry = merges(tmp_path, entry="every = 7\nouter_momentum = 0.9").merge[0]
+    assert (entry.every, entry.outer_lr, entry.outer_momentum) == (7, 0.7, 0.9)
+
+
+def test_presets_are_the_papers(tmp_path: Path) -> None:
+    paper = merges(tmp_path, workers=4, kind="paper-diloco").merge[0]
+    streaming = merges(tmp_path, workers=4, kind="streaming-diloco", entry="fragments = 9\noverlap = 1").merge[0]
+    assert (paper.outer_lr, paper.outer_momentum) == (0.7, 0.9)
+    assert (streaming.outer_lr, streaming.outer_momentum, streaming.every) == (0.4, 0.9, 18)
+
+
+def test_a_resume_keeps_what_its_run_chose(tmp_path: Path) -> None:
+    """Also where it trains for longer, which would choose another interval."""
+    first = merges(tmp_path, steps=400)
+    run = RunDirectory(first.run_dir)
+    run.check(first)
+    run.begin(first, [])
+    assert tomllib.loads(run.config.read_text())["merge"][0]["every"] == 10
+    longer = merges(tmp_path, steps=5000)
+    run.check(longer)
+    assert longer.merge == first.merge
+    assert merges(tmp_path, steps=5000, name="another").merge[0].every == 50
+    with pytest.raises(UserError, match=r"differing keys: merge\.0\.every"):
+        run.check(merges(tmp_path, steps=5000, entry="every = 50"))
+
+
+def test_a_run_of_few_merges_is_told_so_in_one_line(tmp_path: Path) -> None:
+    few, many = merges(tmp_path, steps=400, entry="every = 20").merge[0], merges(tmp_path, steps=400).merge[0]
+    assert many.warning(400) is None
+    assert few.warning(400) == (
+        "400 steps with every = 20 are 20 merges; with fewer than 30 or so, merging costs several percent of the loss: "
+        "lower every, or train for longer"
+    )
+
+
+def test_sparta_refuses_a_delay_beyond_its_cycle(tmp_path: Path) -> None:
+    merges(tmp_path, kind="sparta", entry="fraction = 0.05\nevery = 2\ndelay = 40")
+    merges(tmp_path, kind="sparta", entry='fraction = 0.05\ndelay = 50\nselector = "random"')
+    with pytest.raises(UserError) as caught:
+        merges(tmp_path, kind="sparta", entry="fraction = 0.05\ndelay = 50")
+    assert str(caught.value) == (
+        'config.merge[0].delay must be <= 20 steps for selector "partitioned", a cycle of 1 / fraction rounds, after which the '
+        "same parameters are sent again, got 50"
+    )

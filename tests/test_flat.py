@@ -112,7 +112,7 @@ def test_tied_once_and_frozen_not() -> None:
     assert model["head"].weight is model["table"].weight
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_types_are_copied_in_and_out(dtype: torch.dtype) -> None:
     model = Mixed().to(dtype)
     flat = FlatParameters(model)
@@ -167,6 +167,42 @@ def test_models_that_cannot_be_flat() -> None:
     complex_model = nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
     with pytest.raises(UserError, match="must be floating point"):
         FlatParameters(complex_model)
+
+
+def test_float64_is_refused() -> None:
+    """Through float32 it would lose its low bits in silence."""
+    with pytest.raises(UserError, match=r"parameter weight must be float32, .* got torch.float64"):
+        FlatParameters(nn.Linear(2, 2).double())
+
+
+def assign(model: nn.Sequential) -> None:
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+
+
+def replace(model: nn.Sequential) -> None:
+    model[2] = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (assign, r"parameter 0.weight is not the one that the merger was made with: use load_state_dict\(\) without assign"),
+        (replace, "parameter 2.weight is not the one that the merger was made with"),
+        (lambda model: model[1].requires_grad_(True), "parameter 1.weight trains, but did not when the merger was made"),
+        (lambda model: model.append(nn.Linear(3, 3)), "parameter 3.weight trains, but did not when the merger was made"),
+        (lambda model: model[0].requires_grad_(False), "parameter 0.weight was frozen after the merger was made"),
+        (lambda model: model.pop(2), "parameter 2.weight was taken out of the model after the merger was made"),
+    ],
+    ids=["assign", "replace", "unfreeze", "append", "freeze", "remove"],
+)
+def test_a_model_that_trains_other_parameters_is_refused(change, message: str, dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 3)).to(dtype)
+    flat = FlatParameters(model)
+    flat.pull()
+    change(model)
+    with pytest.raises(UserError, match=message):
+        flat.pull()
 
 
 def test_manifests() -> None:

@@ -72,7 +72,7 @@ class FlatMasters(CopiedParameters):
 
     def __init__(self, engine: Any):
         self.optimizer = engine.optimizer
-        module, layout = engine.module, []
+        module, layout, parameters = engine.module, [], []
         self._fragments: list[Fragment] = []
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
@@ -82,10 +82,11 @@ class FlatMasters(CopiedParameters):
             layout.append(
                 Slot(name, tuple(getattr(parameter, "ds_shape", parameter.shape)), offset, fragment.first, fragment.numel)
             )
+            parameters.append(parameter)
             self._fragments.append(fragment)
         if any(partition.numel() == 0 for partition in self.partitions()):
             raise UserError("DeepSpeed's masters must be in memory to be merged, but some are swapped out")
-        super().__init__(module, layout, engine.seq_data_parallel_group, self.partitions()[0].device)
+        super().__init__(module, layout, parameters, engine.seq_data_parallel_group, self.partitions()[0].device)
 
     def partitions(self) -> list[Tensor]:
         """The flat float32 masters of this rank."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from distmerge.errors import UserError
-from distmerge.flat import FlatParameters, Slot
+from distmerge.flat import FlatParameters, Slot, check_dtype, check_identity
 
 
 class ReplicatedParameters(FlatParameters):
@@ -52,10 +52,14 @@ class CopiedParameters(FlatParameters):
 
     Args:
         layout: a slot for each parameter, in the model's order, with this rank's part of it.
+        parameters: the parameters themselves, as the model and its optimizer know them.
         inside: process group of the worker's ranks.
     """
 
-    def __init__(self, model: nn.Module, layout: list[Slot], inside: Any, device: torch.device):
+    def __init__(
+        self, model: nn.Module, layout: list[Slot], parameters: Sequence[nn.Parameter], inside: Any, device: torch.device
+    ):
+        self._parameters = list(parameters)
         self.model, self.layout, self.inside, self.start = model, tuple(layout), inside, 0
         self.vector = self.whole = torch.empty(layout[-1].stop, dtype=torch.float32, device=device)
         self.pull()
@@ -68,8 +72,12 @@ class CopiedParameters(FlatParameters):
         """After the stored values changed: bring what was made from them up to date. A collective inside the worker."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        check_identity(self.model, [slot.name for slot in self.layout], self._parameters)
+
     @torch.no_grad()
     def pull(self) -> None:
+        self.check()
         for slot, tensor in zip(self.layout, self.stored(), strict=True):
             self.vector[slot.offset : slot.stop].copy_(tensor.reshape(-1))
 
@@ -95,18 +103,23 @@ class ShardedParameters(CopiedParameters):
         if not named:
             raise UserError("the model has no trainable parameter, so there is nothing to merge")
         # The modules show other tensors while they are gathered; the optimizer's are these.
-        self._parameters = self._shards = [p for _, p in named]
+        self._shards = [p for _, p in named]
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         mesh = self._shards[0].device_mesh
         layout: list[Slot] = []
         for name, p in named:
+            check_dtype(name, p)
             if p.device_mesh != mesh or mesh.ndim != 1 or tuple(p.placements) != (Shard(0),):
                 raise UserError(f"parameter {name} must be sharded along dim 0 over one axis, got {p.placements} over {mesh}")
             row = math.prod(p.shape[1:])
             first = min(mesh.get_local_rank() * math.ceil(p.shape[0] / mesh.size()), p.shape[0]) * row
             offset = layout[-1].stop if layout else 0
             layout.append(Slot(name, tuple(p.shape), offset, first, p.to_local().numel()))
-        super().__init__(model, layout, mesh.get_group(), self._shards[0].to_local().device)
+        super().__init__(model, layout, self._shards, mesh.get_group(), self._shards[0].to_local().device)
+
+    def check(self) -> None:
+        self.refresh()  # a module shows other tensors while it is gathered
+        super().check()
 
     def stored(self) -> Iterator[Tensor]:
         return (p.to_local() for p in self._shards)

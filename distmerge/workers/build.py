@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from distmerge import config as sections
+from distmerge import config_merge as sections
 from distmerge.config import TrainConfig
 from distmerge.errors import UserError
 from distmerge.flat import FlatParameters
@@ -31,3 +31,9 @@ def build_mergers(config: TrainConfig, flat: FlatParameters, mesh: Mesh) -> list
         except UserError as error:
             raise UserError(f"config.merge[{index}]: {error}") from None
     return mergers
+
+
+def notes(config: TrainConfig) -> list[str]:
+    """What the user should know of the mergers before the run starts."""
+    found = [(index, entry.warning(config.steps)) for index, entry in enumerate(config.merge)]
+    return [f"config.merge[{index}]: {warning}" for index, warning in found if warning is not None]

@@ -13,11 +13,6 @@ steps; sends at step t, goes on training, and applies what came back at t + over
         theta_m = mix * theta_m + (1 - mix) * anchor
 
 With outer rate 1 and no momentum this is parameter averaging (local SGD), and on a float32 wire it needs no anchor.
-
-    merger = DiLoCo(model, every=50)
-    for batch in data:
-        ...; optimizer.step(); merger.step()
-    merger.finish()
 """
 
 from __future__ import annotations
@@ -29,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmerge import config
+from distmerge import config_merge
 from distmerge.buffers import Policy, buffer_policies
 from distmerge.config_file import checked
 from distmerge.engine.flatten import check_peers, flatten
@@ -37,7 +32,9 @@ from distmerge.flat import FlatParameters
 from distmerge.rules.mean import token_weight
 from distmerge.workers.flight import Flight, InFlight, total_weight
 from distmerge.workers.fragments import Bucket, cut_fragments, due_fragment
-from distmerge.workers.outer_state import OuterState, own_shares
+from distmerge.workers.health import check_mean, is_finite
+from distmerge.workers.outer_state import own_shares, start_outer
+from distmerge.workers.progress import Progress
 from distmerge.workers.report import MergeReport, Spread
 from distmerge.workers.sender import Sender
 from distmerge.workers.total import Peers
@@ -49,7 +46,8 @@ class DiLoCo:
     Args:
         model: any module, or parameters already laid out flat.
         every: inner steps between merges of a parameter (H).
-        outer_lr, outer_momentum, nesterov: the outer optimizer.
+        outer_lr, outer_momentum, nesterov: the outer optimizer; by default 0.7 (1.0 from 4 workers on) and 0.5, Nesterov's. The
+            paper's is ``PRESETS["paper-diloco"]``.
         fragments, fragment_order: parts of theta that merge in turn, "strided" over depth or "balanced" by bytes.
         overlap: inner steps between sending and applying (tau), while the collectives run.
         mix: share of a worker's own parameters that it keeps in a merge (alpha).
@@ -60,6 +58,8 @@ class DiLoCo:
         outer_device: "cpu" keeps anchor and velocity in host memory.
         group: the peers, one rank of each worker; all ranks by default.
         bucket_bytes: bytes of parameters per collective.
+        nonfinite: what becomes of NaN and infinity: "raise" refuses a mean that holds one, on all workers; "leave-out" gives a
+            worker that has one weight 0.
         buffers: policies of buffers that are not known by name, see :mod:`distmerge.buffers`.
 
     Attributes:
@@ -67,15 +67,16 @@ class DiLoCo:
             the others share.
 
     Raises:
-        UserError: for a value out of range, a buffer without a policy, or before init_process_group.
+        UserError: for a value out of range, a buffer without a policy, or before init_process_group; at a merge, for a model
+            whose parameters are others than they were, or for a mean that is not finite.
     """
 
     def __init__(
         self,
         model: nn.Module | FlatParameters,
         every: int,
-        outer_lr: float = 0.7,
-        outer_momentum: float = 0.9,
+        outer_lr: float | None = None,
+        outer_momentum: float | None = None,
         nesterov: bool = True,
         fragments: int = 1,
         fragment_order: str = "strided",
@@ -88,11 +89,14 @@ class DiLoCo:
         outer_device: str | None = None,
         group: dist.ProcessGroup | None = None,
         bucket_bytes: int = 64 * 2**20,
+        nonfinite: str = "raise",
         buffers: dict[str, Policy] | None = None,
     ):
-        values = {name: value for name, value in locals().items() if name in config.DiLoCo.model_fields}
-        self.settings = checked(config.DiLoCo, **values)
+        values = {name: value for name, value in locals().items() if name in config_merge.DiLoCo.model_fields}
+        settings = checked(config_merge.DiLoCo, **values)
         self.peers = Peers(group)
+        self.settings = settings.completed(self.peers.size)
+        self.every = every
         self.flat = flatten(model)
         check_peers(self.flat, self.peers.group)
         self.policies = buffer_policies(self.flat.model, buffers)
@@ -100,21 +104,17 @@ class DiLoCo:
         self.fragments = cut_fragments(self.flat, fragments, fragment_order, bucket_numel)
         self.weight = 1.0
         self.round = 0
-        self.steps, self.tokens = 0, 0.0
-        # each fragment's steps and tokens when it was last sent
-        self.sent: list[tuple[int, float]] = [(0, 0.0)] * fragments
+        self.progress = Progress(fragments)
         self.flying: InFlight | None = None
         self.peers.start_equal(self.flat)
-        self.outer = self._start_outer()
+        self.outer = start_outer(self.settings, self.flat.vector, self.buckets, self.peers)
         self.sender = Sender(self.settings, self.flat, self.peers, self.buckets, self.outer)
-        self._reported = (0, 0.0)
 
     def step(self, tokens: float = 1.0) -> MergeReport | None:
         """Count one inner step, on ``tokens`` tokens, and merge what is due."""
-        self.steps += 1
-        self.tokens += tokens
+        self.progress.count(tokens)
         report = self._fly() if self.flying else None
-        number = due_fragment(self.steps, self.settings.every, len(self.fragments))
+        number = due_fragment(self.steps, self.every, len(self.fragments))
         if number is None:
             return report
         if not self.settings.overlap:
@@ -123,17 +123,32 @@ class DiLoCo:
         return report
 
     def finish(self) -> MergeReport | None:
-        """Apply what is in flight and merge every round that was begun: all workers end with the same bits."""
-        report = self._land() if self.flying else None
-        differ = self.settings.mix > 0 or self.settings.overlap > 0
-        begun = [number for number, (steps, _) in enumerate(self.sent) if differ or steps < self.steps]
-        for number in begun:
-            report = self.merge(number, full=number == begun[-1])
+        """End with the mean of the workers, which all of them then have, bit by bit.
+
+        The papers' outer step is one for a whole round. Taken for a part of one, or once more for a fragment without new
+        steps, it moves the anchor along its momentum and away from what was trained: the mean of the workers is better at
+        every length of the tail (``benchmarks/tails.py``). So the last merge is the plain mean, in float32 whatever the
+        wire. A fragment in flight is given up, since the mean holds what its worker has made of it.
+
+        Returns:
+            the merge's report; None where the workers were equal, so that the model is the anchor as it is.
+        """
+        if self.flying is not None:
+            self.flying.wait()
+            self.flying = None
+        if self.progress.equal_at == self.steps:
+            return None
+        *others, last = range(len(self.fragments))
+        for number in others:
+            self.merge(number, closing=True)
+        report = self.merge(last, closing=True)
+        if self.settings.outer_sharded:
+            self.restart()
         return report
 
     def due(self) -> bool:
         """Whether the next step sends something."""
-        return due_fragment(self.steps + 1, self.settings.every, len(self.fragments)) is not None
+        return due_fragment(self.steps + 1, self.every, len(self.fragments)) is not None
 
     def restart(self) -> None:
         """Take the present parameters, the same on all workers, for what is shared. The velocity stays; what is in flight, and
@@ -151,17 +166,17 @@ class DiLoCo:
         self.sender.forget(own_only=True)
 
     @torch.no_grad()
-    def merge(self, number: int = 0, mix: float = 0.0, full: bool = False) -> MergeReport:
-        """Merge a fragment now, one bucket after the other; ``full`` where it ends a merge of everything."""
-        began, waited = time.perf_counter(), 0.0
+    def merge(self, number: int = 0, mix: float = 0.0, closing: bool = False) -> MergeReport:
+        """Merge a fragment now, one bucket after the other; ``closing`` without an outer step, by the plain mean."""
+        began = time.perf_counter()
         self.flat.pull()
         steps, weight = self._begin_round(number)
-        spread = Spread(self.flat.vector.device)
+        merged = InFlight(number, [], Spread(self.flat.vector.device), weight, steps)
         for bucket in self.fragments[number]:
-            flight = self.sender.send(bucket, self.sender.room_for(bucket), weight, spread)
-            self._receive(bucket, flight, weight, mix, spread)
-            waited += flight.waited
-        return self._report(number, steps, weight, spread, began, waited, full)
+            flight = self.sender.send(bucket, self.sender.room_for(bucket), weight, merged.spread, plain=closing)
+            self._receive(bucket, flight, merged, mix, closing)
+            merged.flights.append(flight)
+        return self._report(merged, began, mix, closing)
 
     @torch.no_grad()
     def _send_off(self, number: int) -> None:
@@ -178,7 +193,7 @@ class DiLoCo:
     def _fly(self) -> MergeReport | None:
         """What is due at this step for the fragment in flight, at the same step on all workers."""
         assert self.flying is not None
-        flown, overlap = self.steps - self.sent[self.flying.fragment][0], self.settings.overlap
+        flown, overlap = self.progress.since_sent(self.flying.fragment), self.settings.overlap
         if flown == (overlap + 1) // 2:
             for flight in self.flying.flights:
                 flight.advance()
@@ -191,61 +206,57 @@ class DiLoCo:
         began, flying, self.flying = time.perf_counter(), self.flying, None
         self.flat.pull()
         for bucket, flight in zip(self.fragments[flying.fragment], flying.flights, strict=True):
-            self._receive(bucket, flight, flying.weight, self.settings.mix, flying.spread)
-        waited = sum(flight.waited for flight in flying.flights)
-        return self._report(flying.fragment, flying.steps, flying.weight, flying.spread, began, waited)
+            self._receive(bucket, flight, flying, self.settings.mix)
+        return self._report(flying, began, self.settings.mix)
 
-    def _receive(self, bucket: Bucket, flight: Flight, weight: float, mix: float, spread: Spread) -> None:
-        """Take the outer step along the mean, and start the next round from the anchor."""
+    def _receive(self, bucket: Bucket, flight: Flight, merged: InFlight, mix: float, closing: bool = False) -> None:
+        """Take the outer step along the mean, and start the next round from the anchor; ``closing``, take the mean itself."""
         flight.finish()
         weights = total_weight(flight)
+        check_mean(flight.message, self.settings.nonfinite, self.steps)
         for part, place in bucket.parts(self.flat.vector):
             theta, mean = self.flat.vector[part], flight.message[place].div_(weights)
             if self.outer is None or self.settings.outer_sharded:
                 anchor = mean
-                if weight > 0:
-                    spread.add_own(theta - anchor)
+                if merged.weight > 0:
+                    merged.spread.add_own(theta - anchor)
             else:
-                spread.add_merged(mean)
-                anchor = self.outer.step(mean, part)
-            theta.copy_(anchor) if mix == 0 else theta.lerp_(anchor, 1 - mix)
+                merged.spread.add_merged(mean)
+                anchor = self.outer.add(mean, part) if closing else self.outer.step(mean, part)
+            theta.copy_(anchor) if mix == 0 or merged.weight == 0 else theta.lerp_(anchor, 1 - mix)
 
     def _begin_round(self, number: int) -> tuple[int, float]:
         """Inner steps since this fragment was last sent, and this worker's weight."""
-        steps, tokens = self.steps - self.sent[number][0], self.tokens - self.sent[number][1]
-        self.sent[number] = (self.steps, self.tokens)
-        return steps, self.weight * (token_weight(tokens, steps) if self.settings.rule == "tokens" else 1.0)
+        steps, tokens = self.progress.send(number)
+        by_tokens = self.settings.rule == "tokens" and steps > 0  # a fragment may be closed right after it was sent
+        well = self.settings.nonfinite == "raise" or is_finite(self.flat, self.fragments[number])
+        return steps, well * self.weight * (token_weight(tokens, steps) if by_tokens else 1.0)
 
-    def _report(
-        self, number: int, steps: int, weight: float, spread: Spread, began: float, waited: float, full: bool = False
-    ) -> MergeReport:
+    def _report(self, merged: InFlight, began: float, mix: float, closing: bool = False) -> MergeReport:
         self.flat.push()
-        if full or number == len(self.fragments) - 1:
-            self.peers.merge_buffers(self.flat, self.policies, full, counts=weight > 0)
-        divergence, correlation = spread.finish(self.peers, self.flat, weight, anchored=self.anchor is not None)
+        last, weight = merged.fragment == len(self.fragments) - 1, merged.weight
+        if last:
+            self.peers.merge_buffers(self.flat, self.policies, full=closing, counts=weight > 0)
+        self.progress.note_merge(mix, closing, last)
+        divergence, correlation = merged.spread.finish(self.peers, self.flat, weight, anchored=self.anchor is not None)
         self.round += 1
-        ledger = self.peers.ledger
-        collectives, sent = self._reported
-        self._reported = (ledger.collectives, ledger.bytes_sent)
+        collectives, sent = self.peers.ledger.take()
         return MergeReport(
             round=self.round,
-            steps=steps,
+            steps=merged.steps,
             divergence=divergence,
             correlation=correlation,
-            collectives=ledger.collectives - collectives,
-            bytes_sent=ledger.bytes_sent - sent,
+            collectives=collectives,
+            bytes_sent=sent,
             seconds=time.perf_counter() - began,
-            wait_seconds=waited,
+            wait_seconds=sum(flight.waited for flight in merged.flights),
+            left_out=weight == 0 and self.weight > 0,
         )
 
-    def _start_outer(self) -> OuterState | None:
-        s = self.settings
-        # Averaging in float32 sends theta itself. Formats, overlap and mix need the delta, and so the anchor.
-        plain = s.wire == "fp32" and s.rule != "radial" and s.overlap == s.mix == 0 and not s.outer_sharded
-        if s.outer_lr == 1 and s.outer_momentum == 0 and plain:
-            return None
-        start = own_shares(self.flat.vector, self.buckets, self.peers) if s.outer_sharded else self.flat.vector
-        return OuterState(start, s.outer_lr, s.outer_momentum, s.nesterov, s.outer_device)
+    @property
+    def steps(self) -> int:
+        """Inner steps so far."""
+        return self.progress.steps
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -268,9 +279,7 @@ class DiLoCo:
         """
         return {
             "round": self.round,
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "sent": self.sent,
+            "progress": self.progress.state_dict(),
             "outer": None if self.outer is None else self.outer.state_dict(),
             "residuals": self.sender.residuals,
             "flying": None if self.flying is None else self.flying.state_dict(),
@@ -279,8 +288,8 @@ class DiLoCo:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken; the parameters are restored by their owner."""
-        self.round, self.steps, self.tokens = state["round"], state["steps"], state["tokens"]
-        self.sent = [(steps, tokens) for steps, tokens in state["sent"]]
+        self.round = state["round"]
+        self.progress.load_state_dict(state["progress"])
         if self.outer is not None:
             self.outer.load_state_dict(state["outer"])
         for index, theirs in state["residuals"].items():
@@ -288,4 +297,3 @@ class DiLoCo:
                 mine.copy_(values)
         self.flying = None if state["flying"] is None else InFlight.from_state(state["flying"], self.flat.vector.device)
         self.peers.ledger.load_state_dict(state["ledger"])
-        self._reported = (self.peers.ledger.collectives, self.peers.ledger.bytes_sent)

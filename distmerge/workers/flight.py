@@ -172,10 +172,15 @@ class InFlight:
     weight: float
     steps: int
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is left to apply, once all that is under way has arrived; called by all peers together."""
+    def wait(self) -> None:
+        """Until all that is under way has arrived; called by all peers together."""
         for flight in self.flights:
             flight.finish()
+        self.spread.wait()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is left to apply, once all that is under way has arrived; called by all peers together."""
+        self.wait()
         return {
             "fragment": self.fragment,
             "messages": [flight.message for flight in self.flights],

@@ -20,6 +20,9 @@ class Ledger:
     reduced_bytes: int = 0
     gathered_bytes: int = 0
 
+    def __post_init__(self) -> None:
+        self._taken = (0, 0.0)
+
     def all_reduce(self, size_bytes: int) -> None:
         """An all-reduce of b bytes over M ranks sends 2 b (M - 1) / M from each."""
         self.collectives += 1
@@ -40,6 +43,11 @@ class Ledger:
         """Bytes that left this rank."""
         return (2 * self.reduced_bytes + self.gathered_bytes) * (self.peers - 1) / self.peers
 
+    def take(self) -> tuple[int, float]:
+        """Collectives, and bytes that left this rank, since this was asked before."""
+        (collectives, sent), self._taken = self._taken, (self.collectives, self.bytes_sent)
+        return self.collectives - collectives, self.bytes_sent - sent
+
     def state_dict(self) -> dict[str, int]:
         return asdict(self)
 
@@ -47,3 +55,4 @@ class Ledger:
         assert state["peers"] == self.peers, "a ledger belongs to a number of peers"
         for name, value in state.items():
             setattr(self, name, value)
+        self.take()

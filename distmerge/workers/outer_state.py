@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distmerge import config_merge
 from distmerge.rules.outer import outer_step
 from distmerge.workers.flight import share_numel
 from distmerge.workers.fragments import Bucket
@@ -46,6 +47,14 @@ class OuterState:
                 self.velocity[part].copy_(velocity)
         return anchor
 
+    def add(self, delta: Tensor, part: slice) -> Tensor:
+        """Add a part's merged delta to the anchor, which is then the mean; rate and velocity have no say in it."""
+        anchor = self.anchor[part].to(self.device, non_blocking=True)
+        outer_step(anchor, delta, None, lr=1.0)
+        if self.anchor.device != self.device:
+            self.anchor[part].copy_(anchor)
+        return anchor
+
     def state_dict(self) -> dict[str, Any]:
         return {"anchor": self.anchor, "velocity": self.velocity}
 
@@ -53,6 +62,18 @@ class OuterState:
         self.anchor.copy_(state["anchor"])
         if self.velocity is not None:
             self.velocity.copy_(state["velocity"])
+
+
+def start_outer(settings: config_merge.DiLoCo, theta: Tensor, buckets: Sequence[Bucket], peers: Peers) -> OuterState | None:
+    """The outer state at the start of a run; None where theta itself travels and no anchor is needed."""
+    # Averaging in float32 sends theta itself. Formats, overlap and mix need the delta, and so the anchor.
+    s = settings
+    plain = s.wire == "fp32" and s.rule != "radial" and s.overlap == s.mix == 0 and not s.outer_sharded
+    if s.outer_lr == 1 and s.outer_momentum == 0 and plain:
+        return None
+    assert s.outer_lr is not None and s.outer_momentum is not None, "a merger's settings are complete"
+    start = own_shares(theta, buckets, peers) if s.outer_sharded else theta
+    return OuterState(start, s.outer_lr, s.outer_momentum, s.nesterov, s.outer_device)
 
 
 def share_slices(buckets: Sequence[Bucket], peers: int) -> list[slice]:

@@ -20,11 +20,14 @@ class MergeReport:
     Attributes:
         round: merges done by this merger, this one included.
         steps: inner steps since the same parameters were last merged.
-        divergence: ``mean_m |delta_m - d|^2`` over the merged parameters; None where it is not measured.
+        divergence: ``mean_m |delta_m - d|^2`` over the merged parameters; NaN where a worker that counts is not finite; None
+            where it is not measured.
         correlation: the mean cosine between two workers' deltas (as if of equal norms); None without a whole anchor.
         bytes_sent: what left this rank for it.
         seconds: what the merge took of this rank's time, waiting included.
         wait_seconds: what this rank was blocked for its peers and the network.
+        left_out: whether this worker's own values were not finite and did not count (``nonfinite = "leave-out"``). It has the
+            others' now, but its optimizer's moments are as they were: reset them.
     """
 
     round: int
@@ -35,6 +38,7 @@ class MergeReport:
     bytes_sent: float
     seconds: float
     wait_seconds: float
+    left_out: bool = False
 
 
 class Spread:
@@ -83,7 +87,8 @@ class Spread:
         # |d|^2 = spread / M + (M - 1) / M * correlation * spread, for M equal weights
         size = peers.size
         correlation = (size * merged / spread - 1) / (size - 1) if anchored and size > 1 and spread > 0 else None
-        return max(0.0, spread - merged), correlation
+        difference = spread - merged
+        return 0.0 if difference < 0 else difference, correlation  # max() would make 0 of NaN
 
     def wait(self) -> None:
         if self._work is not None:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distmerge import config
+from distmerge import config_merge
 from distmerge.flat import FlatParameters
 from distmerge.workers.flight import AllReduce, Exchange, Flight, share_numel
 from distmerge.workers.fragments import Bucket
+from distmerge.workers.health import sick
 from distmerge.workers.outer_state import OuterState, share_slices
 from distmerge.workers.radial import RadialMean
 from distmerge.workers.report import Spread
@@ -31,7 +32,7 @@ class Sender:
     """
 
     def __init__(
-        self, settings: config.DiLoCo, flat: FlatParameters, peers: Peers, buckets: list[Bucket], outer: OuterState | None
+        self, settings: config_merge.DiLoCo, flat: FlatParameters, peers: Peers, buckets: list[Bucket], outer: OuterState | None
     ):
         self.settings, self.flat, self.peers, self.outer = settings, flat, peers, outer
         self.wire = WIRES[settings.wire]
@@ -55,8 +56,12 @@ class Sender:
             if not own_only:
                 of_mean.zero_()
 
-    def send(self, bucket: Bucket, message: Tensor, weight: float, spread: Spread) -> Flight:
-        """Begin the mean of a bucket's deltas; of the parameters themselves where no whole anchor is at hand."""
+    def send(self, bucket: Bucket, message: Tensor, weight: float, spread: Spread, plain: bool = False) -> Flight:
+        """Begin the mean of a bucket's deltas; of the parameters themselves where no whole anchor is at hand.
+
+        Args:
+            plain: send float32 and take the weighted mean, whatever the wire, the rule and the anchor's owner are.
+        """
         theta, sharded = self.flat.vector, self.settings.outer_sharded
         if weight > 0:
             for part, place in bucket.parts(theta):
@@ -64,6 +69,8 @@ class Sender:
                     message[place].copy_(theta[part])
                 else:
                     spread.add_own(self.outer.delta(theta[part], part, out=message[place]))
+        if plain:
+            return AllReduce(self.peers, message, weight)
         if self.settings.rule == "radial":
             return RadialMean(self.peers, self.flat, message, weight)
         if sharded:
@@ -78,6 +85,8 @@ class Sender:
 
         def step(mean: Tensor) -> None:
             assert self.outer is not None
+            if sick(mean):  # all peers will see it, and refuse it
+                return
             anchor = self.outer.step(self.outer.delta(mean, part, out=torch.empty_like(mean)), part)
             spread.add_merged_share(mean - anchor)
             mean.copy_(anchor)

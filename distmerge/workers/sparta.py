@@ -9,7 +9,8 @@ With a delay of d steps the mean travels while training goes on, and what comes 
 
         theta[I] += mean_m theta_m(t - d)[I] - theta_own(t - d)[I]
 
-which keeps the d steps in between; overwriting would undo them.
+which keeps the d steps in between; overwriting would undo them. An index whose difference is still under way is left out of
+a round: two differences to the same values would overshoot, and more of them diverge.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmerge import config
+from distmerge import config_merge
 from distmerge.buffers import Policy
 from distmerge.config_file import checked
 from distmerge.engine.flatten import flatten
 from distmerge.flat import FlatParameters
 from distmerge.workers.diloco import DiLoCo
 from distmerge.workers.flight import AllReduce, Exchange, Flight, Landed, total_weight
+from distmerge.workers.health import check_mean, sick
 from distmerge.workers.report import MergeReport
 from distmerge.workers.rooms import Rooms
 from distmerge.workers.selection import select
@@ -40,8 +42,9 @@ from distmerge.workers.wire import WIRES
 class Round:
     """A round in flight: its number, the step it was sent at, this worker's own values then.
 
-    Indices are kept only where they are used again at once; a delayed round computes them once more. One that is void
-    arrives, since all take part in its collectives, and is not applied: this worker's parameters are others than it was of.
+    Indices are kept only where they are used again at once; a delayed round computes them once more. ``taken`` says which of
+    the drawn ones it has, ``[k]`` bool; None where it has all. One that is ``void`` arrives, since all take part in its
+    collectives, and is not applied: this worker's parameters are others than it was of.
     """
 
     number: int
@@ -50,6 +53,7 @@ class Round:
     own: Tensor | None
     flight: Flight
     void: bool = False
+    taken: Tensor | None = None
 
 
 class SPARTA:
@@ -60,10 +64,11 @@ class SPARTA:
         fraction: share of the parameters in a round (p).
         every: inner steps between rounds.
         selector: "random", "shuffled" or "partitioned", see :mod:`distmerge.workers.selection`.
-        delay: inner steps that a round is in flight.
+        delay: inner steps that a round is in flight; at most a cycle of the selector, where it has one.
         ema: smoothing of the differences, ``s = ema s + (1 - ema) difference`` for each parameter.
         wire: the format of the values that travel.
         seed: of the indices.
+        nonfinite: as for :class:`~distmerge.workers.diloco.DiLoCo`.
         group, buffers: as for :class:`~distmerge.workers.diloco.DiLoCo`.
 
     Attributes:
@@ -82,14 +87,17 @@ class SPARTA:
         ema: float = 0.0,
         wire: str = "fp32",
         seed: int = 0,
+        nonfinite: str = "raise",
         group: dist.ProcessGroup | None = None,
         buffers: dict[str, Policy] | None = None,
     ):
-        values = {name: value for name, value in locals().items() if name in config.SPARTA.model_fields}
-        self.settings = checked(config.SPARTA, **values)
+        values = {name: value for name, value in locals().items() if name in config_merge.SPARTA.model_fields}
+        self.settings = checked(config_merge.SPARTA, **values)
         self.flat = flatten(model)
         # The final model is a full average, which is DiLoCo with outer rate 1, never due before the end.
-        self.average = DiLoCo(self.flat, every=1 << 62, outer_lr=1.0, outer_momentum=0.0, group=group, buffers=buffers)
+        self.average = DiLoCo(
+            self.flat, every=1 << 62, outer_lr=1.0, outer_momentum=0.0, nonfinite=nonfinite, group=group, buffers=buffers
+        )
         self.peers = self.average.peers
         self.wire, self.seed = WIRES[wire], seed
         self.rooms = Rooms(self.flat.vector.device)
@@ -97,7 +105,7 @@ class SPARTA:
         self.round = 0
         self.rounds: deque[Round] = deque()
         self.smoothed = torch.zeros_like(self.flat.vector) if ema else None
-        self._reported = (0, 0.0)
+        self.under_way = torch.zeros_like(self.flat.vector, dtype=torch.bool) if delay else None  # by element
 
     @property
     def steps(self) -> int:
@@ -108,18 +116,15 @@ class SPARTA:
     def step(self, tokens: float = 1.0) -> MergeReport | None:
         """Count one inner step; begin a round and apply an earlier one where they are due."""
         self.average.step(tokens)
-        began, report = time.perf_counter(), None
+        began = time.perf_counter()
+        report = self._apply_due(began)  # before the next round is sent, which may take the same indices again
         if self.steps % self.settings.every == 0:
             self.flat.pull()
             self._begin()
         for sparse in self.rounds:
             if sparse.sent_at + (self.settings.delay + 1) // 2 == self.steps:
                 sparse.flight.advance()
-        if self.rounds and self.rounds[0].sent_at + self.settings.delay == self.steps:
-            self.flat.pull()
-            report = self._apply(self.rounds.popleft(), began)
-            self.flat.push()
-        return report
+        return report if self.settings.delay else self._apply_due(began)
 
     def due(self) -> bool:
         """Whether the next step sends something."""
@@ -131,6 +136,8 @@ class SPARTA:
         for sparse in self.rounds:
             sparse.flight.finish()
         self.rounds.clear()
+        if self.under_way is not None:
+            self.under_way.zero_()
         if self.smoothed is not None:
             self.smoothed.zero_()
 
@@ -156,42 +163,73 @@ class SPARTA:
         return select(s.selector, vector.numel(), s.fraction, number, self.seed, vector.device)
 
     def _begin(self) -> None:
-        """One gather, one collective."""
-        indices = self.indices(self.round)
+        """One gather, one collective; nothing, on all peers, where all drawn indices are under way."""
+        indices, taken = self.indices(self.round), None
+        if self.under_way is not None:
+            taken = ~self.under_way[indices]
+            indices = indices[taken]
+            self.under_way[indices] = True
+        self.round += 1
+        if len(indices) == 0:
+            return
         message = self.flat.vector.new_empty(len(indices) + 1)
         torch.index_select(self.flat.vector, 0, indices, out=message[:-1])
-        own = message[:-1].clone() if self.settings.delay or self.smoothed is not None else None
+        weight = self._weight(message[:-1])
+        # A worker that does not count takes the mean itself: its own values may be no numbers.
+        own = message[:-1].clone() if weight > 0 and (self.settings.delay or self.smoothed is not None) else None
         flight: Flight
         if self.wire.name == "fp32":
-            flight = AllReduce(self.peers, message, self.weight)
+            flight = AllReduce(self.peers, message, weight)
         else:
-            flight = Exchange(self.peers, message, self.weight, self.wire, rooms=self.rooms)
+            flight = Exchange(self.peers, message, weight, self.wire, rooms=self.rooms)
         kept = None if self.settings.delay else indices
-        self.rounds.append(Round(self.round, self.steps, kept, own, flight))
-        self.round += 1
+        self.rounds.append(Round(self.round - 1, self.steps, kept, own, flight, taken=taken))
+
+    def _weight(self, values: Tensor) -> float:
+        """This worker's weight in a round of its ``values``."""
+        if self.settings.nonfinite == "raise":
+            return self.weight
+        found = sick(values)
+        self.flat.sum_over_shards(found)
+        return 0.0 if found.item() else self.weight
+
+    def _apply_due(self, began: float) -> MergeReport | None:
+        """Apply the round that has been in flight for as long as it should be."""
+        if not self.rounds or self.rounds[0].sent_at + self.settings.delay != self.steps:
+            return None
+        self.flat.pull()
+        report = self._apply(self.rounds.popleft(), began)
+        self.flat.push()
+        return report
 
     def _apply(self, sparse: Round, began: float) -> MergeReport:
         """One scatter."""
         sparse.flight.finish()
         message = sparse.flight.message
-        mean = message[:-1].div_(total_weight(sparse.flight))
-        indices = self.indices(sparse.number) if sparse.indices is None else sparse.indices
+        weights = total_weight(sparse.flight)
+        check_mean(message, self.settings.nonfinite, self.steps)
+        mean, indices = message[:-1].div_(weights), self._indices_of(sparse)
+        if self.under_way is not None:
+            self.under_way[indices] = False
         if sparse.own is None and not sparse.void:
             self.flat.vector.index_copy_(0, indices, mean)
         elif sparse.own is not None:
             self.flat.vector.index_add_(0, indices, self._smooth(indices, mean.sub_(sparse.own)))
-        ledger, (collectives, sent) = self.peers.ledger, self._reported
-        self._reported = (ledger.collectives, ledger.bytes_sent)
+        collectives, sent = self.peers.ledger.take()
         return MergeReport(
             round=sparse.number + 1,
             steps=self.settings.every,
             divergence=None,
             correlation=None,
-            collectives=ledger.collectives - collectives,
-            bytes_sent=ledger.bytes_sent - sent,
+            collectives=collectives,
+            bytes_sent=sent,
             seconds=time.perf_counter() - began,
             wait_seconds=sparse.flight.waited,
         )
+
+    def _indices_of(self, sparse: Round) -> Tensor:
+        drawn = self.indices(sparse.number) if sparse.indices is None else sparse.indices
+        return drawn if sparse.taken is None else drawn[sparse.taken]
 
     def _smooth(self, indices: Tensor, difference: Tensor) -> Tensor:
         if self.smoothed is None:
@@ -212,7 +250,7 @@ class SPARTA:
         return {
             "round": self.round,
             "smoothed": self.smoothed,
-            "rounds": [(r.number, r.sent_at, r.own, r.flight.message, r.void) for r in self.rounds],
+            "rounds": [(r.number, r.sent_at, r.own, r.flight.message, r.void, r.taken) for r in self.rounds],
             "average": self.average.state_dict(),
         }
 
@@ -223,7 +261,19 @@ class SPARTA:
         if self.smoothed is not None:
             self.smoothed.copy_(state["smoothed"])
         self.rounds = deque(
-            Round(number, sent_at, None, None if own is None else own.to(device), Landed(message.to(device)), void)
-            for number, sent_at, own, message, void in state["rounds"]
+            Round(
+                number,
+                sent_at,
+                None,
+                None if own is None else own.to(device),
+                Landed(message.to(device)),
+                void,
+                None if taken is None else taken.to(device),
+            )
+            for number, sent_at, own, message, void, taken in state["rounds"]
         )
+        if self.under_way is not None:
+            self.under_way.zero_()
+            for sparse in self.rounds:
+                self.under_way[self._indices_of(sparse)] = True
         self.average.load_state_dict(state["average"])

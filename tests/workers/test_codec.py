@@ -1,4 +1,4 @@
-"""Rows of a message, written and read without temporaries, against the wire's plain functions: to the bit, at sizes that break."""
+"""Rows of a message, written and read in place, against the wire's plain functions: to the bit, at sizes that break."""
 
 from __future__ import annotations
 

@@ -149,6 +149,48 @@ def test_a_delayed_round_is_applied_as_a_difference(ranks: Ranks, delay: int, em
         torch.testing.assert_close(ours, formula, rtol=1e-6, atol=1e-6)
 
 
+def gap_shrinks(settings: dict[str, Any], steps: int) -> float:
+    """The distance between two workers after so many steps without gradients, over the one that they began with."""
+    model = build("blocks")
+    merger = dm.SPARTA(model, **settings)
+    vector = merger.flat.vector
+    vector += torch.randn(vector.numel(), generator=torch.Generator().manual_seed(dist.get_rank()))
+
+    def gap() -> float:
+        both = torch.stack([vector, vector])
+        both[1 - dist.get_rank()] = 0
+        dist.all_reduce(both)
+        return (both[0] - both[1]).norm().item()
+
+    first = gap()
+    for _ in range(steps):
+        merger.step()
+    return gap() / first
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit"),
+    [
+        ({"fraction": 0.2, "delay": 10, "selector": "random"}, 1e-6),  # it was 1.5e9 when indices in flight were sent again
+        ({"fraction": 0.05, "delay": 20, "selector": "partitioned"}, 1e-6),  # a whole cycle
+        ({"fraction": 0.05, "delay": 20, "selector": "shuffled"}, 1e-6),
+        ({"fraction": 0.005, "delay": 50, "selector": "partitioned"}, 1e-6),
+        ({"fraction": 1.0, "delay": 3, "selector": "random", "every": 2}, 1e-6),  # rounds of which all is in flight
+        ({"fraction": 0.2, "delay": 10, "selector": "random", "ema": 0.5}, 1e-3),
+    ],
+    ids=str,
+)
+def test_delayed_rounds_bring_the_workers_together(ranks: Ranks, settings: dict, limit: float) -> None:
+    for ratio in ranks.run(2, gap_shrinks, settings, 600):
+        assert ratio <= limit
+
+
+def test_a_delay_beyond_a_cycle_is_refused() -> None:
+    """Its parameters would be sent again before what was sent first has come back: the gap grew 50 times in 600 steps."""
+    with pytest.raises(dm.UserError, match=r"delay must be <= 20 steps for selector \"partitioned\", .* got 50"):
+        dm.SPARTA(build("one"), fraction=0.05, delay=50)
+
+
 def resumed(settings: dict[str, Any], stop: int) -> tuple[bool, int, int]:
     """Both mergers stopped, carried into new objects, and gone on; against a run without a stop."""
 
@@ -184,7 +226,12 @@ def resumed(settings: dict[str, Any], stop: int) -> tuple[bool, int, int]:
 @pytest.mark.parametrize("stop", [5, 7])
 @pytest.mark.parametrize(
     "settings",
-    [{"fraction": 0.1}, {"fraction": 0.1, "delay": 4, "every": 2}, {"fraction": 0.3, "delay": 3, "wire": "int8", "ema": 0.3}],
+    [
+        {"fraction": 0.1},
+        {"fraction": 0.1, "delay": 4, "every": 2},
+        {"fraction": 0.3, "delay": 3, "wire": "int8", "ema": 0.3},
+        {"fraction": 0.3, "delay": 4, "selector": "random"},
+    ],
     ids=str,
 )
 def test_sparta_with_diloco_resumes_bitwise_with_rounds_in_flight(ranks: Ranks, settings: dict, stop: int) -> None:

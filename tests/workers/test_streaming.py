@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmerge as dm
-from distmerge.config import DiLoCo
 from distmerge.config_file import checked
+from distmerge.config_merge import DiLoCo
 from distmerge.flat import fingerprint
 from distmerge.rules.mean import token_weight
 from tests.ranks import Ranks
@@ -170,7 +170,7 @@ def test_resume_is_bitwise_even_with_a_fragment_in_flight(ranks: Ranks, settings
 def paper_box(every: int, overlap: int, mix: float, fragments: int) -> tuple[float, list[int]]:
     """Streaming DiLoCo as its paper's box says, step by step on whole tensors, against the class."""
     model, reference = build("blocks"), build("blocks")
-    merger = dm.DiLoCo(model, every=every, overlap=overlap, mix=mix, fragments=fragments, outer_lr=0.4)
+    merger = dm.DiLoCo(model, every=every, overlap=overlap, mix=mix, fragments=fragments, outer_lr=0.4, outer_momentum=0.9)
     reports = train(model, [merger], 20)
     slices = [[part for bucket in fragment for part in bucket.slices] for fragment in merger.fragments]
     vector = dm.flatten(reference).vector
@@ -245,7 +245,7 @@ def spread_of(settings: dict[str, Any]) -> tuple[Tensor, float | None, float | N
     model = build("blocks")
     merger = dm.DiLoCo(model, every=4, **settings)
     train(model, [merger], 3)
-    merger.steps += 1
+    merger.progress.count(1.0)
     before = merger.flat.vector.clone()
     report = merger.merge(0)
     return before, report.divergence, report.correlation

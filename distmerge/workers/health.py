@@ -1,0 +1,46 @@
+"""What is not finite must not be merged in silence: a worker's own values before they are sent, a mean before it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from distmerge.errors import UserError
+from distmerge.flat import FlatParameters
+from distmerge.workers.fragments import Bucket
+
+
+def is_finite(flat: FlatParameters, buckets: Iterable[Bucket]) -> bool:
+    """Whether this worker's parameters in the buckets are finite, on all of its ranks; a collective inside the worker."""
+    parts = [part for bucket in buckets for part in bucket.slices]
+    found = [sick(flat.vector[part]) for part in parts if part.stop > part.start]
+    sick_parts = torch.stack(found).sum() if found else torch.zeros((), device=flat.vector.device)
+    flat.sum_over_shards(sick_parts)
+    return sick_parts.item() == 0
+
+
+def check_mean(message: Tensor, nonfinite: str, step: int) -> None:
+    """Refuse a mean that is not finite: all peers hold the same bits, so all of them refuse it.
+
+    Args:
+        message: ``[n + 1]``, values and their weight.
+    """
+    if not sick(message):
+        return
+    cause = (
+        'or set nonfinite = "leave-out", which merges the others'
+        if nonfinite == "raise"
+        else "each worker was finite by itself, so their sum or the wire's format overflowed"
+    )
+    raise UserError(
+        f"the merge at step {step} would take in values that are not finite (NaN or infinity), so a worker has diverged: "
+        f"lower the learning rate, {cause}"
+    )
+
+
+def sick(x: Tensor) -> Tensor:
+    """1.0 where a value is NaN or infinite, else 0.0, as a scalar on its device: one read, and nothing as large as ``x``."""
+    low, high = torch.aminmax(x)  # both are NaN if any value is
+    return 1.0 - (low.isfinite() & high.isfinite()).float()
