@@ -1,7 +1,7 @@
 """The configuration of a model that is stacked from layers of others, and the proof that it loads.
 
 Configurations say much of layers by their index: which of them slide, which have no rotary embedding, which are experts. Where
-layers move, all of it moves with them; what cannot move is found when transformers builds the model, before anything is written.
+layers move, all of it moves with them; what cannot is found when transformers builds the model, before anything is written.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ def restacked(recipe: Recipe, models: dict[str, Model], config: dict[str, Any]) 
     if count is None:
         raise UserError("slices need a config.json with num_hidden_layers, which the first model does not have")
     layers = [
-        (entry.model, index) for slice in recipe.slices for entry in slice.entries[:1] for index in range(*entry.layers or (0, 0))
+        (entry.model, index)
+        for slice in recipe.slices
+        for entry in slice.entries[:1]
+        for index in range(*entry.layers or (0, 0))
     ]
     whole = {name: complete(models[name].config) for name in dict.fromkeys([recipe.donor, *(name for name, _ in layers)])}
     return stacked(whole, recipe.donor, config | {count: len(layers)}, layers)
 
 
-def stacked(
-    whole: dict[str, dict[str, Any]], donor: str, out: dict[str, Any], layers: list[tuple[str, int]]
-) -> dict[str, Any]:
+def stacked(whole: dict[str, dict[str, Any]], donor: str, out: dict[str, Any], layers: list[tuple[str, int]]) -> dict[str, Any]:
     """``out`` with the lists over layers that the models' ``whole`` configurations have at ``layers``."""
     for key, value in whole[donor].items():
         if not isinstance(value, list):
@@ -132,7 +133,8 @@ def prove(config: dict[str, Any], pairings: list[Pairing]) -> None:
     kind = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
     kinds = {True: torch.float32, False: torch.int64}
     tensors = {
-        item.name: torch.empty(item.shape, dtype=kinds[item.members[0].stored.dtype in FLOATS], device="meta") for item in pairings
+        item.name: torch.empty(item.shape, dtype=kinds[item.members[0].stored.dtype in FLOATS], device="meta")
+        for item in pairings
     }
     try:
         _, report = kind.from_pretrained(

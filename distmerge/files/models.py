@@ -99,7 +99,9 @@ def check_inside(directory: Path, path: Path) -> None:
     roots = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
     real = path.resolve()
     if not any(real.is_relative_to(place) for place in roots):
-        raise UserError(f"{path} is a link out of the model's directory, to {real}; it is not copied: put the file itself there")
+        raise UserError(
+            f"{path} is a link out of the model's directory, to {real}; it is not copied: put the file itself there"
+        )
 
 
 def read_recorded(path: Path) -> dict[str, dict[str, Any]]:

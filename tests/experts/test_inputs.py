@@ -185,7 +185,7 @@ def test_booleans_may_be_numbers_as_mergekit_takes_them(value, sound, paths, tmp
     if sound:
         assert cli.run(given) == 0
         return
-    with pytest.raises(UserError, match="normalize of .* must be true or false"):
+    with pytest.raises(UserError, match=r"normalize of .* must be true or false"):
         cli.run(given)
 
 
@@ -205,7 +205,10 @@ def test_a_limit_on_memory_is_one_line(paths, tmp_path):
 @pytest.mark.parametrize("arguments", ["train --help", "diagnose", "merge"])
 def test_a_reader_that_has_gone_is_one_line(arguments, paths, tmp_path):
     base, one, two = map(str, paths)
-    more = {"diagnose": f"{one} {two} --base {base}", "merge": f"--method linear --model {one} --model {two} --out {tmp_path}/out"}
+    more = {
+        "diagnose": f"{one} {two} --base {base}",
+        "merge": f"--method linear --model {one} --model {two} --out {tmp_path}/out",
+    }
     given = f"{arguments} {more.get(arguments, '')}".split()
     into, out = os.pipe()
     os.close(into)
