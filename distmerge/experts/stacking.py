@@ -130,7 +130,7 @@ def prove(config: dict[str, Any], pairings: list[Pairing]) -> None:
         built = parsed(beginning(config, PROVED_LAYERS))
         pairings = [item for item in pairings if (layer_of(item.name) or ("", 0))[1] < PROVED_LAYERS]
     named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
-    kind = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
+    kind: Any = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
     kinds = {True: torch.float32, False: torch.int64}
     tensors = {
         item.name: torch.empty(item.shape, dtype=kinds[item.members[0].stored.dtype in FLOATS], device="meta")
