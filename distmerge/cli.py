@@ -24,8 +24,8 @@ from distmerge.quiet import quiet
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 OUT_OF_MEMORY = "out of memory: allow the process more (ulimit -v, the container's limit), or give it less to do at once"
-MEMORY_SIGNS = ("can't allocate memory", "not enough memory", "bad_alloc", "can't start new thread")
-"""In what torch, C++ and Python's threads say when there is no more."""
+MEMORY_SIGNS = ("can't allocate memory", "not enough memory", "bad_alloc", "can't start new thread", "failed to map segment")
+"""In what torch, C++, Python's threads and the linker say when there is no more."""
 
 
 def program() -> None:
@@ -49,8 +49,10 @@ def program() -> None:
 
 def main() -> None:
     try:
-        status = run(sys.argv[1:])
-        sys.stdout.flush()
+        try:
+            status = run(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
         sys.exit(status)
     except UserError as error:
         fail(str(error))
@@ -65,7 +67,7 @@ def main() -> None:
         if error.errno not in DISK_ERRORS:
             raise
         fail(f"cannot write {error.filename or 'to the disk'}: {error.strerror}")
-    except RuntimeError as error:
+    except (RuntimeError, ImportError) as error:
         if not any(sign in str(error) for sign in MEMORY_SIGNS):
             raise
         fail(OUT_OF_MEMORY)

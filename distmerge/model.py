@@ -84,7 +84,7 @@ def load_model(path: str) -> nn.Module:
     # transformers imports deepspeed where it is installed, and that says on standard output which device it found.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
         )  # fmt: skip
@@ -93,6 +93,7 @@ def load_model(path: str) -> nn.Module:
             raise
         refuse_code(path, error)
         raise UserError(f"cannot load a causal language model from {path}: {first_line(error)}") from None
+    model, report = loaded
     check_report(path, report)
     check_finite(path, model)
     return model

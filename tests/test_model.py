@@ -201,12 +201,11 @@ def test_a_model_with_a_value_that_is_not_finite_is_refused_by_the_tensors_name(
         load_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"", b"\1\2\3", b"\xff" * 64, "cut", "cut in the data"])
-def test_broken_safetensors_are_one_line(content: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"\1\2\3", b"\xff" * 64, 100, -1])
+def test_broken_safetensors_are_one_line(content: bytes | int, tmp_path: Path) -> None:
     save_model(build("llama"), ByT5Tokenizer(), tmp_path)
     file = tmp_path / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes({"cut": whole[:100], "cut in the data": whole[:-1]}.get(content, content))
+    file.write_bytes(file.read_bytes()[:content] if isinstance(content, int) else content)
     with pytest.raises(UserError, match="cannot load a causal language model") as caught:
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value)

@@ -1,7 +1,7 @@
 """The configuration of a model that is stacked from layers of others, and the proof that it loads.
 
 Configurations say much of layers by their index: which of them slide, which have no rotary embedding, which are experts. Where
-layers move, all of it moves with them; what cannot move is found when transformers builds the model, before anything is written.
+layers move, all of it moves with them; what cannot is found when transformers builds the model, before anything is written.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def prove(config: dict[str, Any], pairings: list[Pairing]) -> None:
         built = parsed(beginning(config, PROVED_LAYERS))
         pairings = [item for item in pairings if (layer_of(item.name) or ("", 0))[1] < PROVED_LAYERS]
     named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
-    kind = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
+    kind: Any = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
     kinds = {True: torch.float32, False: torch.int64}
     tensors = {
         item.name: torch.empty(item.shape, dtype=kinds[item.members[0].stored.dtype in FLOATS], device="meta")

@@ -118,17 +118,18 @@ def strip(tokenizer: Any, model: Model, own: dict[str, int]) -> None:
     if not beyond:
         return
     added = {str(token.content) for token in tokenizer.added_tokens_decoder.values()}
-    table = json.loads(tokenizer.backend_tokenizer.to_str()) if getattr(tokenizer, "is_fast", False) else {"model": {}}
-    if table["model"].get("type") != "BPE" and not beyond <= (added if table["model"] else set()):
+    table: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str()) if getattr(tokenizer, "is_fast", False) else {}
+    model_part: dict[str, Any] = table.get("model", {})
+    if model_part.get("type") != "BPE" and not (table and beyond <= added):
         raise UserError(
             f"the tokenizer of {model.reference} has tokens that the model has no row for, such as {min(beyond)!r}, and is not "
             "a BPE that could do without"
         )
     table["added_tokens"] = [token for token in table["added_tokens"] if token["content"] not in beyond]
-    if table["model"].get("type") == "BPE":
-        table["model"]["vocab"] = {token: index for token, index in table["model"]["vocab"].items() if token not in beyond}
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in table["model"]["merges"]]
-        table["model"]["merges"] = [pair for pair in merges if not {*pair, "".join(pair)} & beyond]
+    if model_part.get("type") == "BPE":
+        model_part["vocab"] = {token: index for token, index in model_part["vocab"].items() if token not in beyond}
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model_part["merges"]]
+        model_part["merges"] = [pair for pair in merges if not {*pair, "".join(pair)} & beyond]
     from tokenizers import Tokenizer
 
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(table))

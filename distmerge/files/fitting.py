@@ -87,7 +87,7 @@ def of_parameters(base: Model, reference: str, adapter: Adapter, module: str, he
 
 
 def stacked(base: Model, adapter: Adapter, name: str, factors: Factors) -> Factors | None:
-    """The factors as those of the tensor ``name``, ``[experts, rows, columns]`` or ``[rows, columns]``; None if they do not fit.
+    """The factors as those of the tensor ``name``, a matrix or a stack of one for each expert; None if they do not fit.
 
     Raises:
         UserError: where both orientations fit, which only the model's code could tell apart.

@@ -200,9 +200,11 @@ def read_json(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} must be a regular file")
         if status.st_size > JSON_LIMIT_BYTES:
             raise UserError(f"{path} must have <= {JSON_LIMIT_BYTES} bytes, got {status.st_size}")
-        table = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        table = json.loads(content)
     except (ValueError, RecursionError):
         raise UserError(f"{path} is not valid JSON") from None
     if not isinstance(table, dict):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
@@ -18,7 +19,7 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 from distmerge import cli
 from distmerge.checkpoints.block import Block, publish_block
 from distmerge.errors import UserError
-from tests.files.models import family
+from tests.files.models import family, write
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +135,84 @@ def test_hub_ids_come_from_the_cache(paths, tmp_path):
     missing = run("someone/absent", tmp_path / "out-absent")
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1
     assert missing.stderr.startswith("error: someone/absent is no directory here, and the hub does not give it: ")
+
+
+# ---- what is no model, and what nobody could load
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])
+def test_a_pipe_among_a_models_files_is_refused_and_not_waited_for(name, paths, tmp_path):
+    shutil.copytree(paths[1], tmp_path / "bad")
+    (tmp_path / "bad" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "bad" / name)
+    with pytest.raises(UserError, match=f"{name} must be a regular file"):
+        merge(paths[0], tmp_path / "bad", tmp_path / "out")
+
+
+def test_an_output_that_would_overflow_is_refused_by_the_tensors_name(paths, tmp_path):
+    big = {name: torch.full_like(value, 60_000) for name, value in load_file(paths[0] / "model.safetensors").items()}
+    write(tmp_path / "big", big)
+    named = ["--model", str(tmp_path / "big"), "--model", str(tmp_path / "big"), "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"\.weight would hold NaN or infinity .*: it overflows float16"):
+        cli.run(["merge", "--method", "linear", "--normalize", "false", *named, "--out-dtype", "float16"])
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.merging").exists()
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "model_stock", "passthrough"])
+def test_an_input_with_nan_is_refused_by_the_tensors_name(method, paths, tmp_path):
+    bad = load_file(paths[1] / "model.safetensors")
+    bad["model.layers.1.mlp.up_proj.weight"][7, 7] = torch.nan
+    write(tmp_path / "bad", bad)
+    flags = ["--base", str(paths[0])] if method in ("ties", "model_stock") else []
+    others = [] if method == "passthrough" else ["--model", str(paths[2])]
+    if method == "ties":
+        flags += ["--density", "0.3"]
+    given = ["merge", "--method", method, "--model", str(tmp_path / "bad"), *others, *flags, "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity in .*bad"):
+        cli.run(given)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("value", "sound"), [(1.0, True), (0, True), (True, True), (0.5, False), ("yes", False)])
+def test_booleans_may_be_numbers_as_mergekit_takes_them(value, sound, paths, tmp_path):
+    recipe = {
+        "merge_method": "ties", "base_model": str(paths[0]),
+        "models": [{"model": str(paths[1]), "parameters": {"weight": 1, "density": 0.5}}],
+        "parameters": {"normalize": value, "int8_mask": value},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    given = ["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]
+    if sound:
+        assert cli.run(given) == 0
+        return
+    with pytest.raises(UserError, match=r"normalize of .* must be true or false"):
+        cli.run(given)
+
+
+def test_a_limit_on_memory_is_one_line(paths, tmp_path):
+    given = ["merge", "--method", "linear", "--model", str(paths[1]), "--model", str(paths[2]), "--out", str(tmp_path / "out")]
+    program = (
+        "import resource, sys\nfrom distmerge import cli\nimport torch, distmerge.experts.run\n"
+        "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (taken + (2 << 20),) * 2)\n"
+        f"sys.argv = ['distmerge', *{given!r}]\ncli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("error: out of memory") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", ["train --help", "diagnose", "merge"])
+def test_a_reader_that_has_gone_is_one_line(arguments, paths, tmp_path):
+    base, one, two = map(str, paths)
+    more = {
+        "diagnose": f"{one} {two} --base {base}",
+        "merge": f"--method linear --model {one} --model {two} --out {tmp_path}/out",
+    }
+    given = f"{arguments} {more.get(arguments, '')}".split()
+    into, out = os.pipe()
+    os.close(into)
+    done = subprocess.run([sys.executable, "-m", "distmerge", *given], stdout=out, stderr=subprocess.PIPE, text=True)
+    os.close(out)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: standard output was closed before all was written"]

@@ -136,7 +136,8 @@ def test_what_has_no_use_is_refused(flags, error, root, tmp_path):
 @pytest.mark.parametrize(
     ("config", "error"),
     [
-        ({"use_dora": True}, "use_dora is not supported"),
+        ({"use_dora": True}, "use_dora is True, but lora_magnitude_vector says otherwise"),
+        ({"use_bdlora": {"on": True}}, "use_bdlora is not supported"),
         ({"peft_type": "IA3"}, "peft_type must be LORA"),
         ({"r": 0}, "must have r >= 1"),
     ],

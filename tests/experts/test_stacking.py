@@ -55,7 +55,8 @@ def stack(root: Path, model: Path, ranges: Any = RANGES) -> Path:
 def test_a_frankenmerge_loads_and_each_layer_stays_what_it_was(kind, forget, tmp_path):
     donor = make(tmp_path / "donor", kind, forget)
     out = stack(tmp_path, donor)
-    model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    model, report = loaded
     assert not any(report.values())
     before, after = AutoConfig.from_pretrained(donor), AutoConfig.from_pretrained(out)
     assert after.num_hidden_layers == len(model.model.layers) == 5
@@ -85,7 +86,7 @@ def test_slices_that_make_no_model_are_refused_before_a_byte_is_written(tmp_path
 
 
 def test_experts_by_a_rule_over_the_index_are_refused_where_they_would_move(tmp_path):
-    keys = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 24, "decoder_sparse_step": 2}
+    keys: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 24, "decoder_sparse_step": 2}
     donor = make(tmp_path / "donor", "qwen3_moe", **keys)
     with pytest.raises(UserError, match=r"the slices make no model of qwen3_moe: they lack model\.layers"):
         stack(tmp_path, donor)

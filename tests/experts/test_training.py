@@ -49,6 +49,39 @@ def test_ptm_reads_the_tokens_of_two_runs(base: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(out[name], g[name] + 0.5 * (d[name] - b[name]), rtol=1e-6, atol=1e-7)
 
 
+@pytest.fixture(scope="module")
+def half(base: Path) -> Path:
+    """The base in bfloat16, as most bases are published."""
+    out = base.parent / "half" / "final"
+    given = f"merge --method passthrough --model {base}/final --out-dtype bfloat16 --out {out}"
+    assert command(given.split()).status == 0
+    return out.parent
+
+
+def test_experts_are_published_in_the_dtype_of_their_base(base: Path, half: Path, tmp_path: Path) -> None:
+    section = {"checkpoint": {"every": 5, "at": "every"}, "model": {"path": str(half / "final")}}
+    made = expert(base, "of-half", **section)
+    wide = expert(base, "wide", **section | {"checkpoint": {"every": 5, "at": "every", "dtype": "float32"}})
+    for name in ("final", "steps/step-00000005", "steps/step-00000012"):
+        ours, theirs = (load_file(path / name / "model.safetensors") for path in (made, wide))
+        assert {value.dtype for value in ours.values()} == {torch.bfloat16}
+        assert {value.dtype for value in theirs.values()} == {torch.float32}
+        assert all(torch.equal(ours[key], theirs[key].bfloat16()) for key in ours), "training itself is the same"
+        assert json.loads((made / name / "config.json").read_text())["dtype"] == "bfloat16"
+    before = load_file(made / "final" / "model.safetensors")
+    forget_after(made, 5)
+    expert(base, "of-half", **section)
+    assert same(before, load_file(made / "final" / "model.safetensors")), "a resume goes on from float32"
+    models = f"--model {made}/final --model {made}/steps/step-00000005"
+    given = f"merge --method task_arithmetic --base {half}/final {models} --lambda 0.5 --out {tmp_path}/out"
+    assert command(given.split()).status == 0
+    out, origin = load_file(tmp_path / "out" / "model.safetensors"), load_file(half / "final" / "model.safetensors")
+    fifth = load_file(made / "steps" / "step-00000005" / "model.safetensors")
+    for key, value in out.items():
+        wanted = origin[key].float() + 0.5 * (before[key].float() + fifth[key].float() - 2 * origin[key].float())
+        assert torch.equal(value, wanted.bfloat16()), key
+
+
 LORA = {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "down_proj"]}
 
 

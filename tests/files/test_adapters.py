@@ -185,5 +185,5 @@ def test_methods_of_adapters_refuse_what_is_more_than_factors(name, bases, tmp_p
     kind, keys = EQUAL[name]
     make(bases[kind], tmp_path / "adapter", keys)
     flags = ["--model", str(tmp_path / "adapter"), "--model", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]
-    with pytest.raises(UserError, match="more to .* than add B A"):
+    with pytest.raises(UserError, match=r"more to .* than add B A"):
         cli.run(["merge", "--method", "cat", *flags])
