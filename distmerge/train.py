@@ -28,6 +28,7 @@ def train(config: TrainConfig, place: Place, command: list[str]) -> None:
         run.resume()
         run.close() if loop(run) else run.leave()
         lock.release()
+        run.preemption.close()
         mesh.close()
         if run.left is not None:
             raise SystemExit(run.left)
