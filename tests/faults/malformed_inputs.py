@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+from pathlib import Path
+
 from tests.experts import malformed as models
-from tests.faults.malformed_config import Case, file, in_rank, words
+from tests.faults.malformed_config import Case, config_in, file, in_rank, train, words
 
 DATA: dict[str, Case] = {
     "one piece of text": file("short.txt", "a b c\n" * 40),
@@ -81,5 +84,27 @@ MODELS: dict[str, Case] = {
     for name, content in models.HEADERS.items()
 } | {name: Case(make) for name, make in models.OTHERS.items()}
 
-AWAITED: dict[str, Case] = {}
-"""Cases that are mended elsewhere, and join the table then."""
+
+def with_summary(content: str) -> Case:
+    """A run directory whose summary is damaged."""
+
+    def make(root: Path) -> list[str]:
+        config = config_in(root)
+        (root / "run" / "final").mkdir(parents=True)
+        (root / "run" / "summary.json").write_text(content)
+        return ["train", config]
+
+    return Case(make)
+
+
+AWAITED: dict[str, Case] = {
+    "a compressed text": file("text.txt", gzip.compress(b"words of a text\n" * 400)),
+    "a text in UTF-16": file("text.txt", ("words of a text\n" * 400).encode("utf-16")),
+    "a binary file": file("text.txt", bytes(range(256)) * 64),
+    "a tokenizer's relative path": in_rank("--data.tokenizer", "models/nowhere"),
+    "an empty run_dir": train("--run-dir", ""),
+    "a summary that is no JSON": with_summary("{"),
+    "a summary that is a list": with_summary("[]"),
+    "a summary without steps": with_summary("{}"),
+}
+"""Cases whose mending is under way elsewhere: no part of the table until they pass."""
