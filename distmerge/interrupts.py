@@ -59,7 +59,6 @@ class Ears:
         self.listener: Listener = end
         self.installed = False
         self.stderr = 2  # where lines go: not to 2 while that is turned away
-        self.before: dict[int, object] = {}
 
     def install(self) -> None:
         """Hear the signals from now on; in the main thread."""
@@ -67,7 +66,8 @@ class Ears:
             return
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        self.before = {number: signal.signal(number, ignore) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, ignore)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         self.installed = True
         threading.Thread(target=self._listen, args=(reading,), daemon=True, name="signals").start()

@@ -180,9 +180,11 @@ def torchrun(arguments: list[str]) -> int:
     """torchrun's command line, for one node of several: it ends with a line instead of a traceback, with the job's status."""
     import logging
 
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is loaded; the ranks have it, too
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     EARS.hear(unless_the_agent_does)
     logging.disable(logging.CRITICAL)
@@ -196,7 +198,7 @@ def torchrun(arguments: list[str]) -> int:
             f"interrupted by {error.sigval.name}: this node's ranks have left; start the job again to resume", file=sys.stderr
         )
         return REQUEUE if error.sigval in (signal.SIGTERM, signal.SIGUSR1) else 128 + int(error.sigval)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RendezvousError, RuntimeError, OSError, ValueError) as error:
         print(f"error: torchrun: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return 1
     return 0

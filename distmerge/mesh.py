@@ -194,6 +194,7 @@ class Mesh:
 
     def close(self) -> None:
         self.watchdog.stop()
+        self.board.close()
         dist.destroy_process_group()
 
 

@@ -25,7 +25,7 @@ class Noticeboard:
 
     def __init__(self, store: Store):
         self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
-        self.questions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.questions: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._answer, daemon=True, name="noticeboard").start()
 
     def ask(self, question: Callable[[Store], T], seconds: float) -> T:
@@ -52,9 +52,13 @@ class Noticeboard:
             raise Silent(f"the rendezvous store is gone: {errors[0]}") from errors[0]
         return answers[0]
 
+    def close(self) -> None:
+        """End the thread, once all that was asked before is answered."""
+        self.questions.put(None)
+
     def _answer(self) -> None:
-        while True:
-            self.questions.get()()
+        while (question := self.questions.get()) is not None:
+            question()
 
 
 def texts(store: Store, keys: list[str]) -> list[str | None]:

@@ -28,6 +28,7 @@ def train(config: TrainConfig, place: Place, command: list[str]) -> None:
         run.resume()
         status = run.close() if loop(run) else run.leave()
         lock.release()
+        run.preemption.close()
         mesh.close()
         if status:
             raise SystemExit(status)

@@ -18,6 +18,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import sys
 import tempfile
@@ -172,9 +173,12 @@ def portable(error: BaseException) -> BaseException:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """A port that nobody has, below those that the kernel deals out: a client that tries one of those may meet itself."""
+    while True:
+        port = random.SystemRandom().randint(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
 
 
 class Outcome(NamedTuple):

@@ -128,3 +128,7 @@ def test_for_people() -> None:
     assert "2.0 MB; data parallelism: 20.0 MB, 10x as much" in text
     assert "a/run/final" in text
     assert "0.0 MB; data parallelism: 20.0 MB\n" in table(RunDirectory("a"), summary | {"bytes_sent": 0.0})
+    alone = table(RunDirectory("a"), summary | {"bytes_sent": 0.0, "workers": 1})
+    assert "20.0 MB per rank, of gradients" in alone and " 0.0 MB" not in alone, (
+        "one worker sends gradients, and merges nothing"
+    )

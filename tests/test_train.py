@@ -53,6 +53,7 @@ VARIANTS: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "sharded outer step": (4, MERGE + "outer_sharded = true", ()),
     "radial": (2, MERGE + 'rule = "radial"', ()),
     "data parallelism": (2, "", ("--mesh.workers", "1")),
+    "the largest seed": (2, '[[merge]]\nkind = "sparta"\nfraction = 0.1\n', ("--seed", str(2**63 - 1))),
     "one rank": (1, "", ("--mesh.workers", "1")),
     "two workers of two ranks": (4, MERGE, ("--train.gradient-accumulation", "2")),
     "muon": (2, MERGE, ("--optimizer.name", "muon", "--optimizer.weight-decay", "0.01")),
