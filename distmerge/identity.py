@@ -12,6 +12,7 @@ import json
 import secrets
 import sysconfig
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,11 @@ class Identity:
 
     def said(self) -> dict[str, Any]:
         """What a manifest says of its run."""
-        hashes = {key: hash_of(source) for key, source in self.sources.items()}
-        return {"run": self.run, "seed": self.seed, "sources": hashes}
+        return {"run": self.run, "seed": self.seed, "sources": self._hashes}
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        return {key: hash_of(source) for key, source in self.sources.items()}
 
     def fork(self) -> Identity:
         """That of a run which begins with a checkpoint of this one."""
