@@ -48,8 +48,7 @@ class Claim:
 
     def _write(self) -> None:
         assert self.identity is not None
-        self.identity.write(self.directory.path)
-        self.directory.begin(self.config, self.command)
+        self.directory.begin(self.config, self.command, self.identity.record())
 
     def said(self) -> dict[str, Any]:
         """What a manifest says of the run, on the rank that writes it."""

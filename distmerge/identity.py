@@ -1,4 +1,6 @@
-"""Whose run a directory, or a checkpoint, is: ``RUN_DIR/run.json``, and the same in short in every manifest. Imports no torch.
+"""Whose run a directory, or a checkpoint, is: a part of ``RUN_DIR/environment.json``, and in short of every manifest.
+
+Imports no torch.
 
 The run's id is drawn when it takes its first step. Nothing that is trained depends on it: two runs of one command end with the
 same parameters. The text, the tokenizer and the models that a run began with are known by fingerprints, so that a resume on
@@ -12,18 +14,19 @@ import json
 import secrets
 import sysconfig
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from distmerge.config import Data, TrainConfig
 from distmerge.errors import UserError
-from distmerge.files.durable import write_atomically
 from distmerge.files.fingerprints import differences, fingerprints
 from distmerge.files.manifest import MANIFEST, hash_of, read_manifest
 from distmerge.files.models import TOKENIZER_FILES
 from distmerge.sources import data_files, files_of
 
-FILE = "run.json"
+FILE = "environment.json"
+KEY = "identity"
 SHOWN = 3
 """Changed files that an error names; of the others it says how many they are."""
 
@@ -44,15 +47,19 @@ class Identity:
 
     def said(self) -> dict[str, Any]:
         """What a manifest says of its run."""
-        hashes = {key: hash_of(source) for key, source in self.sources.items()}
-        return {"run": self.run, "seed": self.seed, "sources": hashes}
+        return {"run": self.run, "seed": self.seed, "sources": self._hashes}
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        return {key: hash_of(source) for key, source in self.sources.items()}
 
     def fork(self) -> Identity:
         """That of a run which begins with a checkpoint of this one."""
         return dataclasses.replace(self, run=secrets.token_hex(8), forked_from=self.run)
 
-    def write(self, run_dir: Path) -> None:
-        write_atomically(run_dir / FILE, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+    def record(self) -> dict[str, Any]:
+        """What environment.json says."""
+        return {KEY: dataclasses.asdict(self)}
 
 
 def read_identity(run_dir: Path) -> Identity | None:
@@ -65,8 +72,9 @@ def read_identity(run_dir: Path) -> Identity | None:
     if not path.exists():
         return None
     try:
-        return Identity(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        stored = json.loads(path.read_text()).get(KEY)
+        return None if stored is None else Identity(**stored)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); delete it to go on without knowing whose checkpoints these are"
         ) from None

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,7 @@ class MetricsLog:
 
         self.lines, self.events = Lines(run.metrics, keep_bytes), Lines(run.events)
         shutil.rmtree(run.tensorboard, ignore_errors=True)
+        self.excepthook, threading.excepthook = threading.excepthook, self._thread_failed
         self.board = SummaryWriter(str(run.tensorboard))
         for line in self.lines.read():
             self._draw(line)
@@ -130,6 +132,11 @@ class MetricsLog:
         if kind != "block":
             self.say(f"step {step}: {kind}: " + ", ".join(f"{key} {brief(value)}" for key, value in facts.items()))
 
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard's own thread prints an error that the next call to it raises anyway; there it is told, in one line."""
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self.excepthook(failure)
+
     def _note(self, line: dict[str, Any]) -> None:
         self.board.add_text(f"events/{line['event']}", json.dumps(line), line["step"])
         self.board.flush()
@@ -149,6 +156,7 @@ class MetricsLog:
             self.bar.stop()
         self.durable_bytes()
         self.board.close()
+        threading.excepthook = self.excepthook
         self.events.close()
         self.lines.close()
 

@@ -280,7 +280,9 @@ class Run:
         step = self.expert.finish()
         found = self.evaluate()
         self.write_line(found)
-        diverged = divergence(self.engine.parameters, self.mesh, self.meter.first_eval, found.loss)
+        # Where a merge's loss decides which step is kept, the model's own may well have grown.
+        first = self.meter.first_eval if self.expert.peak is None else None
+        diverged = divergence(self.engine.parameters, self.mesh, first, found.loss)
         whole = self.engine.whole_state()
         with self.mesh.together():
             if self.log is not None:

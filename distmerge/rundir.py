@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class RunDirectory:
-    """``RUN_DIR``: config.toml, run.json, environment.json, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/, window/,
+    """``RUN_DIR``: config.toml, environment.json, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/, window/,
     steps/, final/ or final.diverged/, summary.json."""
 
     def __init__(self, path: str | Path):
@@ -67,13 +67,15 @@ class RunDirectory:
                 f"{', '.join(config_file.MAY_CHANGE[1:])}"
             )
 
-    def begin(self, config: TrainConfig, command: list[str]) -> None:
-        """Write what the run is: where the code came from, then the resolved configuration, which claims the directory."""
+    def begin(self, config: TrainConfig, command: list[str], identity: dict[str, Any] | None = None) -> None:
+        """Write what the run is: where the code came from, whose run it is, then the resolved configuration, which claims the
+        directory."""
         environment = {
             "command": command,
             "revision": git_revision(),
             "python": sys.version.split()[0],
             "host": socket.gethostname(),
+            **(identity or {}),
         }
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
         write_atomically(self.config, config_file.dump(config))

@@ -10,7 +10,7 @@ from distmerge import config_file
 from distmerge.config import TrainConfig
 from distmerge.errors import UserError
 from distmerge.interrupts import REQUEUE
-from distmerge.launch import Place, launch
+from distmerge.launch import DIVERGED, Place, launch
 from distmerge.mesh import Mesh
 from distmerge.run import Run
 from distmerge.rundir import RunDirectory, take_lock, write_atomically
@@ -51,6 +51,10 @@ def train_here(config: TrainConfig, ranks: int) -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
         try:
             train(config, Place(0, 1, 0, 1), sys.argv)
+        except SystemExit as end:
+            if end.code == DIVERGED:  # its line may lie in a log
+                raise UserError(f"the run {config.run_dir} diverged, see its summary.json") from None
+            raise
         finally:  # what is started from here later is no rank
             os.environ.clear()
             os.environ.update(before)

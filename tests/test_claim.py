@@ -42,7 +42,7 @@ def test_a_start_that_fails_leaves_the_directory_to_the_one_that_is_put_right(tm
         with pytest.raises(UserError):
             run(tmp_path, "run", text, steps=4, **sections)
         assert not (tmp_path / "run" / "config.toml").exists()
-        assert not (tmp_path / "run" / "run.json").exists()
+        assert not (tmp_path / "run" / "environment.json").exists()
     directory = run(tmp_path, "run", text, steps=4)
     assert [line["step"] for line in lines(directory, "metrics.jsonl")] == [0, 1, 2, 3, 4, 4]
     with pytest.raises(UserError, match="belongs to a run of another configuration; differing keys: seed"):
@@ -160,7 +160,9 @@ def test_an_older_run_without_an_identity_is_resumed(tmp_path: Path, text: Path)
     whole = run(tmp_path, "whole", text, steps=20)
     directory = run(tmp_path, "run", text, steps=20)
     forget_after(directory, 10)
-    (directory / "run.json").unlink()
+    environment = json.loads((directory / "environment.json").read_text())
+    del environment["identity"]
+    (directory / "environment.json").write_text(json.dumps(environment))
     from distmerge.files.manifest import as_json, sealed
 
     manifest = directory / "checkpoints" / "step-00000010" / "manifest.json"
@@ -168,7 +170,7 @@ def test_an_older_run_without_an_identity_is_resumed(tmp_path: Path, text: Path)
     manifest.write_bytes(as_json(sealed(kept)))
     run(tmp_path, "run", text, steps=20)
     assert same(parameters(directory / "final"), parameters(whole / "final"))
-    assert (directory / "run.json").exists()
+    assert json.loads((directory / "environment.json").read_text())["identity"]["run"]
 
 
 # ---- fingerprints

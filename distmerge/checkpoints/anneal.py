@@ -101,7 +101,7 @@ def prepare(fork: Path, config: TrainConfig, checkpoint: Path, parent: Identity 
         target = fork / "checkpoints" / checkpoint.name
         shutil.copytree(checkpoint, target, copy_function=os.link)  # published files never change: links are copies
         if parent is not None:
-            parent.fork().write(fork)
+            write_atomically(fork / "environment.json", json.dumps(parent.fork().record(), indent=2) + "\n")
         write_atomically(fork / "config.toml", config_file.dump(config))
 
     guarded(fork, make)

@@ -107,7 +107,11 @@ def make_directory(path: Path) -> None:
     if path.is_dir():
         return
     make_directory(path.parent)
-    os.mkdir(path)
+    try:
+        os.mkdir(path)
+    except FileExistsError:  # another rank was quicker
+        if not path.is_dir():
+            raise
     sync_directory(path.parent)
 
 

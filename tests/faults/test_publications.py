@@ -144,7 +144,7 @@ def write_output(folder: Path, number: int) -> None:
     shards = lay_out({"w": ("F32", (300,))}, 1 << 20)
     output = Output(folder / f"merged-{number}", f"recipe {number}", shards)
     place = shards[0]
-    output.write(place, place.offsets["w"], memoryview(torch.full((300,), float(number)).numpy()).cast("B"))
+    output.write(place, place.offsets["w"], memoryview(torch.full((300,), float(number)).numpy().tobytes()))
     output.finish("w")
     output.publish({"config.json": json.dumps({"step": number}).encode()})
 
