@@ -245,11 +245,15 @@ class Run:
 
     def leave(self) -> None:
         """Keep the state for whoever starts the run again."""
-        if self.committed != self.step:
-            self.commit()
+        kept = self.committed == self.step or self.commit()
         self.store.wait()
         if self.log is not None:
-            self.log.say(f"told to leave: checkpoint of step {self.committed} committed, status {REQUEUE} asks for a requeue")
+            what = (
+                f"checkpoint of step {self.step} committed"
+                if kept
+                else f"the state of step {self.step} is not sound and not kept"
+            )
+            self.log.say(f"told to leave: {what}, status {REQUEUE} asks for a requeue")
             self.log.close()
         self.engine.close()
 

@@ -112,6 +112,16 @@ def test_a_nan_in_the_update_of_a_merge_step_reaches_nobody(
     assert all(math.isfinite(line["eval/loss"]) for line in lines(directory, "metrics.jsonl") if "eval/loss" in line)
 
 
+@pytest.mark.parametrize("merge", [[AVERAGE], [DILOCO]], ids=["average", "diloco"])
+def test_a_nan_on_one_rank_of_a_worker_is_the_whole_workers(ranks: Ranks, text: Path, merge: list[dict[str, Any]]) -> None:
+    name = f"ranks-{merge[0]['kind']}"
+    sections = {"merge": merge, "recovery": RECOVERY, "steps": 20, "checkpoint": {"every": 5}}
+    ranks.run(4, train_two, text.parent, name, {2: {15}}, sections, group=False)
+    told = events(text.parent / name, "sick worker")
+    assert [(event["step"], event["workers"]) for event in told] == [(15, [1])]
+    assert all_finite(text.parent / name)
+
+
 def test_a_sick_worker_does_not_count_at_the_end(ranks: Ranks, text: Path) -> None:
     sections = {"merge": [{"kind": "none"}], "recovery": RECOVERY, "steps": 20, "checkpoint": {"every": 100}}
     ranks.run(2, train_two, text.parent, "end", {1: {17}}, sections, group=False)
