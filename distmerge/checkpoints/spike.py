@@ -7,10 +7,11 @@ published, so it comes early. ``diverged`` costs a roll-back, so it waits for pr
 - a loss or a gradient norm that is not finite, at once;
 - a loss that still grows and has left what data can explain: half above the level before, or above the start's;
 - a loss that grows for ``LIMIT`` steps on end;
-- a loss that has been as high as that of the untrained model for ``PATIENCE`` steps and does not fall, or for ``LIMIT``.
+- a loss that has been about as high as the untrained model's for ``PATIENCE`` steps and does not fall, or for ``LIMIT``.
 
-A suspicion ends at once where the loss is ordinary again, and after ``PATIENCE`` steps where its new level stays flat or
-falls: that is other data, and it is accepted as the new level. No suspicion is longer than ``LIMIT``.
+A suspicion ends where the loss has been ordinary for ``CALM`` steps, and after ``PATIENCE`` steps where its new level stays
+flat or falls: that is other data, and it is accepted as the new level. No suspicion is longer than ``LIMIT``. Of the gradient
+norm only finiteness counts: in healthy runs it bursts while the loss is calm, and divergences are soon found without it.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Detector:
     def __init__(self, window: int, threshold: float):
         self.history = History(window, threshold)
         self.suspicious: list[Step] = []  # since the suspicion began
-        self.left: list[tuple[int, list[float]]] = []  # levels that were left: steps to remember it for, and its losses
+        self.left: list[tuple[int, list[float]]] = []  # levels that were left: for how many steps more, and their log losses
         self.first: list[float] = []
         self.start = 0.0  # loss of the first steps
         self.best = math.inf  # lowest level of LONG steps
@@ -107,9 +108,9 @@ class Detector:
     def accept(self) -> None:
         """The caller goes on with this level, having used up its attempts to go back: take it as the normal one."""
         if self.suspicious:
-            level = statistics.median([step.value for step in self.suspicious][-max(TRENDS) :])
-            self.start = max(self.start, UNEXPLAINED * self._loss(level))
-            self._move()
+            values = self._since_the_last_fall(self.history.limits()["fall"])
+            self.start = max(self.start, UNEXPLAINED * self._loss(statistics.median(values[-max(TRENDS) :])))
+            self._move(values)
 
     def check(self, loss: float, grad_norm: float) -> Verdict:
         """The verdict on one step. After "diverged" the caller says ``cool_down`` or ``accept``."""
@@ -164,7 +165,7 @@ class Detector:
         values = self._since_the_last_fall(limits["fall"])
         trends = {count: trend(values, count) for count in TRENDS if len(values) >= 2 * count}
         growing = {count for count, rise in trends.items() if rise > limits[f"trend of {count}"]}
-        explained = min(UNEXPLAINED * before, max(self.start, SAME * before))
+        explained = max(min(UNEXPLAINED * before, max(self.start, SAME * before)), 4 * self._negligible())
         level = max((self._loss(statistics.median(values[-count:])) for count in growing), default=0.0)
         if level > explained:
             return Verdict("diverged", f"the loss grew from {before:.4g} to {level:.4g} and still grows: {reason}", since)
@@ -180,7 +181,7 @@ class Detector:
             return Verdict("suspected", reason, since)
         if slope > 0.5 * usual and trend(values, len(values) // 2) > usual:
             return Verdict("diverged", f"the loss has grown for {steps} steps, {before:.4g} to {level:.4g}: {reason}", since)
-        self._move()
+        self._move(values)
         return Verdict("healthy", f"a loss of {level:.4g} after {before:.4g} is the new level", since, accepted=True)
 
     def _since_the_last_fall(self, limit: float) -> list[float]:
@@ -204,14 +205,14 @@ class Detector:
         return next(step.unusual for step in reversed(self.suspicious) if step.unusual)
 
     def _negligible(self) -> float:
-        return NEGLIGIBLE * abs(self.start) + 1e-12
+        return NEGLIGIBLE * abs(statistics.median(self.first)) + 1e-12
 
     def _loss(self, value: float) -> float:
         return math.exp(value) - self._negligible()
 
     def _is_back(self, step: Step) -> bool:
         """Whether the loss is back at a level that was left, which is then the level again."""
-        usual = self.history.limits()["one"]
+        usual = self.history.limits()["one step"]
         for index, (_, losses) in enumerate(self.left):
             level = statistics.median(losses[-LONG:])
             apart = abs(level - self.history.level()) > usual
@@ -229,13 +230,13 @@ class Detector:
     def _is_mild(self) -> bool:
         return max(step.ratio for step in self.suspicious) < MILD
 
-    def _move(self) -> None:
-        """The level of the suspicious steps is the normal one."""
+    def _move(self, values: list[float]) -> None:
+        """The level of these log losses is the normal one."""
         for step in self.suspicious if self._is_mild() else []:
             self.history.learn_unusual(step.found)
         if self.history.losses:
             self._leave()
-        self.history.move([step.value for step in self.suspicious])
+        self.history.move(values)
         self._release()
 
     def _learn(self, step: Step) -> None:

@@ -42,11 +42,13 @@ SLOW = (8, 32)
 TRENDS = (5, 10, 20)
 """A trend is the median of so many steps, less that of as many before them."""
 
-QUICK = ("one", "two", "three", "fall")
+QUICK = ("one step", "mean of 2", "least of 3", "fall")
+"""Statistics of few steps; "fall" is the smaller of the last two falls below the level."""
+
 RISING = (*QUICK[:3], *(f"median of {steps}" for steps in SLOW))
 NAMES = (*RISING, "fall", *(f"trend of {steps}" for steps in TRENDS))
 
-EXPECTED = {"one": 1.0, "two": 0.71, "three": 0.5, "fall": 1.0}
+EXPECTED = {"one step": 1.0, "mean of 2": 0.71, "least of 3": 0.5, "fall": 1.0}
 """Scatter of each statistic where steps are independent, in that of one step."""
 EXPECTED |= {f"median of {steps}": math.sqrt(1.57 / steps + 1.57 / LONG) for steps in SLOW}
 EXPECTED |= {f"trend of {steps}": math.sqrt(2 * 1.57 / steps) for steps in TRENDS}
@@ -107,11 +109,20 @@ class History:
         return limits
 
     def statistics(self, newest: list[float]) -> dict[str, float]:
-        """Of the last step of ``newest``: steps since the history, one at least, in order."""
+        """Of the newest step.
+
+        Args:
+            newest: log losses since the history ends, in order; one at least.
+        """
         before = list(self.losses)
         short, long = self.level(), self.level(LONG)
         excesses = [*self.excesses, *(loss - short for loss in newest[-3:])][-3:]
-        found = {"one": excesses[-1], "two": sum(excesses[-2:]) / 2, "three": min(excesses), "fall": -max(excesses[-2:])}
+        found = {
+            "one step": excesses[-1],
+            "mean of 2": sum(excesses[-2:]) / 2,
+            "least of 3": min(excesses),
+            "fall": -max(excesses[-2:]),
+        }
         together = (before + newest)[-2 * max(TRENDS) - LONG :]
         for steps in SLOW:
             past = together[-steps - LONG : -steps] if len(newest) < steps else before[-LONG:]
@@ -125,7 +136,7 @@ class History:
         """A healthy step and its statistics."""
         self.losses.append(loss)
         if found:
-            self.excesses.append(found["one"])
+            self.excesses.append(found["one step"])
             self.waiting.append(found)
         while len(self.waiting) > LAG:
             self._widen(self.waiting.popleft())
