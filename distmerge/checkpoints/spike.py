@@ -10,8 +10,8 @@ published, so it comes early. ``diverged`` costs a roll-back, so it waits for pr
 - a loss that has been about as high as the untrained model's for ``PATIENCE`` steps and does not fall, or for ``LIMIT``.
 
 A suspicion ends where the loss has been ordinary for ``CALM`` steps, and after ``PATIENCE`` steps where its new level stays
-flat or falls: that is other data, and it is accepted as the new level. No suspicion is longer than ``LIMIT``. Of the gradient
-norm only finiteness counts: in healthy runs it bursts while the loss is calm, and divergences are soon found without it.
+flat or falls: that is other data, and it is accepted as the new level. No suspicion is longer than ``LIMIT``. The gradient
+norm helps to suspect, and proves something only where it is not finite: in healthy runs it bursts while the loss is calm.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ KEPT = ("start", "best", "calm", "quiet")
 
 
 class Step(NamedTuple):
-    """The logarithm of a loss, its statistics beside the history, and why it is unusual; empty where it is not."""
+    """Logarithms of loss and gradient norm, their statistics beside the history, and why they are unusual, if they are."""
 
     value: float
+    norm: float
     found: dict[str, float]
     unusual: str
     ratio: float = 0.0  # of the most unusual statistic to its limit
@@ -120,7 +121,7 @@ class Detector:
             self.first.append(loss)
             self.start = statistics.median(self.first)
         self.left = [(steps - 1, losses) for steps, losses in self.left if steps > 1]
-        step = self._seen(loss)
+        step = self._seen(loss, math.log(max(grad_norm, 1e-30)))
         if self.quiet:
             self.quiet -= 1
             if not step.unusual:
@@ -138,25 +139,25 @@ class Detector:
             return Verdict("healthy")
         return self._judge(f"{self._why()} (loss {loss:.4g}, gradient norm {grad_norm:.4g})")
 
-    def _seen(self, loss: float) -> Step:
+    def _seen(self, loss: float, norm: float) -> Step:
         """A step beside the history, and why it is unusual."""
         value = math.log(max(loss, 0.0) + self._negligible())
         if len(self.history.losses) < LEAST_SAMPLES:
             high = loss > UNEXPLAINED * self.start + self._negligible()
-            return Step(value, {}, "loss far above the start's" if high else "")
+            return Step(value, norm, {}, "loss far above the start's" if high else "")
         newest = [*(step.value for step in self.suspicious), value]
-        found = self.history.statistics(newest)
+        found = self.history.statistics(newest, [*(step.norm for step in self.suspicious), norm])
         limits = self.history.limits()
         ratios = {name: found[name] / limits[name] for name in UNUSUAL if name in found}
         if len(self.history.losses) < LONG:
             ratios.pop("fall", None)  # early on, learning is sudden
         name, ratio = max(ratios.items(), key=lambda item: item[1])
         if ratio > 1 and name == "fall":
-            return Step(value, found, f"loss too low: {math.exp(-found[name]):.2g} times the level", ratio)
+            return Step(value, norm, found, f"loss too low: {math.exp(-found[name]):.2g} times the level", ratio)
         if ratio > 1:
-            return Step(value, found, f"loss too high: {name}, {ratio:.1f} times the usual", ratio)
+            return Step(value, norm, found, f"loss too high: {name}, {ratio:.1f} times the usual", ratio)
         high = self._loss(statistics.median([*self.history.losses, *newest][-SHORT:])) > self._untrained()
-        return Step(value, found, f"loss as high as at the start ({self.start:.4g})" if high else "", ratio)
+        return Step(value, norm, found, f"loss as high as at the start ({self.start:.4g})" if high else "", ratio)
 
     def _judge(self, reason: str) -> Verdict:
         """A suspicion goes on, is proved, or ends with its level accepted."""
@@ -219,7 +220,7 @@ class Detector:
             if apart and abs(step.value - level) < usual and self._loss(level) < self._untrained():
                 del self.left[index]
                 self._leave()
-                self.history.move(losses)
+                self.history.move(losses, [])
                 self._release()
                 return True
         return False
@@ -236,11 +237,11 @@ class Detector:
             self.history.learn_unusual(step.found)
         if self.history.losses:
             self._leave()
-        self.history.move(values)
+        self.history.move(values, [step.norm for step in self.suspicious][-len(values) :])
         self._release()
 
     def _learn(self, step: Step) -> None:
-        self.history.learn(step.value, step.found)
+        self.history.learn(step.value, step.norm, step.found)
         if len(self.history.losses) >= LONG:
             self.best = min(self.best, self._loss(self.history.level(LONG)))
 
