@@ -71,7 +71,8 @@ class Preview(Section):
 
 class Recovery(Section):
     enabled: bool = False
-    """Watch for spikes, and go back before one. Reads the loss of each step, for which a GPU must be waited."""
+    """Watch for spikes, and go back before one. Reads the loss of each step, for which a GPU must be waited, and the sum of
+    the parameters after it, which shows whether they are finite. The start is kept as a checkpoint, too."""
     threshold: float = Field(default=5.5, gt=0)
     """Robust standard deviations above the last steps from which the loss of one step is suspected, and accordingly less for
     several. What the run's own history has shown to be ordinary is not, however far out."""
@@ -87,9 +88,10 @@ class Recovery(Section):
     lr_factor: float = Field(default=1.0, gt=0, le=1)
     """Factor on the learning rate from a roll-back until the spike's step and the cool-down are past."""
     cool_down: int = Field(default=20, ge=0)
-    """Steps after a roll-back in which only what is no number is a spike."""
+    """Steps after the spike's own step, once the run has gone back, until which only a value that is not finite counts."""
     attempts: int = Field(default=3, ge=1)
-    """Roll-backs, closer to each other than two windows, before the run stops."""
+    """Roll-backs, closer to each other than two windows. Each goes further back than the one before. After them the run goes
+    on from where it is, if its values are finite and it has not done so before; else it stops."""
     merge_last: int = Field(default=1, ge=1)
     """Stable checkpoints, or blocks of the window, that are merged where the run goes on; 1 is a plain roll-back, which
     was as good or better wherever it was measured."""

@@ -1,4 +1,4 @@
-"""The end of a run: what came out is judged, published under a name that says what it is, and told."""
+"""The end of a run: it leaves, to be started again; or what came out is judged, published by a fitting name, and told."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distmerge.checkpoints.durable import guarded, publish_directory
 from distmerge.engine.soundness import sickness
+from distmerge.evaluate import Evaluation
 from distmerge.files.durable import delete, write_atomically
 from distmerge.flat import FlatParameters
+from distmerge.interrupts import REQUEUE
+from distmerge.launch import DIVERGED, LEFT
 from distmerge.mesh import Mesh
 from distmerge.metrics import table
 from distmerge.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from distmerge.run import Run
 
 NOISE = 0.01
 """A run that has learned nothing ends a little above or below the loss that it began with, which is no divergence: a hundredth
@@ -63,3 +69,67 @@ def publish_end(directory: RunDirectory, about: dict[str, Any], summary: dict[st
 def finite(value: Any) -> Any:
     """The value; None where it is a number that JSON has no word for."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def leave(run: Run) -> int:
+    """Keep the state for whoever starts the run again; the exit status that asks for it."""
+    kept = run.committed == run.step or run.commit()
+    run.store.wait()
+    if run.log is not None:
+        state = (
+            f"checkpoint of step {run.step} committed" if kept else f"the state of step {run.step} is not sound and not kept"
+        )
+        asks = f", status {REQUEUE} asks for a requeue" if run.preemption.status == REQUEUE else ""
+        run.log.say(f"told to leave: {state}{asks}; start the same command again to resume")
+        run.log.close()
+        run.mesh.board.ask(lambda store: store.set(LEFT, "1"), run.mesh.timeout_seconds)
+    run.preemption.tell_agent()
+    run.engine.close()
+    return run.preemption.status
+
+
+def close(run: Run) -> int:
+    """Keep the last state, merge what is left to merge, publish the model, and say what came out; the exit status."""
+    run.claim.take()
+    if run.committed != run.step:
+        run.commit()
+    run.store.wait()
+    run.recovery.before_the_end(run.step)
+    run.preemption.end()
+    for merger in run.mergers:
+        merger.finish()
+    for merger in run.mergers:  # what is evaluated is what is published, whichever of several came last
+        merger.restart()
+    step = run.expert.finish()
+    found = run.evaluate()
+    run.write_line(found)
+    # Where a merge's loss decides which step is kept, the model's own may well have grown.
+    first = run.meter.first_eval if run.expert.peak is None else None
+    diverged = divergence(run.engine.parameters, run.mesh, first, found.loss)
+    whole = run.engine.whole_state()
+    with run.mesh.together():
+        if run.log is not None:
+            run.log.close()
+            about, summary = run.claim.said() | {"step": step}, summary_of(run, found) | {"diverged": diverged}
+            publish_end(run.directory, about, summary, lambda place: run.expert.save(place, step, whole))
+    run.engine.close()
+    return 0 if diverged is None else DIVERGED
+
+
+def summary_of(run: Run, found: Evaluation) -> dict[str, Any]:
+    """What summary.json says of the run, whose last evaluation is ``found``."""
+    numel, ranks, tokens = run.engine.parameters.numel, run.mesh.world, run.step * run.tokens_per_step
+    return {
+        "steps": run.step,
+        "stopped": run.expert.stopped,
+        "workers": run.mesh.workers,
+        "ranks": ranks,
+        "parameters": numel,
+        "eval_loss_first": run.meter.first_eval,
+        "eval_loss_last": found.loss,
+        "eval_loss_last_se": found.standard_error,
+        "tokens": tokens,
+        "tokens_per_second": tokens / run.meter.seconds,
+        "bytes_sent": run.bytes_sent,
+        "bytes_sent_by_data_parallelism": run.step * 4 * numel * 2 * (ranks - 1) / ranks,
+    }

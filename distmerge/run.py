@@ -21,15 +21,12 @@ from distmerge.checkpoints.window import Window
 from distmerge.claim import Claim
 from distmerge.config import TrainConfig
 from distmerge.data import IndexedBatches, open_corpus, sampled
-from distmerge.ending import divergence, publish_end
 from distmerge.engine.build import build_engine
 from distmerge.evaluate import Evaluation, evaluate
 from distmerge.experts.adapt import with_lora
 from distmerge.experts.training import ExpertTraining
 from distmerge.files.manifest import read_manifest
 from distmerge.flat import fingerprint
-from distmerge.interrupts import REQUEUE
-from distmerge.launch import DIVERGED, LEFT
 from distmerge.mesh import Mesh
 from distmerge.metrics import Meter, MetricsLog
 from distmerge.model import build_model, check_fits, load_tokenizer
@@ -248,63 +245,3 @@ class Run:
     def _judge(self) -> Evaluation:
         """The loss of the model as it stands; a collective."""
         return evaluate(self.engine.model, self.held_out, self.config.train.batch_size, self.mesh.rank, self.mesh.world)
-
-    def leave(self) -> int:
-        """Keep the state for whoever starts the run again; the exit status that asks for it."""
-        if self.committed != self.step:
-            self.commit()
-        self.store.wait()
-        if self.log is not None:
-            asks = f", status {REQUEUE} asks for a requeue" if self.preemption.status == REQUEUE else ""
-            self.log.say(
-                f"told to leave: checkpoint of step {self.committed} committed{asks}; start the same command again to resume"
-            )
-            self.log.close()
-            self.mesh.board.ask(lambda store: store.set(LEFT, "1"), self.mesh.timeout_seconds)
-        self.preemption.tell_agent()
-        self.engine.close()
-        return self.preemption.status
-
-    def close(self) -> int:
-        """Keep the last state, merge what is left to merge, publish the model, and say what came out; the exit status."""
-        self.claim.take()
-        if self.committed != self.step:
-            self.commit()
-        self.store.wait()
-        self.recovery.before_the_end(self.step)
-        self.preemption.end()
-        for merger in self.mergers:
-            merger.finish()
-        for merger in self.mergers:  # what is evaluated is what is published, whichever of several came last
-            merger.restart()
-        step = self.expert.finish()
-        found = self.evaluate()
-        self.write_line(found)
-        # Where a merge's loss decides which step is kept, the model's own may well have grown.
-        first = self.meter.first_eval if self.expert.peak is None else None
-        diverged = divergence(self.engine.parameters, self.mesh, first, found.loss)
-        whole = self.engine.whole_state()
-        with self.mesh.together():
-            if self.log is not None:
-                self.log.close()
-                about, summary = self.claim.said() | {"step": step}, self.summary(found) | {"diverged": diverged}
-                publish_end(self.directory, about, summary, lambda place: self.expert.save(place, step, whole))
-        self.engine.close()
-        return 0 if diverged is None else DIVERGED
-
-    def summary(self, found: Evaluation) -> dict[str, Any]:
-        numel, ranks, tokens = self.engine.parameters.numel, self.mesh.world, self.step * self.tokens_per_step
-        return {
-            "steps": self.step,
-            "stopped": self.expert.stopped,
-            "workers": self.mesh.workers,
-            "ranks": ranks,
-            "parameters": numel,
-            "eval_loss_first": self.meter.first_eval,
-            "eval_loss_last": found.loss,
-            "eval_loss_last_se": found.standard_error,
-            "tokens": tokens,
-            "tokens_per_second": tokens / self.meter.seconds,
-            "bytes_sent": self.bytes_sent,
-            "bytes_sent_by_data_parallelism": self.step * 4 * numel * 2 * (ranks - 1) / ranks,
-        }

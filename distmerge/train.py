@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distmerge import config_file
 from distmerge.config import TrainConfig
+from distmerge.ending import close, leave
 from distmerge.errors import UserError
 from distmerge.interrupts import REQUEUE
 from distmerge.launch import DIVERGED, Place, launch
@@ -26,7 +27,7 @@ def train(config: TrainConfig, place: Place, command: list[str]) -> None:
         lock = take_lock(directory, config, mesh)
         run = Run(config, mesh, directory, command)
         run.resume()
-        status = run.close() if loop(run) else run.leave()
+        status = close(run) if loop(run) else leave(run)
         lock.release()
         run.preemption.close()
         mesh.close()

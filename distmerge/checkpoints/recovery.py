@@ -6,8 +6,9 @@ released when all is well again. From a divergence of the whole run it goes back
 from what the others share.
 
 Each worker judges its own steps, its ranks together, at every step. The workers hear of each other where they meet anyway:
-where a merge or a checkpoint is due and at the last step, before anything is merged. All decisions that concern more than
-one worker are made there, from what all were told, and so are the same on all. Every decision is a line of events.jsonl.
+where a merge, a checkpoint or an evaluation is due and at the last step, before anything is merged. All decisions that
+concern more than one worker are made there, from what all were told, and so are the same on all. Every decision is a line of
+events.jsonl.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class Recovery:
     def _meeting(self, step: int) -> bool:
         """Whether the workers tell each other at this step; of one worker the ranks always know the same."""
         config = self.run.config
-        due = step == config.steps or step % config.checkpoint.every == 0
+        due = step == config.steps or any(step % every == 0 for every in (config.checkpoint.every, config.evaluate.every))
         return due or self.mesh.workers == 1 or any(merger.due() for merger in self.run.mergers)
 
     def _agreed(self, step: int) -> bool:

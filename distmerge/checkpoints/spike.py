@@ -7,10 +7,11 @@ published, so it comes early. ``diverged`` costs a roll-back, so it waits for pr
 - a loss or a gradient norm that is not finite, at once;
 - a loss that still grows and has left what data can explain: half above the level before, or above the start's;
 - a loss that grows for ``LIMIT`` steps on end;
-- a loss that has been as high as that of the untrained model for ``PATIENCE`` steps and does not fall, or for ``LIMIT``.
+- a loss that has been about as high as the untrained model's for ``PATIENCE`` steps and does not fall, or for ``LIMIT``.
 
-A suspicion ends at once where the loss is ordinary again, and after ``PATIENCE`` steps where its new level stays flat or
-falls: that is other data, and it is accepted as the new level. No suspicion is longer than ``LIMIT``.
+A suspicion ends where the loss has been ordinary for ``CALM`` steps, and after ``PATIENCE`` steps where its new level stays
+flat or falls: that is other data, and it is accepted as the new level. No suspicion is longer than ``LIMIT``. The gradient
+norm helps to suspect, and proves something only where it is not finite: in healthy runs it bursts while the loss is calm.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ KEPT = ("start", "best", "calm", "quiet")
 
 
 class Step(NamedTuple):
-    """The logarithm of a loss, its statistics beside the history, and why it is unusual; empty where it is not."""
+    """Logarithms of loss and gradient norm, their statistics beside the history, and why they are unusual, if they are."""
 
     value: float
+    norm: float
     found: dict[str, float]
     unusual: str
     ratio: float = 0.0  # of the most unusual statistic to its limit
@@ -90,7 +92,7 @@ class Detector:
     def __init__(self, window: int, threshold: float):
         self.history = History(window, threshold)
         self.suspicious: list[Step] = []  # since the suspicion began
-        self.left: list[tuple[int, list[float]]] = []  # levels that were left: steps to remember it for, and its losses
+        self.left: list[tuple[int, list[float]]] = []  # levels that were left: for how many steps more, and their log losses
         self.first: list[float] = []
         self.start = 0.0  # loss of the first steps
         self.best = math.inf  # lowest level of LONG steps
@@ -107,9 +109,9 @@ class Detector:
     def accept(self) -> None:
         """The caller goes on with this level, having used up its attempts to go back: take it as the normal one."""
         if self.suspicious:
-            level = statistics.median([step.value for step in self.suspicious][-max(TRENDS) :])
-            self.start = max(self.start, UNEXPLAINED * self._loss(level))
-            self._move()
+            values = self._since_the_last_fall(self.history.limits()["fall"])
+            self.start = max(self.start, UNEXPLAINED * self._loss(statistics.median(values[-max(TRENDS) :])))
+            self._move(values)
 
     def check(self, loss: float, grad_norm: float) -> Verdict:
         """The verdict on one step. After "diverged" the caller says ``cool_down`` or ``accept``."""
@@ -119,7 +121,7 @@ class Detector:
             self.first.append(loss)
             self.start = statistics.median(self.first)
         self.left = [(steps - 1, losses) for steps, losses in self.left if steps > 1]
-        step = self._seen(loss)
+        step = self._seen(loss, math.log(max(grad_norm, 1e-30)))
         if self.quiet:
             self.quiet -= 1
             if not step.unusual:
@@ -137,25 +139,25 @@ class Detector:
             return Verdict("healthy")
         return self._judge(f"{self._why()} (loss {loss:.4g}, gradient norm {grad_norm:.4g})")
 
-    def _seen(self, loss: float) -> Step:
+    def _seen(self, loss: float, norm: float) -> Step:
         """A step beside the history, and why it is unusual."""
         value = math.log(max(loss, 0.0) + self._negligible())
         if len(self.history.losses) < LEAST_SAMPLES:
             high = loss > UNEXPLAINED * self.start + self._negligible()
-            return Step(value, {}, "loss far above the start's" if high else "")
+            return Step(value, norm, {}, "loss far above the start's" if high else "")
         newest = [*(step.value for step in self.suspicious), value]
-        found = self.history.statistics(newest)
+        found = self.history.statistics(newest, [*(step.norm for step in self.suspicious), norm])
         limits = self.history.limits()
         ratios = {name: found[name] / limits[name] for name in UNUSUAL if name in found}
         if len(self.history.losses) < LONG:
             ratios.pop("fall", None)  # early on, learning is sudden
         name, ratio = max(ratios.items(), key=lambda item: item[1])
         if ratio > 1 and name == "fall":
-            return Step(value, found, f"loss too low: {math.exp(-found[name]):.2g} times the level", ratio)
+            return Step(value, norm, found, f"loss too low: {math.exp(-found[name]):.2g} times the level", ratio)
         if ratio > 1:
-            return Step(value, found, f"loss too high: {name}, {ratio:.1f} times the usual", ratio)
+            return Step(value, norm, found, f"loss too high: {name}, {ratio:.1f} times the usual", ratio)
         high = self._loss(statistics.median([*self.history.losses, *newest][-SHORT:])) > self._untrained()
-        return Step(value, found, f"loss as high as at the start ({self.start:.4g})" if high else "", ratio)
+        return Step(value, norm, found, f"loss as high as at the start ({self.start:.4g})" if high else "", ratio)
 
     def _judge(self, reason: str) -> Verdict:
         """A suspicion goes on, is proved, or ends with its level accepted."""
@@ -164,7 +166,7 @@ class Detector:
         values = self._since_the_last_fall(limits["fall"])
         trends = {count: trend(values, count) for count in TRENDS if len(values) >= 2 * count}
         growing = {count for count, rise in trends.items() if rise > limits[f"trend of {count}"]}
-        explained = min(UNEXPLAINED * before, max(self.start, SAME * before))
+        explained = max(min(UNEXPLAINED * before, max(self.start, SAME * before)), 4 * self._negligible())
         level = max((self._loss(statistics.median(values[-count:])) for count in growing), default=0.0)
         if level > explained:
             return Verdict("diverged", f"the loss grew from {before:.4g} to {level:.4g} and still grows: {reason}", since)
@@ -180,7 +182,7 @@ class Detector:
             return Verdict("suspected", reason, since)
         if slope > 0.5 * usual and trend(values, len(values) // 2) > usual:
             return Verdict("diverged", f"the loss has grown for {steps} steps, {before:.4g} to {level:.4g}: {reason}", since)
-        self._move()
+        self._move(values)
         return Verdict("healthy", f"a loss of {level:.4g} after {before:.4g} is the new level", since, accepted=True)
 
     def _since_the_last_fall(self, limit: float) -> list[float]:
@@ -204,21 +206,21 @@ class Detector:
         return next(step.unusual for step in reversed(self.suspicious) if step.unusual)
 
     def _negligible(self) -> float:
-        return NEGLIGIBLE * abs(self.start) + 1e-12
+        return NEGLIGIBLE * abs(statistics.median(self.first)) + 1e-12
 
     def _loss(self, value: float) -> float:
         return math.exp(value) - self._negligible()
 
     def _is_back(self, step: Step) -> bool:
         """Whether the loss is back at a level that was left, which is then the level again."""
-        usual = self.history.limits()["one"]
+        usual = self.history.limits()["one step"]
         for index, (_, losses) in enumerate(self.left):
             level = statistics.median(losses[-LONG:])
             apart = abs(level - self.history.level()) > usual
             if apart and abs(step.value - level) < usual and self._loss(level) < self._untrained():
                 del self.left[index]
                 self._leave()
-                self.history.move(losses)
+                self.history.move(losses, [])
                 self._release()
                 return True
         return False
@@ -229,17 +231,17 @@ class Detector:
     def _is_mild(self) -> bool:
         return max(step.ratio for step in self.suspicious) < MILD
 
-    def _move(self) -> None:
-        """The level of the suspicious steps is the normal one."""
+    def _move(self, values: list[float]) -> None:
+        """The level of these log losses is the normal one."""
         for step in self.suspicious if self._is_mild() else []:
             self.history.learn_unusual(step.found)
         if self.history.losses:
             self._leave()
-        self.history.move([step.value for step in self.suspicious])
+        self.history.move(values, [step.norm for step in self.suspicious][-len(values) :])
         self._release()
 
     def _learn(self, step: Step) -> None:
-        self.history.learn(step.value, step.found)
+        self.history.learn(step.value, step.norm, step.found)
         if len(self.history.losses) >= LONG:
             self.best = min(self.best, self._loss(self.history.level(LONG)))
 

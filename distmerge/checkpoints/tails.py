@@ -39,14 +39,23 @@ LEAST_FALL = 0.4
 SLOW = (8, 32)
 """Steps of the slow statistics."""
 
+TOGETHER, MOST, LEAST_LOSS = 4, 6.0, 1.0
+"""Loss and gradient norm are judged together over so many steps. One step's gradient norm counts at most ``MOST`` robust
+standard deviations, since its tail is heavy in healthy runs, and only where the loss is ``LEAST_LOSS`` above its level."""
+
+NORM_FLOOR = 0.1
+"""Scatter of the log gradient norm below this is not believed."""
+
 TRENDS = (5, 10, 20)
 """A trend is the median of so many steps, less that of as many before them."""
 
-QUICK = ("one", "two", "three", "fall")
-RISING = (*QUICK[:3], *(f"median of {steps}" for steps in SLOW))
+QUICK = ("one step", "mean of 2", "least of 3", "with gradient norm", "fall")
+"""Statistics of few steps; "fall" is the smaller of the last two falls below the level."""
+
+RISING = (*QUICK[:4], *(f"median of {steps}" for steps in SLOW))
 NAMES = (*RISING, "fall", *(f"trend of {steps}" for steps in TRENDS))
 
-EXPECTED = {"one": 1.0, "two": 0.71, "three": 0.5, "fall": 1.0}
+EXPECTED = {"one step": 1.0, "mean of 2": 0.71, "least of 3": 0.5, "with gradient norm": 1.2, "fall": 1.0}
 """Scatter of each statistic where steps are independent, in that of one step."""
 EXPECTED |= {f"median of {steps}": math.sqrt(1.57 / steps + 1.57 / LONG) for steps in SLOW}
 EXPECTED |= {f"trend of {steps}": math.sqrt(2 * 1.57 / steps) for steps in TRENDS}
@@ -85,7 +94,8 @@ class History:
     def __init__(self, window: int, threshold: float):
         self.threshold = threshold
         self.losses: deque[float] = deque(maxlen=LONG + 2 * max(TRENDS))  # logarithms
-        self.excesses: deque[float] = deque(maxlen=2)  # of the last steps, above the level that was theirs
+        self.norms: deque[float] = deque(maxlen=2 * LONG)  # logarithms of gradient norms
+        self.excesses: deque[float] = deque(maxlen=TOGETHER - 1)  # of the last steps, above the level that was theirs
         self.waiting: deque[dict[str, float]] = deque()  # statistics that are not yet learned
         self.tails = {name: Tail(window) for name in NAMES}
 
@@ -106,12 +116,23 @@ class History:
         limits["fall"] = max(limits["fall"], LEAST_FALL)
         return limits
 
-    def statistics(self, newest: list[float]) -> dict[str, float]:
-        """Of the last step of ``newest``: steps since the history, one at least, in order."""
+    def statistics(self, newest: list[float], norms: list[float]) -> dict[str, float]:
+        """Of the newest step.
+
+        Args:
+            newest: log losses since the history ends, in order; one at least.
+            norms: log gradient norms of the same steps.
+        """
         before = list(self.losses)
         short, long = self.level(), self.level(LONG)
-        excesses = [*self.excesses, *(loss - short for loss in newest[-3:])][-3:]
-        found = {"one": excesses[-1], "two": sum(excesses[-2:]) / 2, "three": min(excesses), "fall": -max(excesses[-2:])}
+        excesses = [*self.excesses, *(loss - short for loss in newest[-TOGETHER:])][-TOGETHER:]
+        found = {
+            "one step": excesses[-1],
+            "mean of 2": sum(excesses[-2:]) / 2,
+            "least of 3": min(excesses[-3:]),
+            "with gradient norm": self._together(excesses, norms),
+            "fall": -max(excesses[-2:]),
+        }
         together = (before + newest)[-2 * max(TRENDS) - LONG :]
         for steps in SLOW:
             past = together[-steps - LONG : -steps] if len(newest) < steps else before[-LONG:]
@@ -121,11 +142,23 @@ class History:
                 found[f"trend of {steps}"] = trend(together, steps)
         return found
 
-    def learn(self, loss: float, found: dict[str, float]) -> None:
+    def _together(self, excesses: list[float], norms: list[float]) -> float:
+        """Excess of loss and log gradient norm over the last steps, in the loss's units; 0 where the loss is calm."""
+        before, scale = list(self.norms), self.scale()
+        loss = sum(excesses) / scale / math.sqrt(TOGETHER)
+        if loss < LEAST_LOSS:
+            return 0.0
+        level, center = statistics.median(before[-SHORT:]), statistics.median(before)
+        spread = max(NORM_FLOOR, 1.4826 * statistics.median(abs(norm - center) for norm in before))
+        norm = sum(min(MOST, (norm - level) / spread) for norm in [*before, *norms][-TOGETHER:]) / math.sqrt(TOGETHER)
+        return scale * (loss + norm) / math.sqrt(2)
+
+    def learn(self, loss: float, norm: float, found: dict[str, float]) -> None:
         """A healthy step and its statistics."""
         self.losses.append(loss)
+        self.norms.append(norm)
         if found:
-            self.excesses.append(found["one"])
+            self.excesses.append(found["one step"])
             self.waiting.append(found)
         while len(self.waiting) > LAG:
             self._widen(self.waiting.popleft())
@@ -142,22 +175,24 @@ class History:
         for name, value in found.items():
             self.tails[name].append(value)
 
-    def move(self, losses: list[float]) -> None:
-        """To another level, that of ``losses``; the tails stay."""
+    def move(self, losses: list[float], norms: list[float]) -> None:
+        """To another level, that of these steps; the tails stay."""
         self.losses.clear()
         self.losses.extend(losses)
+        self.norms.extend(norms)
         self.excesses.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "losses": list(self.losses),
+            "norms": list(self.norms),
             "excesses": list(self.excesses),
             "waiting": [dict(found) for found in self.waiting],
             "tails": {name: list(tail.values) for name, tail in self.tails.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("losses", "excesses", "waiting"):
+        for name in ("losses", "norms", "excesses", "waiting"):
             kept = getattr(self, name)
             kept.clear()
             kept.extend(state[name])

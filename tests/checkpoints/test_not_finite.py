@@ -102,7 +102,7 @@ def test_a_nan_in_the_update_of_a_merge_step_reaches_nobody(
     """Step 15 merges and neither commits nor ends a block; step 20 does all three."""
     name = f"merge-{merge[0].get('kind')}-{len(merge)}-{sorted(merge[0])}-{rank}".replace("'", "")
     sections = {"merge": merge, "recovery": RECOVERY, "window": {"every": 10}, "steps": 30}
-    ranks.run(2, train_two, text.parent, name, {rank: {15, 20}}, sections, group=False)
+    ranks.run(2, train_two, text.parent, name, {rank: {15, 20}}, sections, group=False, seconds=600)
     directory = text.parent / name
     told = events(directory, "sick worker")
     assert [(event["step"], event["workers"]) for event in told] == [(15, [rank]), (20, [rank])]
@@ -112,9 +112,19 @@ def test_a_nan_in_the_update_of_a_merge_step_reaches_nobody(
     assert all(math.isfinite(line["eval/loss"]) for line in lines(directory, "metrics.jsonl") if "eval/loss" in line)
 
 
+@pytest.mark.parametrize("merge", [[AVERAGE], [DILOCO]], ids=["average", "diloco"])
+def test_a_nan_on_one_rank_of_a_worker_is_the_whole_workers(ranks: Ranks, text: Path, merge: list[dict[str, Any]]) -> None:
+    name = f"ranks-{merge[0]['kind']}"
+    sections = {"merge": merge, "recovery": RECOVERY, "steps": 20, "checkpoint": {"every": 5}}
+    ranks.run(4, train_two, text.parent, name, {2: {15}}, sections, group=False, seconds=600)
+    told = events(text.parent / name, "sick worker")
+    assert [(event["step"], event["workers"]) for event in told] == [(15, [1])]
+    assert all_finite(text.parent / name)
+
+
 def test_a_sick_worker_does_not_count_at_the_end(ranks: Ranks, text: Path) -> None:
     sections = {"merge": [{"kind": "none"}], "recovery": RECOVERY, "steps": 20, "checkpoint": {"every": 100}}
-    ranks.run(2, train_two, text.parent, "end", {1: {17}}, sections, group=False)
+    ranks.run(2, train_two, text.parent, "end", {1: {17}}, sections, group=False, seconds=600)
     assert [event["step"] for event in events(text.parent / "end", "sick worker")] == [20]
     assert not_finite(parameters(text.parent / "end/final")) is None
 
@@ -126,7 +136,7 @@ def test_both_workers_go_back_with_a_merge_in_flight(ranks: Ranks, text: Path) -
         "recovery": RECOVERY | {"merge_last": 2},
         "checkpoint": {"every": 5, "keep": 9},
     }
-    ranks.run(2, train_two, text.parent, "flight", {0: {13}, 1: {13}}, sections, group=False)
+    ranks.run(2, train_two, text.parent, "flight", {0: {13}, 1: {13}}, sections, group=False, seconds=600)
     directory = text.parent / "flight"
     assert [event["to"] for event in events(directory, "merged and rolled back")] == [10]
     assert all_finite(directory)

@@ -157,7 +157,7 @@ MERGES = {
 def test_what_one_worker_suspects_is_held_by_all(ranks: Ranks, text: Path, kind: str, asynchronous: bool) -> None:
     folder, name = text.parent, f"held-{kind}-{asynchronous}"
     sections = SECTIONS | {"merge": MERGES[kind], "steps": 24, "checkpoint": {"every": 4, "keep": 99, "async": asynchronous}}
-    ranks.run(2, train_two, folder, name, {1: dict.fromkeys(range(7, 10), SUSPECTED)}, sections, group=False)
+    ranks.run(2, train_two, folder, name, {1: dict.fromkeys(range(7, 10), SUSPECTED)}, sections, group=False, seconds=600)
     assert [event["step"] for event in events(folder / name, "checkpoint held")] == [8]
     assert [event["block"] for event in events(folder / name, "block held")] == ["block-00000008"]
     assert [event["blocks"] for event in events(folder / name, "blocks released")] == [["block-00000008"]]
@@ -171,7 +171,7 @@ def test_a_worker_that_diverges_taints_what_was_held_for_it(ranks: Ranks, text: 
     folder, name = text.parent, f"diverges-{kind}"
     sections = SECTIONS | {"merge": MERGES[kind], "steps": 24}
     verdicts = dict.fromkeys(range(7, 10), SUSPECTED) | {10: Verdict("diverged", "grew", 3)}
-    ranks.run(2, train_two, folder, name, {1: verdicts}, sections, group=False)
+    ranks.run(2, train_two, folder, name, {1: verdicts}, sections, group=False, seconds=600)
     assert [event["workers"] for event in events(folder / name, "sick worker")] == [[1]]
     assert "block-00000008" in events(folder / name, "blocks tainted")[0]["blocks"]
     assert marks(folder / name / "window")["block-00000008"]
@@ -183,7 +183,7 @@ def test_most_workers_with_a_finite_spike_go_on_together(ranks: Ranks, text: Pat
     folder = text.parent
     sections = SECTIONS | {"merge": MERGES["diloco"], "steps": 32, "recovery": RECOVERY | {"attempts": 1}}
     verdicts = {0: {14: DIVERGED, 30: DIVERGED}, 1: {13: DIVERGED, 29: DIVERGED}}
-    ranks.run(2, train_two, folder, "most", verdicts, sections, group=False)
+    ranks.run(2, train_two, folder, "most", verdicts, sections, group=False, seconds=600)
     assert [event["to"] for event in events(folder / "most", "rolled back")] == [8]
     assert len(events(folder / "most", "level accepted")) == 1
     assert lines(folder / "most", "metrics.jsonl")[-1]["step"] == 32

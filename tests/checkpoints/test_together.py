@@ -58,7 +58,7 @@ def test_a_run_of_several_features_ends_and_a_thread_changes_no_bit(
     finals = []
     for asynchronous in (False, True):
         name = "-".join([*features, "async" if asynchronous else "sync"])
-        ranks.run(2, train_two, folder, name, {}, sections_of(features, asynchronous), group=False)
+        ranks.run(2, train_two, folder, name, {}, sections_of(features, asynchronous), group=False, seconds=600)
         assert math.isfinite(lines(folder / name, "metrics.jsonl")[-1]["eval/loss"])
         finals.append(parameters(folder / name / "final"))
     assert same(*finals)
