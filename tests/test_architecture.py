@@ -29,7 +29,7 @@ FLOORS: dict[str, int] = {
     "workers": 2, "files": 2, "engine": 2, "evaluate": 2, "launch": 2, "mesh": 2, "rundir": 2, "preemption": 2,
     "rules": 1, "flat": 1, "buffers": 1, "config": 1, "config_file": 1, "data": 1, "stream": 1, "model": 1, "schedule": 1,
     "sources": 1,
-    "section": 1, "config_checkpoints": 1, "config_data": 1, "config_engine": 1, "config_experts": 1,
+    "section": 1, "config_checkpoints": 1, "config_data": 1, "config_engine": 1, "config_merge": 1, "config_experts": 1,
     "labels": 1, "instructions": 1,
     "errors": 0, "presets": 0, "quiet": 0,
 }  # fmt: skip
