@@ -30,7 +30,7 @@ FLOORS: dict[str, int] = {
     "identity": 2, "noticeboard": 2, "rendezvous": 2, "watchdog": 2, "loopback": 2,
     "rules": 1, "flat": 1, "buffers": 1, "config": 1, "config_file": 1, "data": 1, "stream": 1, "model": 1, "schedule": 1,
     "sources": 1,
-    "section": 1, "config_checkpoints": 1, "config_data": 1, "config_engine": 1, "config_experts": 1,
+    "section": 1, "config_checkpoints": 1, "config_data": 1, "config_engine": 1, "config_merge": 1, "config_experts": 1,
     "labels": 1, "instructions": 1,
     "errors": 0, "presets": 0, "quiet": 0, "plotting": 1, "interrupts": 0,
 }  # fmt: skip
