@@ -187,9 +187,8 @@ def one_layer(
 ) -> Iterator[Site]:
     """The sites of one output layer; ``stacks`` are the names in each model's layers."""
     for entry, layer in zip(slice.entries, layers, strict=True):
-        stack = stacks[entry.model]
-        if layer not in stack:
-            raise UserError(f"{entry.model} has {len(stack)} layers, the recipe asks for layer {layer}")
+        if layer not in stacks[entry.model]:
+            raise UserError(f"{entry.model} has {len(stacks[entry.model])} layers, the recipe asks for layer {layer}")
     for name in stacks[slice.entries[0].model][layers[0]]:
         yield Site(in_layer(name, out), slice, tuple(in_layer(name, layer) for layer in layers), depth)
 
