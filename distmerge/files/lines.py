@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Lines:
         self.path = path
         new = not path.exists()
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._closed = weakref.finalize(self, close, self.descriptor)  # a run that failed holds no file
         kept = path.read_bytes()[:keep_bytes]
         self.bytes = sound_end(kept)
         self.cut_bytes = len(kept) - self.bytes
@@ -57,7 +59,11 @@ class Lines:
                 yield found
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        self._closed()
+
+
+def close(descriptor: int) -> None:
+    os.close(descriptor)
 
 
 def sound_end(data: bytes) -> int:
