@@ -42,7 +42,7 @@ class Case:
             "data": {"source": "files", "files": [str(folder / "text.txt")], "sequence_length": 32, "eval_fraction": 0.2},
             "train": {"batch_size": 4, "threads": 1},
             "optimizer": {"lr": 4e-3},
-            "evaluate": {"every": STEPS // 2, "batches": 4},
+            "evaluate": {"every": STEPS // 2, "sequences": 64},
             "checkpoint": {"every": STEPS // 2},
             "log": {"every": 2},
         }
@@ -126,9 +126,8 @@ def write_models(root: Path) -> None:
 def recipe(method: str, each: dict[str, Any] | None = None, members: str = "ab", base: bool = True, **shared: Any) -> Any:
     """A recipe in mergekit's form, with ``each`` model's parameters."""
     made: dict[str, Any] = {"merge_method": method, "models": [{"model": m, "parameters": each or {}} for m in members]}
-    if base:
-        made["base_model"] = "base"
-    return made | {"parameters": shared} if shared else made
+    made |= {"base_model": "base"} if base else {}
+    return made | ({"parameters": shared} if shared else {})
 
 
 THIN = {"weight": 0.5, "density": 0.4}
@@ -140,7 +139,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "nuslerp": recipe("nuslerp", {"weight": 0.4}),
     "nuslerp by row": recipe("nuslerp", {"weight": 0.4}, nuslerp_flatten=False, nuslerp_row_wise=True),
     "task arithmetic": recipe("task_arithmetic", {"weight": 0.7}, "abc"),
-    "task arithmetic, lambda": recipe("task_arithmetic", {"weight": 0.7}, "ab", **{"lambda": 0.5}),
+    "task arithmetic, lambda": recipe("task_arithmetic", {"weight": 0.7}) | {"parameters": {"lambda": 0.5}},
     "ties": recipe("ties", THIN),
     "ties of 3, normalised": recipe("ties", THIN, "abc", normalize=True),
     "dare_linear": recipe("dare_linear", THIN),

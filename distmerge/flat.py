@@ -191,7 +191,7 @@ class FlatParameters:
             parameter.copy_(view) if into_model else view.copy_(parameter)
 
 
-def check_identity(model: nn.Module, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> None:
+def check_identity(model: nn.Module, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
     """Refuse a model whose trainable parameters are not the very objects that were laid out under these names.
 
     Whatever was put in their place is merged by nobody, and the workers would stay apart without a word.

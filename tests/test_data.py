@@ -284,7 +284,7 @@ def test_tokens_stand_for_all_bytes_of_their_text(bpe: str, kind: str) -> None:
     assert len(counts) == len(ids)
     assert counts.sum() == sum(len(text.encode()) for text in texts)
     assert all(count == 0 for count, token in zip(counts, ids, strict=True) if token == tokenizer.eos_token_id)
-    words = [tokenizer.decode([token]) for token in ids]
+    words = [str(tokenizer.decode([token])) for token in ids]
     spelled = [(word, count) for word, count in zip(words, counts, strict=True) if word and word.isascii() and word != "</s>"]
     assert all(count == len(word) for word, count in spelled) and len(spelled) > 8
 

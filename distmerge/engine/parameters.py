@@ -56,9 +56,7 @@ class CopiedParameters(FlatParameters):
         inside: process group of the worker's ranks.
     """
 
-    def __init__(
-        self, model: nn.Module, layout: list[Slot], parameters: Sequence[nn.Parameter], inside: Any, device: torch.device
-    ):
+    def __init__(self, model: nn.Module, layout: list[Slot], parameters: Sequence[Tensor], inside: Any, device: torch.device):
         self._parameters = list(parameters)
         self.model, self.layout, self.inside, self.start = model, tuple(layout), inside, 0
         self.vector = self.whole = torch.empty(layout[-1].stop, dtype=torch.float32, device=device)

@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.experts import malformed as models
 from tests.faults.malformed_config import CONFIGURATION, ENVIRONMENT, FREE, TAKEN, Case
-from tests.faults.malformed_inputs import DATA, MODELS, VERBS
+from tests.faults.malformed_inputs import DATA, MODELS, RUNS, VERBS
 
 CASES: dict[str, Case] = {
     f"{part}: {name}": case
@@ -29,6 +29,7 @@ CASES: dict[str, Case] = {
         ("data", DATA),
         ("verbs", VERBS),
         ("models", MODELS),
+        ("runs", RUNS),
     )
     for name, case in table.items()
 }

@@ -97,7 +97,7 @@ def with_summary(content: str) -> Case:
     return Case(make)
 
 
-AWAITED: dict[str, Case] = {
+RUNS: dict[str, Case] = {
     "a compressed text": file("text.txt", gzip.compress(b"words of a text\n" * 400)),
     "a text in UTF-16": file("text.txt", ("words of a text\n" * 400).encode("utf-16")),
     "a binary file": file("text.txt", bytes(range(256)) * 64),
@@ -107,4 +107,4 @@ AWAITED: dict[str, Case] = {
     "a summary that is a list": with_summary("[]"),
     "a summary without steps": with_summary("{}"),
 }
-"""Cases whose mending is under way elsewhere: no part of the table until they pass."""
+"""What a run is pointed at: its text, its tokenizer, its directory."""
