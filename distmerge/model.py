@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from distmerge.config import Model
 from distmerge.errors import UserError
+from distmerge.finite import finite, has_nan
 from distmerge.sources import check_directory
 
 transformers_logging.set_verbosity_error()
@@ -136,10 +137,11 @@ def check_report(path: str, report: dict[str, Any]) -> None:
 
 
 def check_finite(path: str, model: nn.Module) -> None:
-    """Refuse a model with a weight or buffer that is NaN or infinite, by its name."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{path} holds NaN or infinity in {name}")
+    """Refuse a model with a weight that is NaN or infinite, or a buffer that is NaN, by its name."""
+    sick = [name for name, parameter in model.named_parameters() if not finite(parameter.detach())]
+    sick += [name for name, buffer in model.named_buffers() if has_nan(buffer)]
+    if sick:
+        raise UserError(f"{path} holds NaN or infinity in {sick[0]}")
 
 
 def build_config(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomli_w
 
 import distmerge.launch
 from distmerge.rundir import Lock, RunDirectory
@@ -175,24 +174,6 @@ def test_a_run_directory_without_permission(folder: Path, tmp_path: Path) -> Non
     assert said == f"config.run_dir must be writable, got {tmp_path}/closed/run: Permission denied"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "what"),
-    [
-        ("ptm {0}/config.toml", "distmerge ptm"),
-        ("examples {0} --merged {0}", "distmerge examples"),
-        ("sweep --method ties --model a --grid lambda=1 --skill a=b --plot {0}/plots", "--plot"),
-        ("diagnose a b --base c --plot {0}/plots", "--plot"),
-        ("window {0} --plot {0}/window.svg", "--plot"),
-    ],
-)
-def test_pictures_ask_for_matplotlib_before_the_work(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, what: str
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    said = error_of(command(arguments.format(folder).split()))
-    assert said == f"{what} needs matplotlib, which draws its pictures: pip install 'distmerge[plot]'"
-
-
 # ---- in the ranks: told once, though all of them fail
 
 
@@ -300,24 +281,3 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     for key in ("--mesh.workers", "--data.sequence-length", "--optimizer.lr", "--checkpoint.every", "--run-dir"):
         assert key in text
-
-
-@pytest.mark.parametrize("key", ["tokenizer", "model"])
-def test_a_misspelt_path_is_answered_at_once(tmp_path: Path, key: str) -> None:
-    """Where the hub cannot be reached, too, it was looked for there twelve times."""
-    table = {"run_dir": str(tmp_path / "run"), "model": {"path": "models/absent"}}
-    if key == "tokenizer":
-        table |= {"model": {"config": {"model_type": "llama"}}, "data": {"tokenizer": "models/absent"}}
-    (tmp_path / "config.toml").write_text(tomli_w.dumps(table))
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path)}
-    job = subprocess.run(
-        [sys.executable, "-m", "distmerge", "train", str(tmp_path / "config.toml")],
-        env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert job.returncode == 2 and job.stderr.count("\n") == 1, job.stderr
-    name = "config.data.tokenizer" if key == "tokenizer" else "config.model.path"
-    expected = (
-        f"error: {name} must be a directory or a hub id, got models/absent, which does not exist here, and the hub cannot"
-    )
-    assert job.stderr.startswith(expected)

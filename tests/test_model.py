@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
@@ -219,3 +222,24 @@ def test_a_pipe_in_a_model_is_refused_and_not_waited_for(name: str, tmp_path: Pa
     for load in (load_model, load_tokenizer):
         with pytest.raises(UserError, match=f"{name} must be a regular file"):
             load(str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["tokenizer", "model"])
+def test_a_misspelt_path_is_answered_at_once(tmp_path: Path, key: str) -> None:
+    """Where the hub cannot be reached, too, it was looked for there twelve times."""
+    table = {"run_dir": str(tmp_path / "run"), "model": {"path": "models/absent"}}
+    if key == "tokenizer":
+        table |= {"model": {"config": {"model_type": "llama"}}, "data": {"tokenizer": "models/absent"}}
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(table))
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path)}
+    job = subprocess.run(
+        [sys.executable, "-m", "distmerge", "train", str(tmp_path / "config.toml")],
+        env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert job.returncode == 2 and job.stderr.count("\n") == 1, job.stderr
+    name = "config.data.tokenizer" if key == "tokenizer" else "config.model.path"
+    expected = (
+        f"error: {name} must be a directory or a hub id, got models/absent, which does not exist here, and the hub cannot"
+    )
+    assert job.stderr.startswith(expected)

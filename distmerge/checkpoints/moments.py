@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distmerge.finite import finite
+
 States = list[dict[str, Any]]
 """The state_dicts of a worker's inner optimizers."""
 
@@ -31,10 +33,10 @@ def reset(optimizers: list[torch.optim.Optimizer]) -> None:
         optimizer.state.clear()
 
 
-def finite(states: States) -> bool:
+def all_finite(states: States) -> bool:
     """Whether every moment is a number."""
     tensors = [tensor for state in states for moments in state["state"].values() for tensor in moments.values()]
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if isinstance(tensor, Tensor))
+    return all(finite(tensor) for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def average(members: list[States]) -> States:

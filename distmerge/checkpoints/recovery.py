@@ -24,11 +24,11 @@ from distmerge import config
 from distmerge.checkpoints import moments
 from distmerge.checkpoints.plan import batch_index
 from distmerge.checkpoints.rollback import Recoverable, RollBack, Sickness
-from distmerge.checkpoints.sound import finite
 from distmerge.checkpoints.spike import Detector, Verdict
 from distmerge.checkpoints.window import Window
 from distmerge.engine.engine import StepResult
 from distmerge.errors import UserError
+from distmerge.finite import finite
 
 
 class Word(NamedTuple):
@@ -210,7 +210,7 @@ class Recovery:
         if anchor is not None:
             flat.vector.copy_(anchor)
             flat.push()
-        if self.section.keep_optimizer != "keep" or not moments.finite(moments.take(self.run.engine.optimizers)):
+        if self.section.keep_optimizer != "keep" or not moments.all_finite(moments.take(self.run.engine.optimizers)):
             moments.reset(self.run.engine.optimizers)
         for merger in self.run.mergers:
             merger.start_again()

@@ -203,7 +203,7 @@ class RollBack:
         elif plan.optimizer == "keep":
             if kept is None:
                 return "keep: the live moments are gone, the checkpoint's were taken"
-            if not moments.finite(kept):
+            if not moments.all_finite(kept):
                 moments.reset(optimizers)
                 return "keep: the live moments were not finite, reset"
             moments.put(optimizers, kept)

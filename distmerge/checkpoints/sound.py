@@ -10,19 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from distmerge.checkpoints.durable import read_file
 from distmerge.files.manifest import read_manifest
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether every value is finite. Of the well, which are nearly all, this reads each value once and allocates nothing:
-    whatever is not finite makes the sum so, and a sum that overflowed is looked at closely."""
-    if not tensor.is_floating_point():
-        return True
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+from distmerge.finite import finite, has_nan
 
 
 def not_finite(value: Any, place: str = "") -> str | None:
@@ -52,7 +44,7 @@ def unsound(files: Iterable[tuple[str, Any]]) -> str | None:
         elif name.startswith("parameters-"):
             buffers = {key: tensor for key, tensor in content.items() if key.startswith("buffer:")}
             for key, tensor in buffers.items():
-                if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+                if has_nan(tensor):
                     return f"{name}: {key} holds values that are not finite"
             content = {key: tensor for key, tensor in content.items() if key not in buffers}
         if found := not_finite(content):

@@ -33,6 +33,7 @@ from distmerge.checkpoints.block import (
 from distmerge.checkpoints.durable import clear_leftovers, guarded, remove
 from distmerge.checkpoints.store import step_of
 from distmerge.errors import UserError
+from distmerge.finite import nonfinite
 from distmerge.flat import FlatParameters
 from distmerge.identity import Identity
 from distmerge.mesh import Mesh
@@ -183,7 +184,7 @@ class Window:
 
     def _end(self, step: int, suspicious: bool) -> Block | None:
         """Reduce over the workers, publish, begin the next."""
-        sick = torch.logical_not(torch.isfinite(self.mean).all()) | self.tainted
+        sick = nonfinite(self.mean).bool() | self.tainted
         sums = torch.cat([self.losses, torch.stack([sick.to(self.losses), self.losses.new_tensor(float(suspicious))])])
         dist.all_reduce(sums)
         total, count, tainted, held = sums.tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from distmerge.finite import has_nan, nonfinite
 from distmerge.flat import FlatParameters
 from distmerge.mesh import Mesh
 
@@ -16,10 +17,8 @@ def sickness(flat: FlatParameters, mesh: Mesh) -> str | None:
     A buffer may hold infinities, as masks do, and must not hold NaN.
     """
     flat.pull()
-    parameters = ~torch.isfinite(flat.vector).all()
-    buffers = [buffer.isnan().any() for buffer in flat.model.buffers() if buffer.is_floating_point()]
-    buffer = torch.stack(buffers).any() if buffers else torch.zeros_like(parameters)
-    found = torch.stack([parameters, buffer.to(parameters.device)]).to(mesh.device, torch.float32)
+    buffers = float(any(has_nan(buffer) for buffer in flat.model.buffers()))
+    found = torch.stack([nonfinite(flat.vector), flat.vector.new_tensor(buffers)]).to(mesh.device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     for sick, name in zip(found.tolist(), ("parameters", "buffers"), strict=True):
         if sick:

@@ -195,10 +195,9 @@ def one_layer(
 
 def joined(recipe: Recipe, form: Method, site: Site, models: dict[str, Model]) -> Pairing:
     """The pairing of a site, its shapes compared."""
-    base = site.slice.base or recipe.base
+    base, origin = site.slice.base or recipe.base, None
     entries = list(zip(site.slice.entries, site.names, strict=True))
     inputs = {entry.model: take(models[entry.model], name) for entry, name in entries}
-    origin = None
     if base is not None and form.base != "none":
         origin = inputs[base] if base in inputs else take(models[base], site.name)
     members = [(entry, take(models[entry.model], name)) for entry, name in entries if origin is None or entry.model != base]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distmerge.errors import UserError
+from distmerge.finite import finite, nonfinite
 from distmerge.flat import FlatParameters
 from distmerge.workers.fragments import Bucket
 
@@ -15,7 +16,7 @@ from distmerge.workers.fragments import Bucket
 def is_finite(flat: FlatParameters, buckets: Iterable[Bucket]) -> bool:
     """Whether this worker's parameters in the buckets are finite, on all of its ranks; a collective inside the worker."""
     parts = [part for bucket in buckets for part in bucket.slices]
-    found = [sick(flat.vector[part]) for part in parts if part.stop > part.start]
+    found = [nonfinite(flat.vector[part]) for part in parts if part.stop > part.start]
     sick_parts = torch.stack(found).sum() if found else torch.zeros((), device=flat.vector.device)
     flat.sum_over_shards(sick_parts)
     return sick_parts.item() == 0
@@ -27,7 +28,7 @@ def check_mean(message: Tensor, nonfinite: str, step: int) -> None:
     Args:
         message: ``[n + 1]``, values and their weight.
     """
-    if not sick(message):
+    if finite(message):
         return
     cause = (
         'or set nonfinite = "leave-out", which merges the others'
@@ -38,9 +39,3 @@ def check_mean(message: Tensor, nonfinite: str, step: int) -> None:
         f"the merge at step {step} would take in values that are not finite (NaN or infinity), so a worker has diverged: "
         f"lower the learning rate, {cause}"
     )
-
-
-def sick(x: Tensor) -> Tensor:
-    """1.0 where a value is NaN or infinite, else 0.0, as a scalar on its device: one read, and nothing as large as ``x``."""
-    low, high = torch.aminmax(x)  # both are NaN if any value is
-    return 1.0 - (low.isfinite() & high.isfinite()).float()

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from distmerge import config_merge
+from distmerge.finite import nonfinite
 from distmerge.flat import FlatParameters
 from distmerge.workers.flight import AllReduce, Exchange, Flight, share_numel
 from distmerge.workers.fragments import Bucket
-from distmerge.workers.health import sick
 from distmerge.workers.outer_state import OuterState, share_slices
 from distmerge.workers.radial import RadialMean
 from distmerge.workers.report import Spread
@@ -85,7 +85,7 @@ class Sender:
 
         def step(mean: Tensor) -> None:
             assert self.outer is not None
-            if sick(mean):  # all peers will see it, and refuse it
+            if nonfinite(mean):  # all peers will see it, and refuse it
                 return
             anchor = self.outer.step(self.outer.delta(mean, part, out=torch.empty_like(mean)), part)
             spread.add_merged_share(mean - anchor)

@@ -28,10 +28,11 @@ from distmerge import config_merge
 from distmerge.buffers import Policy
 from distmerge.config_file import checked
 from distmerge.engine.flatten import flatten
+from distmerge.finite import nonfinite
 from distmerge.flat import FlatParameters
 from distmerge.workers.diloco import DiLoCo
 from distmerge.workers.flight import AllReduce, Exchange, Flight, Landed, total_weight
-from distmerge.workers.health import check_mean, sick
+from distmerge.workers.health import check_mean
 from distmerge.workers.report import MergeReport
 from distmerge.workers.rooms import Rooms
 from distmerge.workers.selection import select
@@ -189,7 +190,7 @@ class SPARTA:
         """This worker's weight in a round of its ``values``."""
         if self.settings.nonfinite == "raise":
             return self.weight
-        found = sick(values)
+        found = nonfinite(values)
         self.flat.sum_over_shards(found)
         return 0.0 if found.item() else self.weight
 
