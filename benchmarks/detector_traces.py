@@ -171,7 +171,7 @@ def table(run: Run, directory: Path) -> dict[str, Any]:
         "optimizer": {"lr": run.lr},
         "schedule": {"warmup": 20},
         "merge": [{"kind": "average", "every": 20}] if run.workers > 1 else [],
-        "evaluate": {"every": 10**6, "batches": 1},
+        "evaluate": {"every": 10**6, "sequences": 8},
         "checkpoint": {"every": 10**6},
         "log": {"every": 100},
     }

@@ -16,6 +16,7 @@ from distmerge.checkpoints.store import published_checkpoints
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
 from distmerge.errors import UserError
+from distmerge.launch import DIVERGED
 from distmerge.launch import place
 from distmerge.train import train
 from tests.checkpoints.runs import BASE, lines, parameters, run, same, write_text
@@ -160,7 +161,10 @@ def test_without_recovery_what_is_not_finite_takes_no_checkpoints_place(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_updates(monkeypatch, {25})
-    sick = run(tmp_path, "sick", text, checkpoint={"every": 10, "keep": 2})
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "sick", text, checkpoint={"every": 10, "keep": 2})
+    sick = tmp_path / "sick"
+    assert end.value.code == DIVERGED and not (sick / "final").exists()
     names = [path.name for path in published_checkpoints(sick / "checkpoints")]
     assert names == ["step-00000010", "step-00000020"]
     assert {event["step"] for event in events(sick, "checkpoint left out")} == {30, 40}

@@ -41,7 +41,7 @@ def sections_of(features: tuple[str, ...], asynchronous: bool) -> dict[str, Any]
     sections: dict[str, Any] = {
         "steps": 14,
         "checkpoint": {"every": 2, "keep": 2, "async": asynchronous},
-        "evaluate": {"every": 6, "batches": 2},
+        "evaluate": {"every": 6, "sequences": 8},
         "merge": [{"kind": "average", "every": 6}],
     }
     for feature in features:

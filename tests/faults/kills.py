@@ -54,7 +54,7 @@ merge_last = 1
 
 [evaluate]
 every = 10
-batches = 4
+sequences = 8
 
 [checkpoint]
 every = 3
