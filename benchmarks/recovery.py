@@ -125,7 +125,7 @@ def outcome(arm: Arm, out: Path) -> dict[str, Any]:
     if arm.workers == 1:
         shared = out / Arm("", 1, "rollback", arm.seed, PREFIX).name
         shutil.copytree(shared / "checkpoints", run_dir / "checkpoints")
-        for name in ("metrics.jsonl", "events.jsonl"):
+        for name in ("config.toml", "environment.json", "metrics.jsonl", "events.jsonl"):  # it is the same run
             shutil.copy(shared / name, run_dir / name)
         calls = PREFIX + start(arm, Place(0, 1, 0, 1), out)
     else:
