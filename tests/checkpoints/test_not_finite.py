@@ -16,8 +16,7 @@ from distmerge.checkpoints.store import published_checkpoints
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
 from distmerge.errors import UserError
-from distmerge.launch import DIVERGED
-from distmerge.launch import place
+from distmerge.launch import DIVERGED, place
 from distmerge.train import train
 from tests.checkpoints.runs import BASE, lines, parameters, run, same, write_text
 from tests.ranks import Ranks
