@@ -206,11 +206,12 @@ def torchrun(arguments: list[str]) -> int:
 
 def explain_failure(error: Any) -> int:
     """Say which rank failed where it could not say so itself, and give the job's exit status."""
-    statuses = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    if 2 in statuses.values():
+    statuses = [failure.exitcode for failure in error.failures.values()]  # in the order in which the agent saw them
+    if 2 in statuses:
         return 2  # a user's error: the rank has printed its line
-    for status in (DIVERGED, REQUEUE, 128 + signal.SIGINT, 128 + signal.SIGHUP):
-        if status in statuses.values():
+    # Where one was killed, the agent tells the others to leave, and they do so with a status that would hide it.
+    for status in (DIVERGED, REQUEUE, 128 + signal.SIGINT, 128 + signal.SIGHUP) if statuses[0] > 0 else ():
+        if status in statuses:
             return status
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
