@@ -105,7 +105,7 @@ class Peers:
         packed = torch.cat([buffer.detach().contiguous().view(-1).view(torch.uint8) for buffer in buffers])
         first = torch.tensor([self.rank if counts else self.size], device=packed.device)
         self.ledger.all_reduce(first.element_size())
-        dist.all_reduce(first, dist.ReduceOp.MIN, group=self.group)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self.group)
         self.ledger.gather(packed.numel())
         dist.broadcast(packed, dist.get_global_rank(self.group, int(first.item())), group=self.group)
         if flat.inside is not None:
