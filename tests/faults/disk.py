@@ -52,8 +52,10 @@ class FaultyDisk:
         for name, real in self.real.items():
             setattr(os, name, real)
         durable.swap = self.swap
-        for descriptor in self.paths:
-            self.real["close"](descriptor)
+        nowhere = self.real["open"](os.devnull, os.O_WRONLY)
+        for descriptor in self.paths:  # the file is let go; the number stays its owner's, who may still close it
+            os.dup2(nowhere, descriptor, inheritable=False)
+        self.real["close"](nowhere)
         if self.dead:
             self._crash()
 
