@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import jobs
 from tests.ranks import Ranks
 
 # Before anything imports datasets or transformers, here and in every process started from here.
@@ -25,3 +26,12 @@ def ranks() -> Iterator[Ranks]:
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture
+def started() -> Iterator[list[jobs.Job]]:
+    """Jobs to end, whatever becomes of the test."""
+    running: list[jobs.Job] = []
+    yield running
+    for job in running:
+        job.end()

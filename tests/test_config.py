@@ -208,7 +208,7 @@ def test_overrides_that_are_wrong(path: str, arguments: str, message: str) -> No
     assert str(caught.value).startswith(message)
 
 
-# ---- differences
+AVERAGE = ("bucket_bytes", "error_feedback", "every", "kind", "nonfinite", "wire")
 
 
 @pytest.mark.parametrize(
@@ -217,10 +217,7 @@ def test_overrides_that_are_wrong(path: str, arguments: str, message: str) -> No
         ("--steps 9 --log.every 3 --evaluate.sequences 2 --checkpoint.keep 9 --train.threads 3 --run-dir y", []),
         ("--seed 3", ["seed"]),
         ("--merge.0.every 3 --optimizer.betas 0.1 0.2", ["merge.0.every", "optimizer.betas"]),
-        (
-            "--merge.1.kind average",
-            [f"merge.1.{key}" for key in ("bucket_bytes", "error_feedback", "every", "kind", "nonfinite", "wire")],
-        ),
+        ("--merge.1.kind average", [f"merge.1.{key}" for key in AVERAGE]),
         ("--model.config.hidden-size 32 --train.gradient-clip 9", ["model.config.hidden_size", "train.gradient_clip"]),
     ],
 )

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,15 +35,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(uninterrupted: Path) -> str:
     return str(uninterrupted / "config.toml")
-
-
-@pytest.fixture
-def started() -> Iterator[list[jobs.Job]]:
-    """Jobs to end, whatever becomes of the test."""
-    running: list[jobs.Job] = []
-    yield running
-    for job in running:
-        job.end()
 
 
 def assert_same_run(run: Path, expected: Path) -> None:

@@ -212,13 +212,13 @@ class Window:
         return published
 
     def _publish(self, block: Block) -> Block | None:
-        problem: list[str | None] = [None]
+        problem = None
         if self.section.store == "memory":
             self.kept.append(self.mean.to("cpu", copy=True))
         else:
-            problem = [self._write(block)]
-        if problem[0] is not None:
-            self.tell(block.last_step, "block dropped", describe(block) | {"reason": problem[0]})
+            problem = self._write(block)
+        if problem is not None:
+            self.tell(block.last_step, "block dropped", describe(block) | {"reason": problem})
             return None
         self.blocks.append(block)
         if block.tainted:
@@ -229,7 +229,7 @@ class Window:
 
     def _write(self, block: Block) -> str | None:
         """Publish a block, and on all ranks what was in the way: training goes on without it."""
-        problem: list[str | None] = [None]
+        problem: str | None = None
         with self.flat.borrowed() as vector:
             vector.copy_(self.mean)
             self.flat.push()
@@ -239,9 +239,8 @@ class Window:
                 try:
                     publish_block(self.root, block, model, self.tokenizer, self.section.dtype, about)
                 except UserError as error:
-                    problem = [str(error)]
-        dist.broadcast_object_list(problem, 0)
-        return problem[0]
+                    problem = str(error)
+        return self.mesh.first_problem(problem)
 
     def _retain(self) -> None:
         """Keep the newest blocks, as many as configured."""

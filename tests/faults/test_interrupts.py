@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,15 +12,6 @@ import pytest
 from tests import jobs
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc to find the phases")
-
-
-@pytest.fixture
-def started() -> Iterator[list[jobs.Job]]:
-    """Jobs to end, whatever becomes of the test."""
-    running: list[jobs.Job] = []
-    yield running
-    for job in running:
-        job.end()
 
 
 def listens(job: jobs.Job, run: Path) -> bool:

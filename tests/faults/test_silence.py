@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,6 @@ TIMEOUT_SECONDS = 40
 GONE = "died or stopped answering; start the same command again to resume"
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc to find the ranks")
-
-
-@pytest.fixture
-def started() -> Iterator[list[jobs.Job]]:
-    """Jobs to end, whatever becomes of the test."""
-    running: list[jobs.Job] = []
-    yield running
-    for job in running:
-        job.end()
 
 
 def start(folder: Path, started: list[jobs.Job], *arguments: str) -> list[jobs.Job]:
