@@ -33,8 +33,8 @@ from detector_traces import FAULT_AT as REAL_FAULT_AT
 from detector_traces import clean_runs, record, recorded, sick_runs
 from report import RECORDS, Report, parser
 
-from distmerge.checkpoints.spike import LIMIT, Detector, Verdict
-from distmerge.config_checkpoints import Recovery
+from distmerge.config.checkpoints import Recovery
+from distmerge.recovery.detector import LIMIT, Detector, Verdict
 
 TRACES = RECORDS / "detector-traces.npz"
 

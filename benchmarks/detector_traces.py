@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge import config_file
+from distmerge.config import toml as config_file
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
-from distmerge.launch import Place
-from distmerge.train import train
+from distmerge.launch.ranks import Place
+from distmerge.trainer.loop import train
 
 STEPS = 1000
 

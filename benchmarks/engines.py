@@ -21,12 +21,12 @@ from report import Report, parser, spread
 from torch import nn
 
 import distmerge as dm
-from distmerge import config as sections
-from distmerge import config_file
-from distmerge.config import TrainConfig
+from distmerge.config import run as sections
+from distmerge.config import toml as config_file
+from distmerge.config.run import TrainConfig
 from distmerge.engine.build import build_engine
 from distmerge.engine.engine import Engine
-from distmerge.launch import Place
+from distmerge.launch.ranks import Place
 from distmerge.mesh import Mesh
 
 HIDDEN, LAYERS, INNER = 512, 7, 1408

@@ -24,14 +24,14 @@ from overtraining_tasks import Skill, Split, Task, Trainee, digits_task, text_id
 from report import Report, parser
 from torch import Tensor
 
-from distmerge.config_experts import Stopping
+from distmerge.config.experts import Stopping
 from distmerge.experts.adapt import Theta
 from distmerge.experts.examples import scores_of
-from distmerge.experts.flat_merge import LAMBDAS, compare, merge
-from distmerge.experts.memorised import by_decile
-from distmerge.experts.ptm_report import hits
+from distmerge.experts.retention import by_decile
 from distmerge.experts.stopping import Peak, Plateau
-from distmerge.rundir import write_atomically
+from distmerge.merging.in_memory import LAMBDAS, compare, merge
+from distmerge.rundir.layout import write_atomically
+from distmerge.studies.report import hits
 
 
 class Arm(NamedTuple):

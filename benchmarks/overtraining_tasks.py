@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distmerge.config_experts import Lora
+from distmerge.config.experts import Lora
 from distmerge.experts.adapt import Theta, with_lora
 from distmerge.experts.examples import token_scores
-from distmerge.experts.texts import KINDS
-from distmerge.flat import FlatParameters
+from distmerge.studies.texts import KINDS
+from distmerge.theta.flat import FlatParameters
 
 LENGTH = 128
 BATCH = 8

@@ -16,12 +16,12 @@ from typing import Any
 
 from report import RECORDS, Report, parser, spread
 
-from distmerge.cli import train_one
-from distmerge.config_file import validate_as
-from distmerge.experts.ptm import experiment
-from distmerge.experts.ptm_config import PtmConfig
-from distmerge.experts.ptm_report import heat_map, mean_and_spread, pareto
-from distmerge.experts.skill_verbs import skills_of
+from distmerge.cli.experts import skills_of
+from distmerge.cli.main import train_one
+from distmerge.config.toml import validate_as
+from distmerge.studies.config import PtmConfig
+from distmerge.studies.ptm import experiment
+from distmerge.studies.report import heat_map, mean_and_spread, pareto
 
 MODEL = {
     "model_type": "llama",

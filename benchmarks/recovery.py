@@ -32,13 +32,13 @@ from typing import Any, NamedTuple
 import torch
 from report import Report, parser, remembered, spread
 
-from distmerge import config_file
-from distmerge.checkpoints.recovery import Recovery
-from distmerge.data import open_corpus
+from distmerge.config import toml as config_file
+from distmerge.data.packed import open_corpus
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
-from distmerge.launch import Place
-from distmerge.train import train
+from distmerge.launch.ranks import Place
+from distmerge.recovery.response import Recovery
+from distmerge.trainer.loop import train
 
 PREFIX = 140
 """Steps that all runs of a seed share."""

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from distmerge.rundir import git_revision, write_atomically
+from distmerge.rundir.layout import git_revision, write_atomically
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records"

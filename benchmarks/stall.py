@@ -18,13 +18,13 @@ from report import Report, parser, spread
 from torch import nn
 
 from distmerge.checkpoints.store import Store
-from distmerge.checkpoints.window import Window
-from distmerge.config import Mesh as MeshSection
-from distmerge.config_checkpoints import Window as WindowSection
-from distmerge.flat import FlatParameters
-from distmerge.launch import Place
+from distmerge.config.checkpoints import Window as WindowSection
+from distmerge.config.run import Mesh as MeshSection
+from distmerge.launch.ranks import Place
 from distmerge.mesh import Mesh
 from distmerge.model import load_tokenizer
+from distmerge.theta.flat import FlatParameters
+from distmerge.windows.window import Window
 
 REPEATS = 15
 

@@ -22,14 +22,14 @@ import torch
 from report import Report, parser, spread
 from torch import nn
 
-from distmerge.config import TrainConfig
-from distmerge.config_file import validate
-from distmerge.launch import Place
+from distmerge.config.run import TrainConfig
+from distmerge.config.toml import validate
+from distmerge.launch.ranks import Place
 from distmerge.mesh import Mesh
 from distmerge.model import build_model, load_tokenizer
-from distmerge.run import Run
-from distmerge.rundir import RunDirectory
-from distmerge.train import loop
+from distmerge.rundir.layout import RunDirectory
+from distmerge.trainer.loop import loop
+from distmerge.trainer.run import Run
 from distmerge.workers.diloco import DiLoCo
 
 BATCH_SIZE = 8

@@ -6,7 +6,7 @@ the last L steps, on the same batches; the window merges the blocks of the same 
     share = (constant - merged) / (constant - annealed)
 
 on held-out text. The best length, and what is merged in which way, are chosen on seeds of their own. The forks of those seeds
-correct the prediction of the judged ones (distmerge.checkpoints.prediction), as ``distmerge anneal --calibrate`` does.
+correct the prediction of the judged ones (distmerge.windows.prediction), as ``distmerge anneal --calibrate`` does.
 
     python benchmarks/window.py [--small] [--seeds N] [--out DIR] [--record]
 
@@ -29,18 +29,18 @@ from report import Report, parser, remembered, spread
 from torch import Tensor
 from window_shares import ANNEALS, Size, advised, best_share, errors, shares, told
 
-from distmerge import config_file
-from distmerge.checkpoints.gate import gram_of
-from distmerge.checkpoints.window import Window
-from distmerge.config import TrainConfig
-from distmerge.config_checkpoints import Window as WindowSection
-from distmerge.data import IndexedBatches, open_corpus, sampled
+from distmerge.config import toml as config_file
+from distmerge.config.checkpoints import Window as WindowSection
+from distmerge.config.run import TrainConfig
+from distmerge.data.packed import IndexedBatches, open_corpus, sampled
 from distmerge.engine.torch import TorchEngine
 from distmerge.evaluate import evaluate
-from distmerge.launch import Place
+from distmerge.launch.ranks import Place
 from distmerge.mesh import Mesh
 from distmerge.model import build_model, load_tokenizer
 from distmerge.schedule import decayed
+from distmerge.windows.advice import gram_of
+from distmerge.windows.window import Window
 
 CURVES = ("linear", "1-sqrt", "cosine", "wma")
 CHOOSING_SEEDS = (100, 101, 10, 11, 12)

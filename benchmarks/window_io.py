@@ -22,16 +22,16 @@ import torch
 from report import Report, parser, spread
 from safetensors.torch import save_file
 
-from distmerge.checkpoints.block import RECORD, Block, record_of
-from distmerge.checkpoints.durable import publish_directory
+from distmerge.files.directories import publish_directory
+from distmerge.windows.blocks import RECORD, Block, record_of
 
 BLOCKS = 10
 REPEATS = 5
 
 CHILD = """
 import json, sys, threading, time
-import distmerge.checkpoints.merge_window, distmerge.files.stream
-from distmerge import cli
+import distmerge.windows.merge, distmerge.files.stream
+from distmerge.cli import main as cli
 
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distmerge.checkpoints.gate import advise
-from distmerge.checkpoints.prediction import corrected, corrections
+from distmerge.windows.advice import advise
+from distmerge.windows.prediction import corrected, corrections
 
 ANNEALS = ("linear", "1-sqrt")
 

@@ -19,8 +19,8 @@ from sync import Vector, drift, timed
 
 import distmerge as dm
 from distmerge.workers.codec import Row
-from distmerge.workers.flight import AllReduce, Exchange
-from distmerge.workers.total import Peers
+from distmerge.workers.group import Peers
+from distmerge.workers.pending import AllReduce, Exchange
 from distmerge.workers.wire import WIRES
 
 NUMEL = 3_000_001

@@ -14,14 +14,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distmerge.config.presets import PRESETS
     from distmerge.engine.deepspeed import WorkerRanks
     from distmerge.engine.flatten import flatten
     from distmerge.errors import UserError
-    from distmerge.flat import FlatParameters
-    from distmerge.presets import PRESETS
+    from distmerge.theta.flat import FlatParameters
     from distmerge.workers.compose import compose
     from distmerge.workers.diloco import DiLoCo
-    from distmerge.workers.report import MergeReport
+    from distmerge.workers.divergence import MergeReport
     from distmerge.workers.sparta import SPARTA
 
 __all__ = [
@@ -33,9 +33,9 @@ ROOMS = {
     "SPARTA": "distmerge.workers.sparta",
     "compose": "distmerge.workers.compose",
     "WorkerRanks": "distmerge.engine.deepspeed",
-    "PRESETS": "distmerge.presets",
-    "MergeReport": "distmerge.workers.report",
-    "FlatParameters": "distmerge.flat",
+    "PRESETS": "distmerge.config.presets",
+    "MergeReport": "distmerge.workers.divergence",
+    "FlatParameters": "distmerge.theta.flat",
     "flatten": "distmerge.engine.flatten",
     "UserError": "distmerge.errors",
 }

@@ -1,11 +1,11 @@
 """The ``distmerge`` command, and ``python -m distmerge``: signals are heard before anything else is imported."""
 
-from distmerge.interrupts import EARS
+from distmerge.launch.interrupts import EARS
 
 
 def program() -> None:
     EARS.install()
-    from distmerge.cli import program
+    from distmerge.cli.main import program
 
     program()
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ByT5Tokenizer
 
-from distmerge.config import Data
-from distmerge.data import open_corpus, packed_text, sampled
+from distmerge.config.run import Data
+from distmerge.data.loss_mask import IGNORED, ids_and_labels
+from distmerge.data.packed import open_corpus, packed_text, sampled
+from distmerge.data.streaming import stream_held_out
 from distmerge.errors import UserError
-from distmerge.labels import IGNORED, ids_and_labels
 from distmerge.model import check_fits, first_line, load_model, load_tokenizer
-from distmerge.stream import stream_held_out
 
 
 class Evaluation(NamedTuple):
@@ -46,7 +46,7 @@ def evaluate(model: nn.Module, data: datasets.Dataset, batch_size: int, rank: in
     forward passes, which are collectives where a model is sharded. The model's mode and all generators are left as they were.
 
     Args:
-        data: rows with ``input_ids``; which rows stand for a text is :func:`distmerge.data.sampled`'s to say.
+        data: rows with ``input_ids``; which rows stand for a text is :func:`distmerge.data.packed.sampled`'s to say.
         batch_size: sequences of one forward pass.
     """
     was_training = model.training

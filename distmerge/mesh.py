@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 
-from distmerge import config
+from distmerge.config import run as config
 from distmerge.errors import UserError
-from distmerge.interrupts import REQUEUE
-from distmerge.launch import Place
-from distmerge.noticeboard import Noticeboard, Silent
-from distmerge.rendezvous import keep_to_loopback, on_one_machine, open_store
-from distmerge.watchdog import LEAVE, Watchdog, verdict
+from distmerge.launch.interrupts import REQUEUE
+from distmerge.launch.noticeboard import Noticeboard, Silent
+from distmerge.launch.ranks import Place
+from distmerge.launch.rendezvous import keep_to_loopback, on_one_machine, open_store
+from distmerge.launch.watchdog import LEAVE, Watchdog, verdict
 
 T = TypeVar("T")
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from distmerge.config import Model
+from distmerge.config.run import Model
+from distmerge.data.sources import check_directory
 from distmerge.errors import UserError
 from distmerge.finite import finite, has_nan
-from distmerge.sources import check_directory
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from distmerge.config import Schedule
+from distmerge.config.run import Schedule
 
 
 def lr_factor(schedule: Schedule, step: int, steps: int) -> float:

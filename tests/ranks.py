@@ -119,7 +119,7 @@ class Ranks:
 
 def serve(connection: Connection) -> None:
     """One rank's life: run what is sent, answer."""
-    from distmerge.launch import die_with_parent
+    from distmerge.launch.ranks import die_with_parent
 
     die_with_parent()
     # A rank leaves init_process_group when all have: one that is quick must not take its group down while another connects.
@@ -189,7 +189,7 @@ class Outcome(NamedTuple):
 
 def command(arguments: list[str]) -> Outcome:
     """``distmerge ARGUMENTS`` in this process, as a rank that someone launched where the environment says so."""
-    from distmerge import cli
+    from distmerge.cli import main as cli
 
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["distmerge", *arguments]

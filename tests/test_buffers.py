@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from distmerge.buffers import Policy, buffer_policies
 from distmerge.errors import UserError
+from distmerge.theta.buffers import Policy, buffer_policies
 
 
 class Holder(nn.Module):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import distmerge.launch
-from distmerge import cli
+import distmerge.launch.ranks
 from distmerge.checkpoints.store import published_checkpoints
 from distmerge.checkpoints.verify import verify_run
+from distmerge.cli import main as cli
 from distmerge.errors import UserError
 from distmerge.files.fingerprints import BLOCK_BYTES, differences, fingerprints
 from distmerge.files.manifest import read_manifest
@@ -79,7 +79,7 @@ def test_restart_moves_the_old_run_aside(
         launched.append(arguments)
         return 0
 
-    monkeypatch.setattr(distmerge.launch, "launch", launch)
+    monkeypatch.setattr(distmerge.launch.ranks, "launch", launch)
     run_dir.mkdir()
     (run_dir / "config.toml").write_text(Path(config).read_text().replace("lr = 4e-3", "lr = 1e-3"))
     with pytest.raises(UserError, match=r"differing keys: optimizer\.lr; take another --run-dir, begin anew with --restart"):

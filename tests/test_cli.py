@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import distmerge.launch
-from distmerge.rundir import Lock, RunDirectory
+import distmerge.launch.ranks
+from distmerge.rundir.layout import Lock, RunDirectory
 from tests import jobs
 from tests.ranks import Outcome, Ranks, command
 
@@ -42,7 +42,7 @@ def nothing_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(ranks: int, arguments: list[str]) -> int:
         raise AssertionError("ranks were launched")
 
-    monkeypatch.setattr(distmerge.launch, "launch", launch)
+    monkeypatch.setattr(distmerge.launch.ranks, "launch", launch)
 
 
 def error_of(outcome: Outcome) -> str:
@@ -127,7 +127,7 @@ def test_a_model_directory_that_is_missing(folder: Path, tmp_path: Path) -> None
 
 
 def test_the_run_directory_of_another_configuration(folder: Path, tmp_path: Path) -> None:
-    from distmerge import config_file
+    from distmerge.config import toml as config_file
 
     stored = config_file.read(str(folder / "config.toml"), ["--run-dir", str(tmp_path), "--optimizer.lr", "0.5"])
     RunDirectory(tmp_path).begin(stored, [])
@@ -142,7 +142,7 @@ def test_the_run_directory_of_another_configuration(folder: Path, tmp_path: Path
 
 HOLD = """
 import sys, time
-from distmerge.rundir import Lock, RunDirectory
+from distmerge.rundir.layout import Lock, RunDirectory
 run = RunDirectory(sys.argv[1])
 lock = Lock(run)
 lock.take_job()
@@ -273,7 +273,7 @@ def test_a_mistake_is_one_line_of_the_process(tmp_path: Path) -> None:
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture) -> None:
-    from distmerge import cli
+    from distmerge.cli import main as cli
 
     with pytest.raises(SystemExit) as leave:
         cli.run(["train", "--help"])

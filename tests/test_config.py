@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from distmerge import config_file
-from distmerge.config import TrainConfig
+from distmerge.config import toml as config_file
+from distmerge.config.run import TrainConfig
 from distmerge.errors import UserError
-from distmerge.rundir import RunDirectory
+from distmerge.rundir.layout import RunDirectory
 
 BASE = """
 run_dir = "run"

@@ -12,8 +12,8 @@ import datasets
 import pytest
 import torch
 
-from distmerge.config import Data
-from distmerge.data import (
+from distmerge.config.run import Data
+from distmerge.data.packed import (
     PIECE_CHARACTERS,
     IndexedBatches,
     bytes_of_tokens,
@@ -24,9 +24,9 @@ from distmerge.data import (
     sampled,
     tokenize,
 )
+from distmerge.data.sources import SAMPLE_BYTES, data_files, stdlib_files
 from distmerge.errors import UserError
 from distmerge.model import load_tokenizer
-from distmerge.sources import SAMPLE_BYTES, data_files, stdlib_files
 from tests.byte_pairs import byte_pairs
 
 LENGTH = 16

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distmerge import cli
 from distmerge.checkpoints.verify import verify_run
-from distmerge.ending import divergence, finite
+from distmerge.cli import main as cli
 from distmerge.errors import UserError
-from distmerge.launch import DIVERGED, explain_failure
+from distmerge.launch.ranks import DIVERGED, explain_failure
+from distmerge.trainer.ending import divergence, finite
 from tests import jobs
 from tests.checkpoints.runs import run, write_text
 from tests.ranks import Outcome, Ranks, command

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from transformers import ByT5Tokenizer
 
-from distmerge import cli, config_file
-from distmerge.config import Model
+from distmerge.cli import main as cli
+from distmerge.config import toml as config_file
+from distmerge.config.run import Model
+from distmerge.data.loss_mask import ids_and_labels
 from distmerge.evaluate import Evaluation, evaluate
-from distmerge.labels import ids_and_labels
 from distmerge.model import build_model, save_model
 from tests.byte_pairs import byte_pairs
 from tests.checkpoints import runs
@@ -138,7 +139,8 @@ def test_a_library_that_prints_is_not_in_the_result(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words to judge " * 50)
     (tmp_path / "loud.py").write_text(LOUD)
     (tmp_path / "run.py").write_text(
-        "import sys\nimport distmerge.evaluate\nfrom distmerge import cli\nread = distmerge.evaluate.evaluate_directory\n"
+        "import sys\nimport distmerge.evaluate\nfrom distmerge.cli import main as cli\n"
+        "read = distmerge.evaluate.evaluate_directory\n"
         "def loud(*arguments):\n    import loud, logging\n    result = read(*arguments)\n"
         "    logging.getLogger('loud').warning('and its logger')\n    return result\n"
         "distmerge.evaluate.evaluate_directory = loud\ncli.main()\n"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distmerge.engine.flatten import flatten
 from distmerge.errors import UserError
-from distmerge.flat import FlatParameters, fingerprint, pieces
+from distmerge.theta.flat import FlatParameters, fingerprint, pieces
 
 
 class Mixed(nn.Module):

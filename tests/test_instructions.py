@@ -11,12 +11,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import ByT5Tokenizer
 
-from distmerge.config import Data, Model
-from distmerge.data import IndexedBatches, open_corpus
+from distmerge.config.run import Data, Model
+from distmerge.data.instructions import chat_parts, encode
+from distmerge.data.loss_mask import ids_and_labels, micro_weights, predicted
+from distmerge.data.packed import IndexedBatches, open_corpus
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate
-from distmerge.instructions import chat_parts, encode
-from distmerge.labels import ids_and_labels, micro_weights, predicted
 from distmerge.model import build_model, load_tokenizer
 from tests.checkpoints.runs import BASE, run
 

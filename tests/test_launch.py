@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from distmerge.checkpoints.durable import verify
 from distmerge.checkpoints.store import published_checkpoints
+from distmerge.files.directories import verify
 from tests import jobs
 
 STEPS = 60
@@ -210,7 +210,7 @@ def test_a_job_on_one_machine_listens_on_loopback_alone(config: str, tmp_path: P
 
 
 def test_a_rank_whose_launcher_died_before_it_looked_ends(tmp_path: Path) -> None:
-    code = "from distmerge.launch import die_with_parent; die_with_parent(); print('lives')"
+    code = "from distmerge.launch.ranks import die_with_parent; die_with_parent(); print('lives')"
     for launcher, outcome in ((os.getpid(), (0, "lives\n")), (os.getppid(), (1, ""))):
         environment = os.environ | {"DISTMERGE_LAUNCHED": str(launcher)}
         job = subprocess.run(

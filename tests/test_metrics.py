@@ -11,8 +11,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distmerge.engine.engine import StepResult
-from distmerge.metrics import Meter, MetricsLog, megabytes, shown, table
-from distmerge.rundir import RunDirectory
+from distmerge.rundir.layout import RunDirectory
+from distmerge.trainer.metrics import Meter, MetricsLog, megabytes, shown, table
 from distmerge.workers.diloco import MergeReport
 
 

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
-from distmerge.config import Model
+from distmerge.config.run import Model
 from distmerge.errors import UserError
-from distmerge.flat import FlatParameters
 from distmerge.model import build_model, check_fits, first_line, load_model, load_tokenizer, save_model
+from distmerge.theta.flat import FlatParameters
 
 SMALL = {
     "llama": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from distmerge import config_file
-from distmerge.checkpoints.durable import publish_directory
-from distmerge.config import TrainConfig
-from distmerge.files import durable
-from distmerge.files.durable import write_atomically
-from distmerge.rundir import Lock, RunDirectory, UserError, begin_anew
+from distmerge.config import toml as config_file
+from distmerge.config.run import TrainConfig
+from distmerge.files import atomic as durable
+from distmerge.files.atomic import write_atomically
+from distmerge.files.directories import publish_directory
+from distmerge.rundir.layout import Lock, RunDirectory, UserError, begin_anew
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_atomic_writes(tmp_path: Path) -> None:
 
 JOIN = """
 import sys
-from distmerge.rundir import Lock, RunDirectory
+from distmerge.rundir.layout import Lock, RunDirectory
 lock = Lock(RunDirectory(sys.argv[1]))
 lock.join(int(sys.argv[2]))
 print("held", flush=True)

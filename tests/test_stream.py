@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from distmerge.data.streaming import StreamBatches, held_out, stream_held_out
 from distmerge.errors import UserError
-from distmerge.stream import StreamBatches, held_out, stream_held_out
 from tests.test_data import DOCUMENTS, LENGTH, rows_of, section, text_of
 
 SHARES = {"streaming": True, "eval_fraction": 0.1, "shuffle_buffer": 8}
@@ -109,7 +109,7 @@ def test_a_streams_judged_sequences_come_from_all_of_its_files(tmp_path: Path) -
 
 def test_a_look_through_a_large_stream_ends(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = len(stream_held_out(section(shards, **SHARES), 1000))
-    monkeypatch.setattr("distmerge.stream.SCAN_CHARACTERS", sum(map(len, DOCUMENTS)) // 2)
+    monkeypatch.setattr("distmerge.data.streaming.SCAN_CHARACTERS", sum(map(len, DOCUMENTS)) // 2)
     assert 0 < len(stream_held_out(section(shards, **SHARES), 1000)) < whole
 
 

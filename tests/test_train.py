@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distmerge import cli, config_file
-from distmerge.checkpoints.durable import verify
 from distmerge.checkpoints.store import published_checkpoints
+from distmerge.cli import main as cli
+from distmerge.config import toml as config_file
+from distmerge.files.directories import verify
 from distmerge.files.manifest import read_manifest
 from tests import jobs
 from tests.ranks import Outcome, Ranks, command

@@ -18,7 +18,10 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from distmerge.checkpoints.durable import (
+from distmerge.checkpoints.health import unsound_checkpoint
+from distmerge.checkpoints.staging import Staging
+from distmerge.errors import UserError
+from distmerge.files.directories import (
     clear_leftovers,
     guarded,
     publish,
@@ -29,11 +32,8 @@ from distmerge.checkpoints.durable import (
     verify,
     write_file,
 )
-from distmerge.checkpoints.sound import unsound_checkpoint
-from distmerge.checkpoints.staging import Staging
-from distmerge.errors import UserError
-from distmerge.identity import Identity, stranger
 from distmerge.mesh import Mesh
+from distmerge.rundir.identity import Identity, stranger
 
 
 class Rejection(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from distmerge.checkpoints.durable import MANIFEST, published_directories, verify
 from distmerge.errors import UserError
-from distmerge.identity import read_identity, stranger
+from distmerge.files.directories import MANIFEST, published_directories, verify
+from distmerge.rundir.identity import read_identity, stranger
 
 PUBLISHED = (("checkpoints", "step", MANIFEST), ("window", "block", "block.json"), ("steps", "step", MANIFEST))
 """Where a run publishes: the directory, its entries' prefix, their manifest."""

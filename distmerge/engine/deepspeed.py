@@ -13,8 +13,8 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from distmerge.config import TrainConfig
-from distmerge.config_engine import trainers_values
+from distmerge.config.engine import trainers_values
+from distmerge.config.run import TrainConfig
 from distmerge.engine.engine import Engine, StepResult, gather_whole, names_beside
 from distmerge.engine.masters import FlatMasters, PublicMasters, ShardedMasters, master_parameters
 from distmerge.engine.ops import build_ops, import_deepspeed

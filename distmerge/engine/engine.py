@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmerge.config import TrainConfig
+from distmerge.config.run import TrainConfig
 from distmerge.engine.stored import part_key
-from distmerge.flat import FlatParameters
 from distmerge.mesh import Mesh
+from distmerge.theta.flat import FlatParameters
 
 Read = Callable[[str], Any]
 """``read(name)``: the contents of a checkpoint's file."""

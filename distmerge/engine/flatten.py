@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from distmerge.engine.parameters import ReplicatedParameters, ShardedParameters
 from distmerge.errors import UserError
-from distmerge.flat import FlatParameters
+from distmerge.theta.flat import FlatParameters
 
 
 def flatten(model: nn.Module | FlatParameters) -> FlatParameters:

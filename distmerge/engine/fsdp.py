@@ -16,11 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from distmerge.config import TrainConfig
+from distmerge.config.run import TrainConfig
+from distmerge.data.loss_mask import ids_and_labels
 from distmerge.engine.engine import gather_whole
 from distmerge.engine.parameters import ShardedParameters
 from distmerge.engine.torch import TorchEngine
-from distmerge.labels import ids_and_labels
 from distmerge.mesh import Mesh
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distmerge.engine.parameters import CopiedParameters, ReplicatedParameters, exchange
 from distmerge.errors import UserError
-from distmerge.flat import FlatParameters, Slot
+from distmerge.theta.flat import FlatParameters, Slot
 
 VERIFIED = ("0.19",)
 """Versions of DeepSpeed whose private names are known to mean what this file takes them for."""

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from distmerge.errors import UserError
-from distmerge.flat import FlatParameters, Slot, check_dtype, check_identity
+from distmerge.theta.flat import FlatParameters, Slot, check_dtype, check_identity
 
 
 class ReplicatedParameters(FlatParameters):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from distmerge.flat import Part
+from distmerge.theta.flat import Part
 
 
 def part_key(part: Part) -> str:

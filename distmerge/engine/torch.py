@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distmerge.config import TrainConfig
+from distmerge.config.run import TrainConfig
+from distmerge.data.loss_mask import ids_and_labels, micro_weights
 from distmerge.engine.engine import Engine, StepResult
 from distmerge.engine.optimizers import build_optimizers
 from distmerge.engine.parameters import ReplicatedParameters
-from distmerge.flat import FlatParameters
-from distmerge.labels import ids_and_labels, micro_weights
 from distmerge.mesh import Mesh
+from distmerge.theta.flat import FlatParameters
 
 
 class TorchEngine(Engine):

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from distmerge.config_experts import Lora
+from distmerge.config.experts import Lora
 from distmerge.errors import UserError
 from distmerge.files.header import FLOATS
 from distmerge.files.models import open_model
 from distmerge.files.sources import DTYPES
-from distmerge.flat import FlatParameters
 from distmerge.model import save_model
+from distmerge.theta.flat import FlatParameters
 
 INSIDE = "base_model.model."
 """What peft puts before the names of the model that it wraps."""

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distmerge.config import TrainConfig
-from distmerge.config_experts import Lora
+from distmerge.config.experts import Lora
+from distmerge.config.run import TrainConfig
 from distmerge.errors import UserError
 from distmerge.experts.adapt import dtype_of
-from distmerge.experts.several import Plan
+from distmerge.experts.group import Plan
 from distmerge.model import first_line
 
 GB = 1e9

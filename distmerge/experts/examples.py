@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmerge.config_experts import Examples
-from distmerge.labels import IGNORED, ids_and_labels
+from distmerge.config.experts import Examples
+from distmerge.data.loss_mask import IGNORED, ids_and_labels
 
 
 class Scores(NamedTuple):

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distmerge.config_experts import Stopping
+from distmerge.config.experts import Stopping
 from distmerge.errors import UserError
-from distmerge.rundir import RunDirectory
+from distmerge.rundir.layout import RunDirectory
 
 
 class Plateau:

@@ -19,19 +19,19 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from distmerge.checkpoints.durable import guarded, publish_directory
-from distmerge.config import TrainConfig
-from distmerge.data import IndexedBatches, open_corpus, sampled
+from distmerge.config.run import TrainConfig
+from distmerge.data.packed import IndexedBatches, open_corpus, sampled
+from distmerge.data.streaming import StreamBatches
 from distmerge.engine.engine import Engine
-from distmerge.engine.soundness import sickness
+from distmerge.engine.health import sickness
 from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import Theta, dtype_of, save_expert
 from distmerge.experts.examples import Known, look, nothing_known, observe, tracked_rows
-from distmerge.experts.flat_merge import merge, read_model
 from distmerge.experts.stopping import Peak, Plateau, member_at
-from distmerge.files.durable import write_atomically
+from distmerge.files.atomic import write_atomically
+from distmerge.files.directories import guarded, publish_directory
+from distmerge.merging.in_memory import merge, read_model
 from distmerge.mesh import Mesh
-from distmerge.stream import StreamBatches
 
 RECORD = "training.json"
 SIBLING_SECONDS = 24 * 3600.0

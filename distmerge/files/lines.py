@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distmerge.files.durable import sync, sync_directory, write_all
+from distmerge.files.atomic import sync, sync_directory, write_all
 
 
 class Lines:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distmerge.errors import UserError
-from distmerge.files.durable import delete, make_directory, sync_directory, write_bytes
+from distmerge.files.atomic import delete, make_directory, sync_directory, write_bytes
 from distmerge.files.layout import Shard
 
 JOURNAL = "journal.jsonl"

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.rules.counter import key_of, upper
+from distmerge.rules.random_masks import key_of, upper
 
 
 class Rounding:

@@ -20,7 +20,7 @@ from distmerge.errors import UserError
 from distmerge.files.allocator import keep_freed_memory
 from distmerge.files.rounding import Rounding
 from distmerge.files.sources import DTYPES, Source
-from distmerge.rules.rule import BLOCK, Block, Measured, Rule, Tally, spans
+from distmerge.rules.protocol import BLOCK, Block, Measured, Rule, Tally, spans
 
 BATCH_BLOCKS = 128
 """Jobs are taken together until they have this many blocks: enough for all threads, few enough to be still in cache."""

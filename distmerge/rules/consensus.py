@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distmerge.rules.rule import Block, Measured, Rule, Tally, deltas, total_norm, wide
+from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, total_norm, wide
 from distmerge.rules.threshold import Cut, histogram, levels, locate, patterns, refine
 
 TINY = 1e-6

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distmerge.rules import compiled
 from distmerge.rules.compiled import at
-from distmerge.rules.rule import Block, Measured, folded
+from distmerge.rules.protocol import Block, Measured, folded
 from distmerge.rules.sparsify import AtRandom
 from distmerge.rules.task import Settled, TaskVectors
 

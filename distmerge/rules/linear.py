@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmerge.rules.rule import Block, Rule
+from distmerge.rules.protocol import Block, Rule
 
 
 class Linear(Rule):

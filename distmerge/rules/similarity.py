@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distmerge.rules.rule import Measured, Tally
+from distmerge.rules.protocol import Measured, Tally
 
 
 def measure(delta: Tensor) -> Measured:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmerge.rules.rule import Block, Measured, Rule, Tally, total_norm, wide
+from distmerge.rules.protocol import Block, Measured, Rule, Tally, total_norm, wide
 
 NEARLY_PARALLEL = 0.9995
 

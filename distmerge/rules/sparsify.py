@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from distmerge.rules.counter import bar, below, chance
-from distmerge.rules.rule import INTEGERS, Measured, Tally
+from distmerge.rules.protocol import INTEGERS, Measured, Tally
+from distmerge.rules.random_masks import bar, below, chance
 from distmerge.rules.threshold import FINE, LOW_BITS, Cut, histogram, levels, locate, patterns, refine, value_of
 
 

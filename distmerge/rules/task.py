@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from distmerge.rules.rule import INTEGERS, Block, Measured, Rule, Tally, deltas, summed, wide
+from distmerge.rules.protocol import INTEGERS, Block, Measured, Rule, Tally, deltas, summed, wide
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, Trim
 from distmerge.rules.threshold import value_of
 

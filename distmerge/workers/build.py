@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from distmerge import config_merge as sections
-from distmerge.config import TrainConfig
+from distmerge.config import mergers as sections
+from distmerge.config.run import TrainConfig
 from distmerge.errors import UserError
-from distmerge.flat import FlatParameters
 from distmerge.mesh import Mesh
+from distmerge.theta.flat import FlatParameters
 from distmerge.workers.diloco import DiLoCo
 from distmerge.workers.sparta import SPARTA
 

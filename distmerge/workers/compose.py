@@ -6,7 +6,7 @@ from typing import Any
 
 from distmerge.errors import UserError
 from distmerge.workers.diloco import DiLoCo
-from distmerge.workers.report import MergeReport
+from distmerge.workers.divergence import MergeReport
 from distmerge.workers.sparta import SPARTA
 
 

@@ -24,20 +24,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmerge import config_merge
-from distmerge.buffers import Policy, buffer_policies
-from distmerge.config_file import checked
+from distmerge.config import mergers as config_merge
+from distmerge.config.toml import checked
 from distmerge.engine.flatten import check_peers, flatten
-from distmerge.flat import FlatParameters
 from distmerge.rules.mean import token_weight
-from distmerge.workers.flight import Flight, InFlight, total_weight
+from distmerge.theta.buffers import Policy, buffer_policies
+from distmerge.theta.flat import FlatParameters
+from distmerge.workers.divergence import MergeReport, Spread
 from distmerge.workers.fragments import Bucket, cut_fragments, due_fragment
+from distmerge.workers.group import Peers
 from distmerge.workers.health import check_mean, is_finite
 from distmerge.workers.outer_state import own_shares, start_outer
+from distmerge.workers.pending import Flight, InFlight, total_weight
 from distmerge.workers.progress import Progress
-from distmerge.workers.report import MergeReport, Spread
-from distmerge.workers.sender import Sender
-from distmerge.workers.total import Peers
+from distmerge.workers.reduce import Sender
 
 
 class DiLoCo:
@@ -60,7 +60,7 @@ class DiLoCo:
         bucket_bytes: bytes of parameters per collective.
         nonfinite: what becomes of NaN and infinity: "raise" refuses a mean that holds one, on all workers; "leave-out" gives a
             worker that has one weight 0.
-        buffers: policies of buffers that are not known by name, see :mod:`distmerge.buffers`.
+        buffers: policies of buffers that are not known by name, see :mod:`distmerge.theta.buffers`.
 
     Attributes:
         weight: this worker's weight in the next merges. At 0 it takes part, does not count, and starts again from what

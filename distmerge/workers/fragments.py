@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from distmerge.errors import UserError
-from distmerge.flat import FlatParameters, Slot, pieces
+from distmerge.theta.flat import FlatParameters, Slot, pieces
 
 
 @dataclass(frozen=True)

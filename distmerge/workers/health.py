@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distmerge.errors import UserError
 from distmerge.finite import finite, nonfinite
-from distmerge.flat import FlatParameters
+from distmerge.theta.flat import FlatParameters
 from distmerge.workers.fragments import Bucket
 
 

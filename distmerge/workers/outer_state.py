@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmerge import config_merge
+from distmerge.config import mergers as config_merge
 from distmerge.rules.outer import outer_step
-from distmerge.workers.flight import share_numel
 from distmerge.workers.fragments import Bucket
-from distmerge.workers.total import Peers
+from distmerge.workers.group import Peers
+from distmerge.workers.pending import share_numel
 
 
 class OuterState:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distmerge.flat import FlatParameters
 from distmerge.rules.radial import radial_mean
-from distmerge.workers.flight import weigh
+from distmerge.theta.flat import FlatParameters
 from distmerge.workers.fragments import segments
-from distmerge.workers.total import Peers
+from distmerge.workers.group import Peers
+from distmerge.workers.pending import weigh
 
 EMBEDDINGS = ("embed", "wte", "wpe", "lm_head")
 """Parts of the names of embeddings and heads, whose rows are tensors of their own: they are averaged plainly."""
 
 
 class RadialMean:
-    """A :class:`~distmerge.workers.flight.Flight` of the deltas of all of theta.
+    """A :class:`~distmerge.workers.pending.Flight` of the deltas of all of theta.
 
     It is no single sum: what comes after the first depends on it, so all of it happens in ``finish``.
     """

@@ -24,17 +24,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmerge import config_merge
-from distmerge.buffers import Policy
-from distmerge.config_file import checked
+from distmerge.config import mergers as config_merge
+from distmerge.config.toml import checked
 from distmerge.engine.flatten import flatten
 from distmerge.finite import nonfinite
-from distmerge.flat import FlatParameters
+from distmerge.theta.buffers import Policy
+from distmerge.theta.flat import FlatParameters
 from distmerge.workers.diloco import DiLoCo
-from distmerge.workers.flight import AllReduce, Exchange, Flight, Landed, total_weight
+from distmerge.workers.divergence import MergeReport
 from distmerge.workers.health import check_mean
-from distmerge.workers.report import MergeReport
-from distmerge.workers.rooms import Rooms
+from distmerge.workers.pending import AllReduce, Exchange, Flight, Landed, total_weight
+from distmerge.workers.scratch import Rooms
 from distmerge.workers.selection import select
 from distmerge.workers.wire import WIRES
 

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from distmerge import config_file
-from distmerge.launch import Place
-from distmerge.train import train
+from distmerge.config import toml as config_file
+from distmerge.launch.ranks import Place
+from distmerge.trainer.loop import train
 
 BASE: dict[str, Any] = {
     "steps": 40,

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from distmerge.checkpoints.curve_plot import plot
-from distmerge.checkpoints.curves import effective_count, frequency_response, implied_curve, token_shares, weights
 from distmerge.errors import UserError
+from distmerge.windows.curves import effective_count, frequency_response, implied_curve, token_shares, weights
+from distmerge.windows.plot import plot
 
 EVEN = {n: [j / n for j in range(n)] for n in (2, 3, 10)}
 UNEVEN = [0.0, 0.1, 0.4]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from distmerge import cli
+from distmerge.cli import main as cli
 from distmerge.errors import UserError
 
 ZERO = Path(__file__).parent / "zero"

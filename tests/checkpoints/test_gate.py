@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from distmerge.checkpoints.gate import advise, explain, gram_of, gram_of_chunk
+from distmerge.windows.advice import advise, explain, gram_of, gram_of_chunk
 
 
 def window(n: int, drift: float, noise: float, size: int = 20000) -> list[torch.Tensor]:

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from distmerge import config_file
-from distmerge.checkpoints.sound import not_finite, unsound, unsound_checkpoint
+from distmerge.checkpoints.health import not_finite, unsound, unsound_checkpoint
 from distmerge.checkpoints.store import published_checkpoints
+from distmerge.config import toml as config_file
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
 from distmerge.errors import UserError
-from distmerge.launch import DIVERGED, place
-from distmerge.train import train
+from distmerge.launch.ranks import DIVERGED, place
+from distmerge.trainer.loop import train
 from tests.checkpoints.runs import BASE, lines, parameters, run, same, write_text
 from tests.ranks import Ranks
 
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_is_not_finite_is_rejected_by_name(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that was made before such were refused, or by a hand: its hashes are right."""
-    monkeypatch.setattr("distmerge.run.unsound", lambda files: None)
+    monkeypatch.setattr("distmerge.trainer.run.unsound", lambda files: None)
     spoil_updates(monkeypatch, {20}, of="moments")
     sick = run(tmp_path, "sick", text, recovery=RECOVERY | {"margin": 0})
     rejected = events(sick, "rejected checkpoint")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distmerge.checkpoints.plan import batch_index, skip_around
+from distmerge.recovery.plan import batch_index, skip_around
 
 
 def test_batches_are_left_out_once() -> None:

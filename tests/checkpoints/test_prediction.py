@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distmerge.checkpoints.prediction import corrected, corrections
+from distmerge.windows.prediction import corrected, corrections
 
 FORK: dict[str, Any] = {"from": 800, "decay_steps": 200, "curve": "linear"}
 

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distmerge.checkpoints.block import marks, read_block
-from distmerge.checkpoints.durable import verify
-from distmerge.checkpoints.plan import Plan, finish_tainting, read_plan, write_plan
-from distmerge.checkpoints.recovery import Recovery
-from distmerge.checkpoints.rollback import RollBack
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
 from distmerge.errors import UserError
+from distmerge.files.directories import verify
+from distmerge.recovery.plan import Plan, finish_tainting, read_plan, write_plan
+from distmerge.recovery.response import Recovery
+from distmerge.recovery.rollback import RollBack
+from distmerge.windows.blocks import marks, read_block
 from tests.checkpoints.runs import forget_after, lines, parameters, run, same, write_text
 
 RECOVERY = {"enabled": True, "window": 16, "cool_down": 5, "margin": 2, "skip_batches": 4, "merge_last": 2}
@@ -173,7 +173,7 @@ def test_a_killed_tainting_is_finished(tmp_path: Path, text: Path, monkeypatch: 
 
     planned = Plan(to=20, members=["step-00000020"], optimizer="rollback", spike=0, attempts=0, skipped=[])
     with monkeypatch.context() as patch:
-        patch.setattr("distmerge.checkpoints.plan.set_aside", die)
+        patch.setattr("distmerge.recovery.plan.set_aside", die)
         with pytest.raises(KeyboardInterrupt):
             write_plan(directory, planned)
     plan = read_plan(directory)

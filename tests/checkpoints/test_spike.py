@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from distmerge.checkpoints.spike import LIMIT, PATIENCE, Detector, Verdict
-from distmerge.config_checkpoints import Recovery
+from distmerge.config.checkpoints import Recovery
+from distmerge.recovery.detector import LIMIT, PATIENCE, Detector, Verdict
 
 START, END = 5.5, 2.0
 

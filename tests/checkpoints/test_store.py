@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from distmerge import config
-from distmerge.checkpoints.durable import reader, verify
 from distmerge.checkpoints.store import Store, published_checkpoints
+from distmerge.config import run as config
 from distmerge.errors import UserError
+from distmerge.files.directories import reader, verify
 from distmerge.files.manifest import MANIFEST, read_manifest
-from distmerge.launch import Place
+from distmerge.launch.ranks import Place
 from distmerge.mesh import Mesh
 from tests.ranks import Ranks
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from distmerge import config_file
-from distmerge.checkpoints.block import marks
-from distmerge.checkpoints.spike import Detector, Verdict
 from distmerge.checkpoints.store import published_checkpoints
+from distmerge.config import toml as config_file
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
 from distmerge.errors import UserError
-from distmerge.launch import place
-from distmerge.train import train
+from distmerge.launch.ranks import place
+from distmerge.recovery.detector import Detector, Verdict
+from distmerge.trainer.loop import train
+from distmerge.windows.blocks import marks
 from tests.checkpoints.runs import BASE, lines, parameters, run, same, write_text
 from tests.ranks import Ranks
 

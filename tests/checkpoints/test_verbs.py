@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from distmerge import cli
-from distmerge.checkpoints.block import published_blocks, stable_blocks
-from distmerge.checkpoints.curvature import newest_curvature
-from distmerge.checkpoints.curves import weights
-from distmerge.config import Optimizer
+from distmerge.cli import main as cli
+from distmerge.config.run import Optimizer
 from distmerge.engine.optimizers import build_optimizers
 from distmerge.errors import UserError
 from distmerge.files.manifest import as_json, read_manifest, sealed
+from distmerge.windows.blocks import published_blocks, stable_blocks
+from distmerge.windows.curvature import newest_curvature
+from distmerge.windows.curves import weights
 from tests.checkpoints.runs import lines, parameters, run, same, write_text
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from distmerge.checkpoints.durable import publish, write_file
 from distmerge.checkpoints.verify import verify_run
 from distmerge.errors import UserError
+from distmerge.files.directories import publish, write_file
 
 
 def publish_step(root: Path, step: int) -> Path:

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from distmerge.checkpoints.block import read_block
 from distmerge.checkpoints.verify import verify_run
 from distmerge.errors import UserError
+from distmerge.windows.blocks import read_block
 from tests.checkpoints.runs import forget_after, lines, parameters, run, same, write_text
 
 WINDOW = {"every": 8, "blocks": 0}
@@ -131,7 +131,7 @@ def test_memory_and_disk_preview_the_same(tmp_path: Path, text: Path) -> None:
 
 
 def test_a_full_disk_drops_the_block_and_training_goes_on(tmp_path: Path, text: Path, plain: Path, monkeypatch) -> None:
-    from distmerge.checkpoints import block as room
+    from distmerge.windows import blocks as room
 
     real = room.save_model
 
@@ -188,7 +188,7 @@ def test_a_block_that_is_no_longer_what_was_published_is_left_out_and_said(tmp_p
 
 
 def test_a_block_that_vanishes_while_the_run_goes_on_is_said_once(tmp_path: Path, text: Path, monkeypatch) -> None:
-    from distmerge.checkpoints.preview import Preview
+    from distmerge.windows.preview import Preview
 
     loss, gone = Preview.loss, tmp_path / "run" / "window" / "block-00000012"
 

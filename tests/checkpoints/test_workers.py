@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distmerge import cli, config_file
-from distmerge.checkpoints.block import published_blocks, read_block, stable_blocks
 from distmerge.checkpoints.verify import verify_run
+from distmerge.cli import main as cli
+from distmerge.config import toml as config_file
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
 from distmerge.errors import UserError
-from distmerge.launch import place
-from distmerge.train import train
+from distmerge.launch.ranks import place
+from distmerge.trainer.loop import train
+from distmerge.windows.blocks import published_blocks, read_block, stable_blocks
 from tests.checkpoints.runs import BASE, forget_after, lines, parameters, same, write_text
 from tests.ranks import Ranks
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import distmerge as dm
-from distmerge import config as sections
-from distmerge import config_file
-from distmerge.config import TrainConfig
+from distmerge.config import run as sections
+from distmerge.config import toml as config_file
+from distmerge.config.run import TrainConfig
 from distmerge.engine.build import build_engine
 from distmerge.engine.engine import Engine
-from distmerge.flat import fingerprint
-from distmerge.launch import Place
+from distmerge.launch.ranks import Place
 from distmerge.mesh import Mesh
+from distmerge.theta.flat import fingerprint
 
 ENGINES: dict[str, dict[str, Any]] = {
     "torch": {"kind": "torch"},

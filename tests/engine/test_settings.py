@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from distmerge import cli, config_file
+from distmerge.cli import main as cli
+from distmerge.config import toml as config_file
 from distmerge.engine.deepspeed import deepspeed_table
 from distmerge.engine.ops import import_deepspeed
 from distmerge.errors import UserError

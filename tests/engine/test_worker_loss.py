@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from distmerge.labels import IGNORED, ids_and_labels
+from distmerge.data.loss_mask import IGNORED, ids_and_labels
 from tests.engine.cases import ENGINES, first_step, many, tiny_model
 from tests.ranks import Ranks
 

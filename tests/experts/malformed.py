@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distmerge import cli
+from distmerge.cli import main as cli
 
 MODEL = {"weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
 LINEAR = """merge_method: linear

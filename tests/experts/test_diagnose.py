@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distmerge import cli
+from distmerge.cli import main as cli
 from distmerge.errors import UserError
 from tests.files.models import family, tensors, write
 

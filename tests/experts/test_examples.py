@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from distmerge import config_file
-from distmerge.config_experts import Examples
-from distmerge.data import open_corpus
+from distmerge.config import toml as config_file
+from distmerge.config.experts import Examples
+from distmerge.data.loss_mask import ids_and_labels
+from distmerge.data.packed import open_corpus
 from distmerge.experts.examples import Known, Scores, nothing_known, observe, token_scores, tracked_rows
-from distmerge.experts.memorised import report
-from distmerge.labels import ids_and_labels
+from distmerge.experts.retention import report
 from distmerge.model import load_model
 from tests.checkpoints.runs import forget_after, run, same, write_text
 from tests.ranks import command

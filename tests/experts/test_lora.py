@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distmerge import cli
+from distmerge.cli import main as cli
 from distmerge.errors import UserError
-from distmerge.experts.lora import combine, inner_products
 from distmerge.files.adapters import read_adapter
 from distmerge.files.sources import Maps
+from distmerge.merging.lora import combine, inner_products
 from tests.files.models import tensors, write
 
 NAMES = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")

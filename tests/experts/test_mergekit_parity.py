@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from distmerge import cli
+from distmerge.cli import main as cli
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "mergekit"
 RECIPES = json.loads((FIXTURES / "recipes.json").read_text())

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distmerge import cli
+from distmerge.cli import main as cli
 from distmerge.errors import UserError
-from distmerge.rules.counter import key_of, uniform
+from distmerge.rules.random_masks import key_of, uniform
 from tests.files.models import tensors, write
 from tests.rules.coins import coins
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from distmerge import config_file
+from distmerge.config import toml as config_file
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate_directory
-from distmerge.experts.ptm_config import PtmConfig, read
-from distmerge.experts.ptm_curves import as_skilled, knee, reached, shape
-from distmerge.experts.ptm_report import hits
-from distmerge.experts.texts import KINDS, kinds_here, write_parts
+from distmerge.studies.config import PtmConfig, read
+from distmerge.studies.curves import as_skilled, knee, reached, shape
+from distmerge.studies.report import hits
+from distmerge.studies.texts import KINDS, kinds_here, write_parts
 from tests.checkpoints.runs import BASE, parameters
 from tests.jobs import MODEL
 from tests.ranks import command

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distmerge import cli
+from distmerge.cli import main as cli
 from distmerge.errors import UserError
-from distmerge.experts import mergekit
-from distmerge.experts.members import open_all
-from distmerge.experts.pairing import check_structure, pair
-from distmerge.experts.recipe import Place, resolve
+from distmerge.merging import recipe_mergekit as mergekit
+from distmerge.merging.models import open_all
+from distmerge.merging.pairing import check_structure, pair
+from distmerge.merging.recipe import Place, resolve
 from tests.files.models import SHAPES, tensors, write
 
 EXAMPLES = {

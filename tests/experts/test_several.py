@@ -9,8 +9,8 @@ from transformers import LlamaConfig
 
 from distmerge.errors import UserError
 from distmerge.experts.dry_run import published
-from distmerge.experts.several import read
-from distmerge.launch import Place
+from distmerge.experts.group import read
+from distmerge.launch.ranks import Place
 from tests.ranks import command
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "experts").glob("*.toml"))

@@ -12,10 +12,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distmerge import cli
+from distmerge.cli import main as cli
 from distmerge.errors import UserError
-from distmerge.experts import mergekit, pairing, stacking
-from distmerge.experts.members import open_all
+from distmerge.merging import pairing, stacking
+from distmerge.merging import recipe_mergekit as mergekit
+from distmerge.merging.models import open_all
 from tests.files.models import write
 
 SIZES: dict[str, Any] = {

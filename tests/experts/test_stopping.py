@@ -12,16 +12,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from distmerge import config_file
-from distmerge.config import Model, TrainConfig
-from distmerge.config_experts import Lora
-from distmerge.data import open_corpus, sampled
+from distmerge.config import toml as config_file
+from distmerge.config.experts import Lora
+from distmerge.config.run import Model, TrainConfig
+from distmerge.data.packed import open_corpus, sampled
 from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import Theta, with_lora
-from distmerge.experts.flat_merge import merge, read_model
 from distmerge.experts.stopping import member_at, published_steps
-from distmerge.flat import FlatParameters
+from distmerge.merging.in_memory import merge, read_model
 from distmerge.model import build_model, load_model, load_tokenizer
+from distmerge.theta.flat import FlatParameters
 from tests import jobs
 from tests.checkpoints.runs import BASE, forget_after, lines, parameters, run, same, write_text
 from tests.ranks import Ranks, command
@@ -154,9 +154,9 @@ def test_a_stopped_run_resumes_bitwise(base: Path, rule: str) -> None:
 
 def decide(config: str, places: list[float]) -> tuple[int, str | None]:
     """One rank whose own evaluation, left to itself, would decide otherwise than the others'."""
-    from distmerge import train
     from distmerge.experts.training import ExpertTraining
-    from distmerge.launch import Place
+    from distmerge.launch.ranks import Place
+    from distmerge.trainer import loop as train
 
     found = {}
     observe = ExpertTraining.observe

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from distmerge import config_file
-from distmerge.config_experts import Stopping
+from distmerge.config import toml as config_file
+from distmerge.config.experts import Stopping
 from distmerge.experts.stopping import Peak, Plateau
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from distmerge import cli
+from distmerge.cli import main as cli
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate_directory
 from distmerge.files.sources import OnDisk

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distmerge.experts.flat_merge import merge, read_model
+from distmerge.merging.in_memory import merge, read_model
 from tests.checkpoints.runs import forget_after, lines, parameters, run, same, write_text
 from tests.ranks import command
 

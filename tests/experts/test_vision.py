@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from distmerge.experts.adapt import Theta
 from distmerge.experts.examples import Scores, nothing_known, observe, scores_of, token_scores
-from distmerge.experts.flat_merge import compare, merge
-from distmerge.flat import FlatParameters
+from distmerge.merging.in_memory import compare, merge
+from distmerge.theta.flat import FlatParameters
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def test_experts_of_disjoint_digits() -> None:
         logits = model(pixel_values=pixels[:50]).logits.unsqueeze(1)
     scores: Scores = scores_of(*token_scores(logits, labels[:50, None]), torch.ones(50, 1, dtype=torch.bool))
     assert torch.equal(scores.right.bool(), logits[:, 0].argmax(-1) == labels[:50])
-    from distmerge.config_experts import Examples
+    from distmerge.config.experts import Examples
 
     known = observe(nothing_known(50), scores, 32, Examples(track=True))
     assert torch.equal(known.learned, scores.right.bool())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distmerge import cli
+from distmerge.cli import main as cli
 from distmerge.errors import UserError
 from tests.experts import vocabularies
 

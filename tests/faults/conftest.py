@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from distmerge import config
-from distmerge.launch import Place
+from distmerge.config import run as config
+from distmerge.launch.ranks import Place
 from distmerge.mesh import Mesh
 
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distmerge.files import durable
+from distmerge.files import atomic as durable
 
 BY_DESCRIPTOR = ("write", "pwrite", "ftruncate", "fsync", "fdatasync", "close")
 CALLS = (*BY_DESCRIPTOR, "open", "mkdir", "rename", "unlink", "rmdir")

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distmerge.checkpoints.durable import verify
 from distmerge.checkpoints.store import published_checkpoints
+from distmerge.files.directories import verify
 from tests import jobs
 
 STEPS = 40

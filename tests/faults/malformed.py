@@ -62,9 +62,9 @@ def never_launch(ranks: int, arguments: list[str]) -> int:
 
 
 def main(root: Path, only: str) -> None:
-    import distmerge.launch
+    import distmerge.launch.ranks
 
-    distmerge.launch.launch = never_launch
+    distmerge.launch.ranks.launch = never_launch
     chosen = {name: case for name, case in CASES.items() if only in name}
     found = {}
     with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as free:
@@ -72,9 +72,9 @@ def main(root: Path, only: str) -> None:
         free.close()
         for heavy in (False, True):
             if heavy:
-                import distmerge.checkpoints.anneal
-                import distmerge.experts.sweep
-                import distmerge.train
+                import distmerge.merging.sweep
+                import distmerge.trainer.loop
+                import distmerge.windows.anneal
             for number, (name, case) in enumerate(chosen.items()):
                 if case.heavy == heavy:
                     found[name] = attempt(case, root / str(number), ports)

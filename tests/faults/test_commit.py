@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from distmerge.checkpoints.durable import reader
 from distmerge.checkpoints.store import Store, published_checkpoints
 from distmerge.errors import UserError
+from distmerge.files.directories import reader
 from distmerge.mesh import Mesh
 from tests.faults.disk import ERRORS, KILLS, FaultyDisk, Killed
 

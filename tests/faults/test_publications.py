@@ -15,15 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distmerge.checkpoints.block import RECORD, Block, published_blocks, record_of
-from distmerge.checkpoints.durable import clear_leftovers, publish_directory, verify
-from distmerge.ending import publish_end
 from distmerge.errors import UserError
+from distmerge.files.directories import clear_leftovers, publish_directory, verify
 from distmerge.files.layout import lay_out
 from distmerge.files.lines import Lines
 from distmerge.files.manifest import MANIFEST, read_manifest
 from distmerge.files.output import Output
-from distmerge.rundir import RunDirectory
+from distmerge.rundir.layout import RunDirectory
+from distmerge.trainer.ending import publish_end
+from distmerge.windows.blocks import RECORD, Block, published_blocks, record_of
 from tests.faults.disk import ERRORS, KILLS, FaultyDisk, Killed
 
 FAULTS = [*KILLS, *ERRORS]

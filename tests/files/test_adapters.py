@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distmerge import cli
+from distmerge.cli import main as cli
 from distmerge.errors import UserError
 from distmerge.files.adapters import UNDERSTOOD, WITHOUT_EFFECT
 

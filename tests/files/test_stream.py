@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from distmerge import cli
+from distmerge.cli import main as cli
 from distmerge.errors import UserError
 from distmerge.files import digests
 from tests.files.models import family, tensors, write
@@ -66,7 +66,7 @@ def test_threads_chunks_and_shards_do_not_matter(name, tmp_path):
 @pytest.mark.parametrize("sampled", [True, False])
 def test_a_global_trim_reads_everything_once_more(sampled, tmp_path, monkeypatch):
     """A sample says where the threshold is. When it misleads, the result is the same."""
-    from distmerge.experts import survey
+    from distmerge.merging import survey
 
     passes: list[bool] = []
     settle = survey.ThresholdSurvey.settle
@@ -165,7 +165,7 @@ def test_an_existing_directory_is_refused(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from distmerge import cli
+from distmerge.cli import main as cli
 from distmerge.files import output
 writes = [0]
 write = output.Output.write

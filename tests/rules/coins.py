@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.rules.counter import DIGITS, lower, words
+from distmerge.rules.random_masks import DIGITS, lower, words
 
 
 def coins(key: int, start: int, count: int) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distmerge.rules.dare import Dare, library
-from distmerge.rules.rule import LANES, folded, run
+from distmerge.rules.protocol import LANES, folded, run
 from distmerge.rules.sparsify import AtRandom
 from distmerge.rules.task import Combine, TaskVectors
 

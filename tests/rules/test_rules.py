@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from distmerge.rules.consensus import ModelStock, Sce
-from distmerge.rules.counter import bar, below, chance, key_of, uniform, upper
 from distmerge.rules.linear import Linear, Scaled
-from distmerge.rules.rule import run
+from distmerge.rules.protocol import run
+from distmerge.rules.random_masks import bar, below, chance, key_of, uniform, upper
 from distmerge.rules.slerp import Nuslerp, Slerp
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, ascending
 from distmerge.rules.task import Combine, Ptm, TaskArithmetic, TaskVectors

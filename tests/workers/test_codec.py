@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distmerge.workers import codec
 from distmerge.workers.codec import Row
-from distmerge.workers.rooms import Rooms
+from distmerge.workers.scratch import Rooms
 from distmerge.workers.wire import BLOCK, WIRES, Wire
 
 SIZES = ((64, 64), (64, 1), (640, 640), (640, 577), (640, 0), (64 * 2100, 64 * 2100 - 63))

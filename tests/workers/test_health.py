@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distmerge as dm
-from distmerge.workers.report import Spread
-from distmerge.workers.total import Peers
+from distmerge.workers.divergence import Spread
+from distmerge.workers.group import Peers
 from tests.ranks import Ranks
 from tests.workers.test_streaming import build
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distmerge as dm
-from distmerge.flat import fingerprint
+from distmerge.theta.flat import fingerprint
 from distmerge.workers.selection import permute, select
 from tests.ranks import Ranks
 from tests.spy import counted

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmerge as dm
-from distmerge.config_file import checked
-from distmerge.config_merge import DiLoCo
-from distmerge.flat import fingerprint
+from distmerge.config.mergers import DiLoCo
+from distmerge.config.toml import checked
 from distmerge.rules.mean import token_weight
+from distmerge.theta.flat import fingerprint
 from tests.ranks import Ranks
 from tests.spy import counted
 

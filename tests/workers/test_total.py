@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmerge as dm
-from distmerge import config
-from distmerge.flat import fingerprint
+from distmerge.config import run as config
+from distmerge.theta.flat import fingerprint
 from tests.ranks import Ranks
 from tests.spy import counted
 from tests.workers.loops import STEPS, build, inner, run_diloco, train, vector_of
@@ -244,7 +244,7 @@ def test_several_mergers_on_one_model(ranks: Ranks) -> None:
 def two_by_two(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     """Two workers of two ranks: a worker's ranks train on the same data, as if their gradients had been reduced."""
     from distmerge.engine.parameters import ReplicatedParameters
-    from distmerge.launch import Place
+    from distmerge.launch.ranks import Place
     from distmerge.mesh import Mesh
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

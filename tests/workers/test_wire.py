@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distmerge.workers.flight import Exchange
-from distmerge.workers.total import Peers
+from distmerge.workers.group import Peers
+from distmerge.workers.pending import Exchange
 from distmerge.workers.wire import BLOCK, WIRES
 from tests.ranks import Ranks
 

@@ -1,0 +1,172 @@
+"""A checkpoint read in another layout: another number of ranks per worker, or the fsdp engine in place of the torch engine.
+
+Every file holds parts of flattened, named tensors, and a rank takes the parts that it needs from those that hold them: of
+the parameters, of the optimizer's moments and of the mergers' vectors. (torch.distributed.checkpoint would reshard the first
+two, but not the share of a flat vector that is a rank's anchor; and its metadata is a pickle, which is not read here.)
+What depends on the layout itself cannot be carried over, and is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distmerge.config.run import TrainConfig
+from distmerge.engine.engine import Engine, Read
+from distmerge.engine.stored import Pieces, parts_in
+from distmerge.errors import UserError
+from distmerge.mesh import Mesh
+from distmerge.theta.flat import Part
+
+PORTABLE = ("torch", "fsdp")
+"""Engines whose checkpoints another layout, of either, can read."""
+
+
+class Target(Protocol):
+    """What a checkpoint is loaded into."""
+
+    config: TrainConfig
+    mesh: Mesh
+    engine: Engine
+
+
+def layout(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
+    """What a manifest says of the layout that wrote it."""
+    sequences = config.train.batch_size * config.train.gradient_accumulation * mesh.world
+    return {"world": mesh.world, "workers": mesh.workers, "engine": config.engine.kind, "sequences": sequences}
+
+
+def same(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return all(old.get(key, new[key]) == new[key] for key in ("world", "workers", "engine"))
+
+
+def check(path: Any, old: dict[str, Any], config: TrainConfig, mesh: Mesh) -> None:
+    """Refuse a checkpoint that this run cannot go on from.
+
+    Raises:
+        UserError: what does not fit, and what would.
+    """
+    new = layout(config, mesh)
+    old = {"engine": "torch"} | old
+    if old["workers"] != new["workers"]:
+        raise UserError(
+            f"{path} was written by {old['world']} ranks in {old['workers']} workers, got {new['world']} ranks in "
+            f"{new['workers']}; resume with as many workers, or take another --run-dir"
+        )
+    if old.get("sequences", new["sequences"]) != new["sequences"]:
+        raise UserError(
+            f"config.train.batch_size x gradient_accumulation x {new['world']} ranks must be {old['sequences']}, the sequences "
+            f"of a step in {path}, got {new['sequences']}"
+        )
+    if same(old, new):
+        return
+    written = f"{path} was written by {old['world']} ranks of engine {old['engine']}, got {new['world']} of {new['engine']}"
+    if not {old["engine"], new["engine"]} <= set(PORTABLE):
+        raise UserError(f"{written}; DeepSpeed's state is read by the same engine on as many ranks alone (yet)")
+    for reason in tied_to_layout(config):
+        raise UserError(f"{written}, but {reason}; resume in the same layout")
+
+
+def tied_to_layout(config: TrainConfig) -> list[str]:
+    """Why a run's state cannot be carried over to another layout, if it cannot."""
+    reasons: list[str] = []
+    if config.data.streaming:
+        reasons.append("a stream's position belongs to a rank (data.streaming)")
+    if config.window is not None:
+        reasons.append("the blocks of a [window] are kept by rank")
+    for index, entry in enumerate(config.merge):
+        if entry.kind == "sparta":
+            reasons.append(f"merge[{index}] of kind sparta draws its indices from a rank's part of the model")
+        if getattr(entry, "outer_sharded", False):
+            reasons.append(f"merge[{index}].outer_sharded cuts the anchor by rank")
+        if getattr(entry, "error_feedback", False):
+            reasons.append(f"merge[{index}].error_feedback remembers what each rank's messages lost")
+    return reasons
+
+
+def load(target: Target, read: Read, old: dict[str, Any]) -> dict[str, Any]:
+    """Load parameters and moments into the engine from a checkpoint in another layout; the rest of this rank's state.
+
+    Raises:
+        UserError: where a merge was in flight.
+    """
+    mesh, engine = target.mesh, target.engine
+    shards = old["world"] // old["workers"]
+    of_worker = f"{mesh.worker:05}"
+    tags = [of_worker] if old["engine"] == "torch" else [f"{of_worker}-{shard:05}" for shard in range(shards)]
+    files = [read(f"parameters-{tag}.safetensors") for tag in tags]
+    load_parameters(engine, files)
+    engine.load_optimizer_state(moments(engine, files, [read(f"optimizer-{tag}.pt") for tag in tags]))
+    states = [read(f"rank-{mesh.worker * shards + shard:05}.pt") for shard in range(shards)]
+    state = states[0]
+    state["mergers"] = [
+        merger_state(engine, [theirs["mergers"][index] for theirs in states], [theirs["parts"] for theirs in states])
+        for index in range(len(state["mergers"]))
+    ]
+    state["generators"] = None
+    return state
+
+
+@torch.no_grad()
+def load_parameters(engine: Engine, files: list[dict[str, Tensor]]) -> None:
+    pieces = Pieces()
+    for tensors in files:
+        for name, first, values in parts_in(tensors):
+            pieces.add(name, first, values)
+    vector = engine.parameters.vector
+    for part in engine.parameters.parts():
+        vector[part.offset : part.offset + part.numel].copy_(pieces.take(part.name, part.first, part.numel))
+    engine.parameters.push()
+    for name, buffer in engine.parameters.model.named_buffers():
+        buffer.copy_(files[0][f"buffer:{name}"])
+
+
+def moments(engine: Engine, files: list[dict[str, Tensor]], states: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The optimizers' state of this rank's shards, or of the whole where it is replicated."""
+    names = {id(p): name for name, p in engine.parameters.named_tensors()}
+    held = {slot.name: slot for slot in engine.parameters.layout}  # whole parameters, where they are replicated
+    result: list[dict[str, Any]] = []
+    for number, optimizer in enumerate(engine.optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Any]] = {}
+        for index, counts in states[0][number]["state"].items():
+            slot = held[names[id(parameters[index])]]
+            own = engine.shard_of(parameters[index]).shape
+            state[index] = {}
+            for key, value in counts.items():
+                if not isinstance(value, Tensor) or value.ndim == 0:
+                    state[index][key] = value
+                    continue
+                pieces = Pieces()
+                for tensors, theirs in zip(files, states, strict=True):
+                    firsts = {name: first for name, first, _ in parts_in(tensors)}
+                    if slot.name in firsts:
+                        pieces.add(slot.name, firsts[slot.name], theirs[number]["state"][index][key].reshape(-1))
+                state[index][key] = pieces.take(slot.name, slot.first, slot.numel).view(own)
+        result.append({"state": state, "param_groups": states[0][number]["param_groups"]})
+    return result
+
+
+def merger_state(engine: Engine, states: list[dict[str, Any]], parts: list[list[tuple]]) -> dict[str, Any]:
+    """A merger's state with its vectors laid out as this rank's."""
+    state = dict(states[0])
+    if state["flying"] is not None:
+        raise UserError("a merge was in flight at the newest checkpoint: its messages belong to the layout; resume in the same")
+    if state["outer"] is None:
+        return state
+    vectors = {key: [theirs["outer"][key] for theirs in states] for key, value in state["outer"].items() if value is not None}
+    return state | {"outer": state["outer"] | {key: laid_out(engine, theirs, parts) for key, theirs in vectors.items()}}
+
+
+def laid_out(engine: Engine, vectors: list[Tensor], parts: list[list[tuple]]) -> Tensor:
+    """A vector over theta, from those of the ranks that wrote it, in this rank's layout."""
+    pieces = Pieces()
+    for vector, theirs in zip(vectors, parts, strict=True):
+        for part in (Part(*fields) for fields in theirs):
+            pieces.add(part.name, part.first, vector[part.offset : part.offset + part.numel])
+    result = torch.empty_like(engine.parameters.vector)
+    for part in engine.parameters.parts():
+        result[part.offset : part.offset + part.numel] = pieces.take(part.name, part.first, part.numel)
+    return result

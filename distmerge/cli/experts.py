@@ -1,0 +1,72 @@
+"""The flags of ``experts``, ``examples`` and ``ptm``. Heavy imports wait until the flags are known to be sound."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distmerge.cli.merging import globs_by_skill
+from distmerge.plotting import require_matplotlib
+from distmerge.quiet import quiet
+
+if TYPE_CHECKING:
+    from distmerge.config.run import TrainConfig
+
+VERBS = ("experts", "examples", "ptm")
+
+
+def add_parsers(verbs: Any) -> None:
+    experts = verbs.add_parser("experts", help="train several experts of one base, or resume them", allow_abbrev=False)
+    experts.add_argument("config", metavar="CONFIG.toml")
+    experts.add_argument("--dry-run", action="store_true", help="print the plan: memory, tokens, merges; train nothing")
+    experts.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # a launcher may add it
+    examples = verbs.add_parser("examples", help="what an expert memorised, and what of it a merge kept", allow_abbrev=False)
+    examples.add_argument("run_dir", metavar="RUN_DIR", help="of an expert, trained with examples.track = true")
+    examples.add_argument("--merged", metavar="MODEL", required=True, help="a merge of it with others")
+    examples.add_argument("--judge", metavar="MODEL", help="scores the difficulty: an early step of another seed's run")
+    examples.add_argument("--out", metavar="DIR", help="where examples.json and examples.png go (default: RUN_DIR)")
+    ptm = verbs.add_parser("ptm", help="parallel-train-then-merge as an experiment, with a report", allow_abbrev=False)
+    ptm.add_argument("config", metavar="CONFIG.toml")
+    ptm.add_argument("--out", metavar="DIR", help="in place of the file's")
+    ptm.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the file's")
+    ptm.add_argument("--general", nargs="+", metavar="GLOB", help="text files of the general ability")
+    ptm.add_argument(
+        "--skill",
+        action="append",
+        metavar="NAME=GLOB",
+        help="text files of a skill, again for each; NAME alone: the standard library's code, headers or arithmetic",
+    )
+
+
+def run(options: argparse.Namespace, train: Callable[[TrainConfig, int], None]) -> int:
+    """The verb's exit status. ``train`` trains one run to its end."""
+    require_matplotlib(f"distmerge {options.verb}")
+    if options.verb == "examples":
+        from distmerge.experts import retention as memorised
+
+        found = memorised.report(Path(options.run_dir), options.merged, options.judge)
+        memorised.write(found, Path(options.out or options.run_dir))
+        print(memorised.table(found))
+        return 0
+    from distmerge.studies.config import read
+
+    overrides: dict[str, Any] = {key: value for key in ("out", "seeds", "general") if (value := getattr(options, key))}
+    if options.skill:
+        overrides["skills"] = skills_of(options.skill)
+    config = read(options.config, overrides)
+
+    from distmerge.studies.ptm import experiment
+
+    with quiet():
+        results = experiment(config, train)
+    print(json.dumps({"report": f"{config.out}/report.html", "results": f"{config.out}/results.json"} | results["summary"]))
+    return 0
+
+
+def skills_of(given: list[str]) -> dict[str, list[str]]:
+    """The same, where a NAME alone stands for the standard library's text of that name: ``[]``."""
+    own: dict[str, list[str]] = {item: [] for item in given if "=" not in item}
+    return own | globs_by_skill([item for item in given if "=" in item])

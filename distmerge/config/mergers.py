@@ -1,0 +1,203 @@
+"""The [[merge]] entries of a configuration, and what they are where the user does not say."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from distmerge.config.presets import PRESETS, every_of, outer_of
+from distmerge.config.section import Section
+from distmerge.errors import UserError
+
+FEW_MERGES = 30
+"""With fewer merges than this in a run, the loss that merging costs is several percent whatever the settings."""
+
+
+class Merger(Section):
+    """What every entry can do: become complete, and say what it warns of."""
+
+    def completed(self, workers: int, steps: int | None = None) -> Self:
+        """With a value for each key that depends on the run and was not given."""
+        return self
+
+    def warning(self, steps: int) -> str | None:
+        """What a user should know before a run of so many steps."""
+        return None
+
+
+class Periodic(Merger):
+    """A merger of all parameters in turn."""
+
+    every: int | None = Field(default=None, ge=1)
+
+    def completed(self, workers: int, steps: int | None = None) -> Self:
+        if self.every is not None:
+            return self
+        if steps is None:
+            raise UserError("every must be an integer, got None")
+        return self.model_copy(update={"every": every_of(steps, self.least_every)})
+
+    @property
+    def least_every(self) -> int:
+        return 1
+
+    def warning(self, steps: int) -> str | None:
+        assert self.every is not None, "a configuration is complete"
+        merges = steps // self.every
+        if merges >= FEW_MERGES:
+            return None
+        return (
+            f"{steps} steps with every = {self.every} are {merges} merges; with fewer than {FEW_MERGES} or so, merging costs "
+            "several percent of the loss: lower every, or train for longer"
+        )
+
+
+Wire = Literal["fp32", "bf16", "int8", "int4"]
+Nonfinite = Literal["raise", "leave-out"]
+
+
+class DiLoCo(Periodic):
+    kind: Literal["diloco"] = "diloco"
+    every: int | None = Field(default=None, ge=1)
+    """Inner steps between merges of a parameter (H). By default steps / 100, but at least 10 and at most 100: the number of
+    merges matters most. Each merge sends the model once."""
+    outer_lr: float | None = Field(default=None, gt=0)
+    """Outer learning rate. 1 with momentum 0 is parameter averaging. By default 0.7 for 2 and 3 workers, 1.0 for more."""
+    outer_momentum: float | None = Field(default=None, ge=0, lt=1)
+    """Outer momentum. By default 0.5, the best with 10 to 250 merges; the paper's 0.9 (kind paper-diloco) wants many more."""
+    nesterov: bool = True
+    """Nesterov's form of the outer momentum."""
+    fragments: int = Field(default=1, ge=1)
+    """Parts of the model that merge in turn, staggered over the H steps (Streaming DiLoCo)."""
+    fragment_order: Literal["strided", "balanced"] = "strided"
+    """strided: blocks dealt out over depth; balanced: by bytes."""
+    overlap: int = Field(default=0, ge=0)
+    """Inner steps that go on while a fragment's collectives run (tau); < every / fragments."""
+    mix: float = Field(default=0.0, ge=0, le=1)
+    """Share of its own parameters that a worker keeps in a merge (alpha). 1 is no communication but at the end."""
+    wire: Wire = "fp32"
+    """The format of the values that travel; the integer ones in blocks of 64."""
+    error_feedback: bool = False
+    """Add what the wire's rounding lost to the next message."""
+    rule: Literal["mean", "tokens", "radial"] = "mean"
+    """mean; tokens: weighted by tokens^2 / steps; radial: length and direction averaged apart, for each tensor."""
+    outer_sharded: bool = False
+    """Each worker keeps and steps 1/M of the anchor and velocity. Same traffic, no correlation in the metrics."""
+    outer_device: Literal["cpu"] | None = None
+    """cpu keeps anchor and velocity in host memory."""
+    bucket_bytes: int = Field(default=64 * 2**20, ge=4)
+    """Bytes of parameters per collective."""
+    nonfinite: Nonfinite = "raise"
+    """What becomes of NaN and infinity. raise: a merge that would take them in ends the run; leave-out: a worker that has them
+    counts for nothing in the merge and takes the others' values (its optimizer's moments stay: see [recovery])."""
+
+    @model_validator(mode="after")
+    def consistent(self) -> DiLoCo:
+        if self.every is not None and self.fragments > self.every:
+            raise UserError(f"fragments must be <= every = {self.every}, got {self.fragments}")
+        if self.every is not None and self.overlap and self.overlap * self.fragments >= self.every:
+            raise UserError(f"overlap must be < every / fragments = {self.every / self.fragments:g}, got {self.overlap}")
+        if self.error_feedback and self.wire == "fp32":
+            raise UserError("error_feedback must be false where wire is fp32, which loses nothing, got true")
+        if self.outer_sharded and self.wire != "fp32":
+            raise UserError(f"outer_sharded needs wire fp32, since it sends parameters and not deltas, got {self.wire}")
+        if self.rule == "radial":
+            for key, plain in (("fragments", 1), ("overlap", 0), ("wire", "fp32"), ("outer_sharded", False)):
+                if getattr(self, key) != plain:
+                    raise UserError(
+                        f'{key} must be {plain} for rule "radial", which is no running mean, got {getattr(self, key)}'
+                    )
+        return self
+
+    @property
+    def least_every(self) -> int:
+        return self.fragments * (self.overlap + 1)
+
+    def completed(self, workers: int, steps: int | None = None) -> Self:
+        chosen = {key: value for key, value in outer_of(workers).items() if getattr(self, key) is None}
+        return super().completed(workers, steps).model_copy(update=chosen)
+
+
+class PaperDiLoCo(DiLoCo):
+    """DiLoCo with its paper's outer optimizer; any key can be set. The paper merges every 500 steps."""
+
+    kind: Literal["paper-diloco"] = "paper-diloco"  # pyright: ignore[reportIncompatibleVariableOverride]
+    outer_lr: float | None = Field(default=PRESETS["paper-diloco"]["outer_lr"], gt=0)
+    """Outer learning rate."""
+    outer_momentum: float | None = Field(default=PRESETS["paper-diloco"]["outer_momentum"], ge=0, lt=1)
+    """Outer momentum."""
+
+
+class StreamingDiLoCo(DiLoCo):
+    """DiLoCo with the settings of its streaming form; any of them can be set."""
+
+    kind: Literal["streaming-diloco"] = "streaming-diloco"  # pyright: ignore[reportIncompatibleVariableOverride]
+    outer_lr: float | None = Field(default=PRESETS["streaming-diloco"]["outer_lr"], gt=0)
+    """Outer learning rate."""
+    outer_momentum: float | None = Field(default=PRESETS["streaming-diloco"]["outer_momentum"], ge=0, lt=1)
+    """Outer momentum."""
+    fragments: int = Field(default=PRESETS["streaming-diloco"]["fragments"], ge=1)
+    """Parts of the model that merge in turn, staggered over the H steps."""
+    overlap: int = Field(default=PRESETS["streaming-diloco"]["overlap"], ge=0)
+    """Inner steps that go on while a fragment's collectives run (tau)."""
+    mix: float = Field(default=PRESETS["streaming-diloco"]["mix"], ge=0, le=1)
+    """Share of its own parameters that a worker keeps in a merge (alpha)."""
+    wire: Wire = PRESETS["streaming-diloco"]["wire"]
+    """The format of the values that travel."""
+    error_feedback: bool = PRESETS["streaming-diloco"]["error_feedback"]
+    """Add what the wire's rounding lost to the next message."""
+
+
+class Average(Periodic):
+    kind: Literal["average", "local-sgd"] = "average"
+    """Plain averaging of the parameters: DiLoCo with outer rate 1 and no momentum."""
+    every: int | None = Field(default=None, ge=1)
+    """Inner steps between merges. By default steps / 100, but at least 10 and at most 100."""
+    wire: Wire = "fp32"
+    """The format of the values that travel."""
+    error_feedback: bool = False
+    """Add what the wire's rounding lost to the next message."""
+    bucket_bytes: int = Field(default=64 * 2**20, ge=4)
+    """Bytes of parameters per collective."""
+    nonfinite: Nonfinite = "raise"
+    """What becomes of NaN and infinity. raise: a merge that would take them in ends the run; leave-out: a worker that has them
+    counts for nothing in the merge and takes the others' values (its optimizer's moments stay: see [recovery])."""
+
+
+class SPARTA(Merger):
+    kind: Literal["sparta"] = "sparta"
+    fraction: float = Field(default=0.005, gt=0, le=1)
+    """Share of the parameters that is averaged in a round (p)."""
+    every: int = Field(default=1, ge=1)
+    """Inner steps between rounds."""
+    selector: Literal["random", "shuffled", "partitioned"] = "partitioned"
+    """random: drawn anew each round; shuffled: one permutation cut into chunks; partitioned: a new one each cycle."""
+    delay: int = Field(default=0, ge=0)
+    """Inner steps that go on while a round is in flight; what comes back is applied as a difference."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Smoothing of the differences; costs a vector of the model's size."""
+    wire: Wire = "fp32"
+    """The format of the values that travel."""
+    nonfinite: Nonfinite = "raise"
+    """What becomes of NaN and infinity. raise: a merge that would take them in ends the run; leave-out: a worker that has them
+    counts for nothing in the merge and takes the others' values (its optimizer's moments stay: see [recovery])."""
+
+    @model_validator(mode="after")
+    def lands_in_time(self) -> SPARTA:
+        cycle = math.ceil(1 / self.fraction) * self.every
+        if self.selector != "random" and self.delay > cycle:
+            raise UserError(
+                f'delay must be <= {cycle} steps for selector "{self.selector}", a cycle of 1 / fraction rounds, after which '
+                f"the same parameters are sent again, got {self.delay}"
+            )
+        return self
+
+
+class NoMerge(Merger):
+    kind: Literal["none"] = "none"
+    """Workers never talk; they are averaged once, at the end."""
+
+
+Merge = Annotated[DiLoCo | PaperDiLoCo | StreamingDiLoCo | Average | SPARTA | NoMerge, Field(discriminator="kind")]

@@ -1,0 +1,212 @@
+"""Reading and writing configurations: TOML, ``--section.key value`` overrides, differences."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar, get_origin
+
+import tomli_w
+from pydantic import ValidationError
+
+from distmerge.config.errors import explain, fields_of, section_at
+from distmerge.config.run import Section, TrainConfig
+from distmerge.errors import UserError
+
+S = TypeVar("S", bound=Section)
+
+LAYOUT = ("engine.kind", "engine.reshard_after_forward", "train.batch_size", "train.gradient_accumulation")
+"""Keys of the layout: a checkpoint can be read in another one, whose steps have as many sequences."""
+
+MAY_CHANGE = (
+    "run_dir",
+    "steps",
+    "mesh.timeout_seconds",
+    "mesh.watchdog_seconds",
+    "train.threads",
+    "log",
+    "evaluate",
+    "checkpoint",
+    "preview",
+    "recovery",
+    *LAYOUT,
+)
+"""Keys, or whole sections, that may differ when a run is resumed. run_dir: a run may be moved."""
+
+LARGEST_BYTES = 1 << 20
+"""Of a configuration."""
+
+DEEPEST = 32
+"""Tables in tables of a configuration; none that means something comes near."""
+
+
+def read(path: str, overrides: list[str]) -> TrainConfig:
+    """The configuration in the TOML file ``path`` with command line overrides such as ``["--mesh.workers", "4"]``."""
+    table = read_table(path)
+    for key, values in parse_overrides(overrides):
+        put(table, key, values)
+    return validate(table)
+
+
+def read_table(path: str) -> dict[str, Any]:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            raise UserError(f"cannot read the configuration {path}: it is no regular file")
+        if os.path.getsize(path) > LARGEST_BYTES:
+            raise UserError(f"a configuration must have at most {LARGEST_BYTES} bytes, {path} has more")
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}") from None
+    return parse(text, path)
+
+
+def parse(text: str, what: str) -> dict[str, Any]:
+    """TOML as a table, or one line that says what is wrong with it."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise UserError(f"{what} is not valid TOML: it is nested too deep") from None
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
+        raise UserError(f"{what} is not valid TOML: {error}") from None
+
+
+def validate(table: dict[str, Any]) -> TrainConfig:
+    return validate_as(TrainConfig, with_settled(table))
+
+
+def with_settled(table: dict[str, Any]) -> dict[str, Any]:
+    """The table with what an earlier start of its run has settled for the keys of [[merge]] that it leaves open.
+
+    Defaults that depend on the run are settled once: a resume that trains for longer merges as often as before.
+    """
+    try:
+        stored = tomllib.loads((Path(table["run_dir"]) / "config.toml").read_text()).get("merge", [])
+    except (KeyError, TypeError, ValueError, OSError):  # no run yet, or nothing to be read: others say what is wrong with it
+        return table
+    merge = table.get("merge")
+    if not isinstance(merge, list) or len(merge) != len(stored):
+        return table
+    return table | {"merge": [settled(entry, before) for entry, before in zip(merge, stored, strict=True)]}
+
+
+def settled(entry: Any, before: dict[str, Any]) -> Any:
+    if not isinstance(entry, dict) or entry.get("kind") != before.get("kind"):
+        return entry
+    return {key: before[key] for key in ("every", "outer_lr", "outer_momentum") if key in before} | entry
+
+
+def validate_as(section: type[S], table: dict[str, Any]) -> S:
+    """The table as a configuration of another kind than a run's, such as an experiment's."""
+    check_texts(table, "config")
+    try:
+        return section.model_validate(table)
+    except ValidationError as error:
+        raise UserError(explain(error.errors()[0])) from None
+
+
+def check_texts(value: Any, key: str, depth: int = 0) -> None:
+    """Refuse text that cannot be a path, nor be written into a file (NUL, bytes that are no UTF-8), and endless nesting."""
+    if depth > DEEPEST:
+        raise UserError(f"{key[:80]}... must be nested at most {DEEPEST} deep")
+    if isinstance(value, str) and ("\0" in value or (not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value))):
+        raise UserError(f"{key} must be text without NUL, in UTF-8, got {value!r}")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        check_texts(item, f"{key}[{name}]" if isinstance(name, int) else f"{key}.{name}", depth + 1)
+
+
+def checked(section: type[S], **values: Any) -> S:
+    """A section made by the library's own callers: mistakes are named by the argument alone."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error.errors()[0]).removeprefix("config.")) from None
+
+
+def dump(config: TrainConfig) -> str:
+    """The resolved configuration as TOML; keys that are unset are left out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, by_alias=True))
+
+
+def differing_keys(stored: TrainConfig, config: TrainConfig) -> list[str]:
+    """Keys, dotted and sorted, whose values differ and that a resume may not change."""
+    old, new = flatten(stored.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [key for key in changed if key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        items = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {
+        key: leaf for name, item in items for key, leaf in flatten(item, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def parse_overrides(arguments: list[str]) -> list[tuple[str, list[str]]]:
+    """``["--a.b", "1", "--c=2"]`` as ``[("a.b", ["1"]), ("c", ["2"])]``; a hyphen in a key is an underscore."""
+    overrides: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            overrides.append((key.replace("-", "_"), [value] if equals else []))
+        elif overrides:
+            overrides[-1][1].append(argument)
+        else:
+            raise UserError(f"expected --section.key value, got {argument}")
+    return overrides
+
+
+def put(table: dict[str, Any], key: str, values: list[str]) -> None:
+    """Set the dotted ``key`` in ``table``; list indices reach into lists, one past the end appends."""
+    *parents, last = key.split(".")
+    place: Any = table
+    for name in parents:
+        place = descend(place, name, key)
+    if not isinstance(place, dict):
+        descend(place, last, key)
+        raise UserError(f"--{key} does not lead to a key of the configuration")
+    place[last] = coerce(parents, last, key, values)
+
+
+def descend(place: Any, name: str, key: str) -> Any:
+    if isinstance(place, dict) and name == "merge":
+        return place.setdefault(name, [])
+    if isinstance(place, dict):
+        return place.setdefault(name, {})
+    if isinstance(place, list) and name.isdigit() and int(name) <= len(place):
+        if int(name) == len(place):
+            place.append({})
+        return place[int(name)]
+    if key == f"merge.{name}" and not name.isdigit():
+        raise UserError(f"--{key} does not say which [[merge]]; did you mean --merge.0.{name}?")
+    raise UserError(f"--{key} does not lead to a key of the configuration")
+
+
+def coerce(parents: list[str], last: str, key: str, values: list[str]) -> Any:
+    """Strings are left to the schema; only lists and the model's free table need a hand."""
+    if parents[:2] in (["model", "config"], ["engine", "config"]):
+        value = " ".join(values)
+        try:
+            return tomllib.loads(f"value = {value}")["value"]
+        except (ValueError, RecursionError):
+            return value
+    section = section_at(parents)
+    field = fields_of(section).get(last) if section else None
+    if field is not None and get_origin(field.annotation) in (list, tuple):
+        return values
+    if not values:
+        if field is not None and field.annotation is bool:
+            return True
+        if field is None and section is not None:
+            return None  # the schema says that there is no such key
+        raise UserError(f"--{key} needs a value")
+    if len(values) > 1:
+        raise UserError(f"--{key} takes one value, got {' '.join(values)}")
+    return values[0]

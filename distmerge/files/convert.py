@@ -1,0 +1,124 @@
+"""Checkpoints that others' trainers wrote, as safetensors beside them: DCP directories, DeepSpeed ZeRO directories.
+
+Both formats are pickles at heart, which can run code when they are read, so that they must be allowed by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distmerge.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIX = ".converted"
+
+
+def is_foreign(path: Path) -> bool:
+    return is_dcp(path) or is_zero(path)
+
+
+def is_dcp(path: Path) -> bool:
+    """torch.distributed.checkpoint writes .metadata and *.distcp."""
+    return (path / ".metadata").is_file()
+
+
+def is_zero(path: Path) -> bool:
+    """DeepSpeed writes ``latest`` and a tag's directory, or one is in that with its *_optim_states.pt."""
+    return (path / "latest").is_file() or any(path.glob("*_optim_states.pt"))
+
+
+def newest_tag(path: Path) -> str | None:
+    """What a DeepSpeed run's directory stands for: the tag of its newest checkpoint. None for other directories."""
+    latest = path / "latest"
+    return latest.read_text().strip() if latest.is_file() else None
+
+
+def as_safetensors(path: Path, allow_pickle: bool) -> Path:
+    """Convert into ``PATH.converted``; that directory. It is kept, and made anew when the checkpoint has changed since.
+
+    Raises:
+        UserError: unless pickles are allowed, or where the checkpoint cannot be read.
+    """
+    converted = path.with_name(path.name + SUFFIX)
+    if converted.is_dir() and converted.stat().st_mtime_ns >= max(file.stat().st_mtime_ns for file in path.rglob("*")):
+        return converted
+    if not allow_pickle:
+        raise UserError(f"{path} is a DCP or DeepSpeed checkpoint, pickles that can run code; allow it by --allow-pickle")
+    from distmerge.files.directories import guarded
+
+    tensors = read_dcp(path) if is_dcp(path) else read_zero(path)
+    guarded(converted, lambda: keep(path, tensors, converted))
+    return converted
+
+
+def keep(path: Path, tensors: dict[str, Tensor], converted: Path) -> None:
+    """Write ``tensors``, with the small files beside the checkpoint in ``path``, as ``converted``."""
+    from distmerge.files.atomic import give_name, write_bytes
+    from distmerge.files.directories import write_file
+
+    temporary = path.with_name(f".{path.name}{SUFFIX}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    write_file(temporary / "model.safetensors", tensors)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (path / name).is_file():
+            write_bytes(temporary / name, (path / name).read_bytes())
+    give_name(temporary, converted)
+
+
+def read_dcp(path: Path) -> dict[str, Tensor]:
+    """The model's tensors of a DCP directory: all, or those under ``model.`` beside an optimizer's."""
+    from torch import Tensor
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, Any] = {}
+    try:
+        _load_state_dict(state, FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    except CheckpointException as error:  # what the ranks' errors are gathered in, no Exception itself
+        causes = [cause for cause, _ in error.failures.values()]
+        raise UserError(f"cannot read the DCP checkpoint {path}: {first_line(causes[0])}") from None
+    except Exception as error:  # whatever a damaged pickle comes to
+        raise UserError(f"cannot read the DCP checkpoint {path}: {first_line(error)}") from None
+    model = state.get("model", state)
+    tensors = {name: tensor.contiguous() for name, tensor in flattened(model) if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise UserError(f"the DCP checkpoint {path} holds no tensors")
+    return tensors
+
+
+def flattened(state: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for name, value in state.items():
+        leaves += flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return leaves
+
+
+def read_zero(path: Path) -> dict[str, Tensor]:
+    """DeepSpeed's float32 masters, put together by its own code."""
+    tagged = (path / "latest").is_file()
+    root, tag = (str(path), None) if tagged else (str(path.parent), path.name)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress, and which accelerator it takes
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+            state = get_fp32_state_dict_from_zero_checkpoint(root, tag)
+    except ImportError:
+        raise UserError("a DeepSpeed checkpoint needs deepspeed to be read; pip install distmerge[deepspeed]") from None
+    except Exception as error:  # whatever a damaged pickle comes to
+        raise UserError(f"cannot read the DeepSpeed checkpoint {path}: {first_line(error)}") from None
+    if not state:
+        raise UserError(f"the DeepSpeed checkpoint {path} holds no tensors")
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -1,0 +1,223 @@
+"""Directories of files that are whole or not there: written through to the disk, hashed, published by one rename.
+
+A directory carries a manifest with every file's size and SHA-256, and a hash of itself. Checkpoints, blocks of the window,
+published steps and the final model are all published here, by :func:`publish`. The files of a checkpoint are hashed on the
+way to the disk, so that a disk that tore or changed one is found out when it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distmerge.errors import UserError
+from distmerge.files.atomic import DurableFile, delete, give_name, make_directory, sync_directory, sync_file
+from distmerge.files.manifest import HASH_NAMES, HASHES, MANIFEST, as_json, entry_of, read_manifest, sealed
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""safetensors' names of dtypes."""
+
+
+def write_file(path: Path, content: Any) -> dict[str, Any]:
+    """Write a file through to the disk; its manifest entry. Its name gives its format: .safetensors (a dict of tensors),
+    .pt (torch) or .json."""
+    with DurableFile(path) as file:
+        match path.suffix:
+            case ".safetensors":
+                write_tensors(file, content)
+            case ".pt":
+                torch.save(content, file)  # pyright: ignore[reportArgumentType]
+            case ".json":
+                file.write(as_json(content))
+            case _:
+                raise AssertionError(f"no format for {path.name}")
+    return file.entry
+
+
+def write_tensors(file: DurableFile, tensors: dict[str, Tensor]) -> None:
+    """The safetensors format, tensor by tensor, without a copy of the whole."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def read_file(path: Path) -> Any:
+    match path.suffix:
+        case ".safetensors":
+            return load_file(path)
+        case ".pt":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        case ".json":
+            return json.loads(path.read_text())
+    raise AssertionError(f"no format for {path.name}")
+
+
+def reader(path: Path) -> Callable[[str], Any]:
+    """``read(name)`` for the files of a directory."""
+    return lambda name: read_file(path / name)
+
+
+def publish(temporary: Path, published: Path, manifest: dict[str, Any], name: str = MANIFEST) -> None:
+    """Write the manifest of files that are durable, and give the directory its name. Only after this does it exist for
+    anyone; an older directory of that name is replaced."""
+    write_file(temporary / name, sealed(manifest))
+    give_name(temporary, published)
+
+
+def publish_directory(published: Path, about: dict[str, Any], write: Callable[[Path], None], name: str = MANIFEST) -> None:
+    """Publish what others' code writes, such as a model directory: made under a hidden name, fsynced, hashed, renamed.
+
+    Args:
+        about: what the manifest says beside the files.
+        write: fills the hidden directory, which is there and empty.
+
+    Raises:
+        UserError: when the disk is full or not writable; nothing that was published before is harmed.
+    """
+    temporary = published.with_name(f".{published.name}")
+
+    def work() -> None:
+        delete(temporary)
+        if not published.parent.is_dir():  # those above it must be there: a deleted run does not come back by its parts
+            os.mkdir(published.parent)
+            sync_directory(published.parent.parent)
+        os.mkdir(temporary)
+        write(temporary)
+        publish(temporary, published, about | {"files": seal(temporary)}, name)
+
+    try:
+        guarded(published, work)
+    except UserError:
+        with contextlib.suppress(OSError):
+            delete(temporary)
+        raise
+
+
+def seal(path: Path) -> dict[str, Any]:
+    """Manifest entries of files that others wrote into a directory, made durable."""
+    entries: dict[str, Any] = {}
+    for file in sorted(path.rglob("*")):
+        sync_file(file)
+        if file.is_file():
+            entries[file.relative_to(path).as_posix()] = entry_of(file)
+    return entries
+
+
+def verify(path: Path, part: int = 0, parts: int = 1, name: str = MANIFEST, kind: str = "sha256") -> str | None:
+    """What is wrong with a published directory, or None.
+
+    Args:
+        parts: only every parts-th file is hashed, from ``part`` on.
+        name: of the manifest.
+        kind: of hash, one of ``HASHES``; where the manifest does not have it, its SHA-256.
+    """
+    try:
+        manifest = read_manifest(path, name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{name} cannot be read ({error})"
+    number = path.name.rpartition("-")[2]
+    if number.isdigit() and int(number) != manifest["step"]:
+        return f"{name} says step {manifest['step']}"
+    for file_name, entry in list(manifest["files"].items())[part::parts]:
+        if problem := damage(path / file_name, entry, name, kind):
+            return f"{file_name} {problem}"
+    return None
+
+
+def damage(file: Path, entry: dict[str, Any], manifest: str, kind: str = "sha256") -> str | None:
+    """What is wrong with a file of which a manifest has an entry."""
+    try:
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            return f"has {size} bytes, {manifest} says {entry['bytes']}"
+        kind = kind if kind in entry else "sha256"
+        return None if hash_file(file, kind) == entry[kind] else f"does not have the {HASH_NAMES[kind]} that {manifest} says"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def published_directories(root: Path, prefix: str) -> list[Path]:
+    """Published directories ``PREFIX-00000120``, oldest first."""
+    return sorted(path for path in root.glob(f"{prefix}-*") if path.is_dir() and path.name.rpartition("-")[2].isdigit())
+
+
+def remove(path: Path) -> None:
+    """Delete a published directory. Renamed first: a half-deleted one must not look like a damaged one."""
+    doomed = path.with_name(f".doomed-{path.name}")
+    os.rename(path, doomed)
+    delete(doomed)
+
+
+def clear_leftovers(root: Path) -> None:
+    """Make a directory of published ones, without what an interrupted job left in it."""
+    make_directory(root)
+    for leftover in root.glob(".*"):
+        delete(leftover)
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Take a directory out of the published ones under the name ``NAME.why``."""
+    aside = path.with_name(f"{path.name}.{why}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    sync_directory(path.parent)
+    return aside
+
+
+def guarded(path: Path, work: Callable[[], Any]) -> Any:
+    """``work()``, with a disk that is full or not writable as the user's error."""
+    try:
+        return work()
+    except (OSError, SafetensorError, RuntimeError) as error:
+        causes = [cause for cause in chain(error) if isinstance(cause, OSError)]
+        reason = causes[-1].strerror if causes else str(error).splitlines()[0]
+        file = next((cause.filename for cause in causes if cause.filename), path)
+        hint = "free some space or take another run_dir"
+        if any(isinstance(cause, FileNotFoundError) for cause in causes):
+            hint = "it or its directory was deleted or moved while a run used it; put it back or take another run_dir"
+        raise UserError(f"cannot write {file}: {reason}; {hint}, and start again") from error
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came from: torch wraps a full disk in errors of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def hash_file(path: Path, kind: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, HASHES[kind]).hexdigest()

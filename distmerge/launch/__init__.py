@@ -1,0 +1,1 @@
+"""From one command to many ranks: rendezvous, signals, leaving in time, and saying which rank failed."""

@@ -1,0 +1,77 @@
+"""distmerge's own recipe, in TOML.
+
+method = "ties"
+base = "models/base"
+density = 0.5                    # any parameter: a value, a list (over the layers), or [{filter = "mlp", value = 1}, ...]
+trim = "tensor"                  # a variant; what is unset follows from compat
+[[model]]
+path = "models/code"
+weight = 0.5
+"""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+from distmerge.errors import UserError
+from distmerge.merging.methods import PARAMETERS, VARIANTS
+from distmerge.merging.recipe import Entry, Recipe, Slice, Tokenizer, check_dtype, check_parameters
+
+KEYS = ("method", "base", "general", "compat", "dtype", "out_dtype", "tokenizer", "chat_template", "seed", "model")
+
+
+def parse(text: str) -> Recipe:
+    """The recipe in TOML.
+
+    Raises:
+        UserError: for anything that is not understood.
+    """
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"the recipe is not valid TOML: {error}") from None
+    return from_table(table, text)
+
+
+def from_table(table: dict[str, Any], text: str) -> Recipe:
+    for key in table:
+        if key not in (*KEYS, *PARAMETERS, *VARIANTS):
+            raise UserError(f"{key} is not a known key of a recipe; known: {', '.join((*KEYS, *PARAMETERS, *VARIANTS))}")
+    models = table.get("model")
+    if not isinstance(models, list) or not models or not all(isinstance(item, dict) for item in models):
+        raise UserError("a recipe must have at least one [[model]] with a path")
+    method, compat, seed = table.get("method"), table.get("compat", "paper"), table.get("seed", 0)
+    if not isinstance(method, str):
+        raise UserError(f"method must be the name of a method, got {method!r}")
+    if compat not in ("paper", "mergekit"):
+        raise UserError(f'compat must be "paper" or "mergekit", got {compat!r}')
+    if type(seed) is not int:
+        raise UserError(f"seed must be a whole number, got {seed!r}")
+    shared = {key: table[key] for key in PARAMETERS if key in table and not (key == "rescale" and isinstance(table[key], str))}
+    return Recipe(
+        method=method, slices=(Slice(tuple(read_model(item, index) for index, item in enumerate(models))),),
+        base=text_of(table, "base"), general=text_of(table, "general"), parameters=check_parameters("recipe", shared),
+        variants={key: str(table[key]) for key in VARIANTS if key in table and key not in shared}, compat=compat,
+        dtype=check_dtype("dtype", table.get("dtype")), out_dtype=check_dtype("out_dtype", table.get("out_dtype")),
+        tokenizer=Tokenizer(str(table["tokenizer"])) if "tokenizer" in table else None,
+        chat_template=text_of(table, "chat_template"), seed=seed, text=text,
+    )  # fmt: skip
+
+
+def read_model(item: dict[str, Any], index: int) -> Entry:
+    where = f"model[{index}]"
+    for key in item:
+        if key not in ("path", *PARAMETERS):
+            raise UserError(f"{where}.{key} is not a known key; known: path, {', '.join(PARAMETERS)}")
+    if not isinstance(item.get("path"), str) or not item["path"]:
+        raise UserError(f"{where}.path must be a model directory or a hub id, got {item.get('path')!r}")
+    own = check_parameters(where, {key: value for key, value in item.items() if key != "path"})
+    return Entry(item["path"], own)
+
+
+def text_of(table: dict[str, Any], key: str) -> str | None:
+    value = table.get(key)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{key} must be a string, got {value!r}")
+    return value

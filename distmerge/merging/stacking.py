@@ -1,0 +1,150 @@
+"""The configuration of a model that is stacked from layers of others, and the proof that it loads.
+
+Configurations say much of layers by their index: which of them slide, which have no rotary embedding, which are experts. Where
+layers move, all of it moves with them; what cannot is found when transformers builds the model, before anything is written.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from distmerge.errors import UserError
+from distmerge.files.header import FLOATS
+from distmerge.files.models import Model, layer_of
+from distmerge.merging.pairing import Pairing
+from distmerge.merging.recipe import Recipe
+
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+INDEX_LISTS = ("moe_layers", "mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "hybrid_layer_ids")
+"""Keys whose lists hold the layers' numbers, not a value for each layer."""
+
+PROVED_LAYERS = 128
+"""The proof builds the first so many layers: more than any common model has, and it takes a second."""
+
+
+def restacked(recipe: Recipe, models: dict[str, Model], config: dict[str, Any]) -> dict[str, Any]:
+    """The donor's configuration with every list over the layers put together as the recipe's slices are.
+
+    Raises:
+        UserError: when the configuration does not say its layers, or a layer's model lacks what the donor says of its own.
+    """
+    count = next((key for key in COUNTS if key in config), None)
+    if count is None:
+        raise UserError("slices need a config.json with num_hidden_layers, which the first model does not have")
+    layers = [
+        (entry.model, index)
+        for slice in recipe.slices
+        for entry in slice.entries[:1]
+        for index in range(*entry.layers or (0, 0))
+    ]
+    whole = {name: complete(models[name].config) for name in dict.fromkeys([recipe.donor, *(name for name, _ in layers)])}
+    return stacked(whole, recipe.donor, config | {count: len(layers)}, layers)
+
+
+def stacked(whole: dict[str, dict[str, Any]], donor: str, out: dict[str, Any], layers: list[tuple[str, int]]) -> dict[str, Any]:
+    """``out`` with the lists over layers that the models' ``whole`` configurations have at ``layers``."""
+    for key, value in whole[donor].items():
+        if not isinstance(value, list):
+            continue
+        if key in INDEX_LISTS:
+            out[key] = [place for place, (name, index) in enumerate(layers) if index in (whole[name].get(key) or ())]
+        elif is_per_layer(key, value, count_of(whole[donor])):
+            out[key] = [of_layer(key, whole[name].get(key), name, index) for name, index in layers]
+    return out
+
+
+def count_of(config: dict[str, Any]) -> Any:
+    return next((config[key] for key in COUNTS if key in config), None)
+
+
+def beginning(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The configuration of the first ``layers`` layers alone."""
+    held = {key: value for key, value in config.items() if isinstance(value, list)}
+    cut = {key: value[:layers] for key, value in held.items() if is_per_layer(key, value, count_of(config))}
+    cut |= {key: [index for index in held[key] if index < layers] for key in INDEX_LISTS if key in held}
+    return config | cut | {key: layers for key in COUNTS if key in config}
+
+
+def is_per_layer(key: str, value: list[Any], layers: Any) -> bool:
+    """Whether a list says something of each layer; in a small model, lists of tokens can have as many entries."""
+    return len(value) == layers and "token" not in key and key != "architectures"
+
+
+def of_layer(key: str, values: Any, model: str, index: int) -> Any:
+    if not isinstance(values, list) or index >= len(values):
+        raise UserError(f"the config.json of {model} must have {key} for layer {index}, as the first model's has")
+    return values[index]
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with what transformers makes of keys that are left out: Gemma's layer_types follow from the index."""
+    if not is_known(config):
+        return config
+    return config | {key: value for key, value in parsed(config).to_dict().items() if config.get(key) is None}
+
+
+def is_known(config: dict[str, Any]) -> bool:
+    """Whether transformers has this architecture itself."""
+    if "model_type" not in config:
+        return False
+    from transformers import CONFIG_MAPPING
+
+    return config["model_type"] in CONFIG_MAPPING
+
+
+def parsed(config: dict[str, Any]) -> Any:
+    """transformers' own configuration.
+
+    Raises:
+        UserError: when it does not accept it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    from distmerge.model import first_line
+
+    try:
+        return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    except Exception as error:  # each architecture checks its keys in its own way
+        raise UserError(f"the config.json of {config['model_type']} is not valid: {first_line(error)}") from None
+
+
+def prove(config: dict[str, Any], pairings: list[Pairing]) -> None:
+    """Refuse a configuration whose model does not have the very tensors that are about to be written. Nothing is allocated.
+
+    An architecture that transformers does not have itself cannot be proved, and is passed over.
+
+    Raises:
+        UserError: naming the first tensor that is missing, left over or of another shape.
+    """
+    if not is_known(config):
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports deepspeed, which says which device it found
+    import torch
+    import transformers
+
+    from distmerge.model import first_line
+
+    built = parsed(config)
+    if count_of(config) > PROVED_LAYERS:
+        built = parsed(beginning(config, PROVED_LAYERS))
+        pairings = [item for item in pairings if (layer_of(item.name) or ("", 0))[1] < PROVED_LAYERS]
+    named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+    kind: Any = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
+    kinds = {True: torch.float32, False: torch.int64}
+    tensors = {
+        item.name: torch.empty(item.shape, dtype=kinds[item.members[0].stored.dtype in FLOATS], device="meta")
+        for item in pairings
+    }
+    try:
+        _, report = kind.from_pretrained(
+            None, config=built, state_dict=tensors, device_map="meta", dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except Exception as error:  # architectures raise many kinds for layers that they cannot build
+        raise UserError(f"the slices make no model of {config['model_type']}: {first_line(error)}") from None
+    for key, said in (("missing_keys", "lack"), ("unexpected_keys", "leave over"), ("mismatched_keys", "do not fit")):
+        if report[key]:
+            name = min(entry if isinstance(entry, str) else entry[0] for entry in report[key])
+            more = f" and {len(report[key]) - 1} more" if len(report[key]) > 1 else ""
+            raise UserError(f"the slices make no model of {config['model_type']}: they {said} {name}{more}")

@@ -1,0 +1,58 @@
+"""``distmerge recover RUN_DIR``: the roll-back of a run that crashed or diverged, planned by hand.
+
+Stable are the checkpoints that verify and hold only finite numbers. The plan is written, what is newer is set aside, and
+``distmerge train`` carries it out when it is started again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distmerge.checkpoints.health import unsound_checkpoint
+from distmerge.checkpoints.store import published_checkpoints, step_of
+from distmerge.errors import UserError
+from distmerge.files.atomic import delete
+from distmerge.files.directories import guarded, verify
+from distmerge.recovery.plan import Plan, read_plan, skip_around, write_plan
+from distmerge.rundir.identity import read_identity, stranger
+from distmerge.rundir.layout import Lock, RunDirectory
+
+
+def recover_by_hand(run_dir: Path, before: int | None, merge_last: int, optimizer: str, skip_batches: int) -> str:
+    """Plan the roll-back; what was planned, in one line.
+
+    Raises:
+        UserError: where there is no run, it is in use, or no stable checkpoint is left.
+    """
+    if not (run_dir / "checkpoints").is_dir():
+        raise UserError(f"RUN_DIR must be a run's directory with checkpoints, got {run_dir}")
+    lock = Lock(RunDirectory(run_dir))
+    lock.take_job(patience_seconds=0)
+    identity = read_identity(run_dir)
+    stable: list[Path] = []
+    reasons: list[str] = []
+    for path in reversed(published_checkpoints(run_dir / "checkpoints")):
+        if (before is None or step_of(path) < before) and len(stable) < merge_last:
+            problem = verify(path) or stranger(path, identity) or unsound_checkpoint(path)
+            if problem is None:
+                stable.append(path)
+            else:
+                reasons.append(f"{path.name}: {problem}")
+    if not stable:
+        where = f" before step {before}" if before is not None else ""
+        raise UserError(f"{run_dir} has no stable checkpoint{where}" + (f" ({'; '.join(reasons)})" if reasons else ""))
+    earlier = read_plan(run_dir)
+    plan = Plan(
+        to=step_of(stable[0]),
+        members=[path.name for path in stable],
+        optimizer=optimizer,
+        spike=0,
+        attempts=0,
+        skipped=[*(earlier.skipped if earlier else []), *skip_around(before or 0, skip_batches)],
+    )
+    guarded(run_dir, lambda: write_plan(run_dir, plan))
+    guarded(run_dir, lambda: delete(run_dir / "summary.json"))  # the end that it speaks of is given up
+    lock.release()
+    rejected = f"; rejected {'; '.join(reasons)}" if reasons else ""
+    what = f"merge {', '.join(plan.members)} at" if len(plan.members) > 1 else "go back to"
+    return f"the next distmerge train will {what} step {plan.to}, optimizer: {optimizer}{rejected}"

@@ -1,0 +1,176 @@
+"""Blocks on disk: model directories that anyone can read, with a record of where in the run they lie."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from distmerge.errors import UserError
+from distmerge.files.atomic import write_atomically
+from distmerge.files.directories import publish_directory, published_directories, verify
+from distmerge.files.manifest import as_json, read_manifest, sealed
+from distmerge.model import save_model
+from distmerge.windows.curves import token_shares, weights
+
+RECORD = "block.json"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of a run at one learning rate, as one checkpoint.
+
+    Attributes:
+        first_step, last_step: inner steps, counted from 1, both inside.
+        first_token, last_token: tokens of all workers before the block, and with it.
+        lr: the learning rate of all its steps.
+        loss: the mean training loss in it, over all workers.
+        kind: "mean" of the parameters over the block, or "snapshot" at its end.
+        stretch: steps before the constant-rate stretch that the block is part of; blocks of different ones don't merge.
+        tainted: a spike touched it or may have, or it is of a course that was given up for one; merges leave it out.
+    """
+
+    first_step: int
+    last_step: int
+    first_token: int
+    last_token: int
+    lr: float
+    loss: float
+    kind: str
+    stretch: int
+    tainted: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"block-{self.last_step:08}"
+
+
+def publish_block(
+    root: Path,
+    block: Block,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    about: dict[str, Any] | None = None,
+) -> Path:
+    """Write the model as it stands as an HF directory with the block's record, and give it its name.
+
+    Args:
+        about: what the record says of the run.
+
+    Raises:
+        UserError: when the disk is full or not writable; nothing that was published is harmed.
+    """
+    published = root / block.name
+    publish_directory(
+        published, record_of(block) | (about or {}), lambda directory: save_model(model, tokenizer, directory, dtype), RECORD
+    )
+    return published
+
+
+def record_of(block: Block) -> dict[str, Any]:
+    """What a block's record says beside its files."""
+    return {"step": block.last_step} | asdict(block)
+
+
+def read_block(path: Path) -> Block:
+    """A block's record.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: where it is not as it was written.
+    """
+    record = read_manifest(path, RECORD)
+    return Block(**{key: record[key] for key in Block.__dataclass_fields__})
+
+
+def legible(path: Path) -> Block:
+    """A block's record.
+
+    Raises:
+        UserError: where it is not as it was written.
+    """
+    try:
+        return read_block(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / RECORD} cannot be read ({error}); move the block away to go on without it") from None
+
+
+def intact(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a published block, or None, by the hash that runs at the speed of memory."""
+    return verify(path, part, parts, RECORD, "xxh128")
+
+
+def mark_tainted(path: Path, tainted: bool = True) -> None:
+    """Say in a published block's record whether a spike touched it: all that may ever change about a block.
+
+    One that is damaged stays as it is: no merge takes it, either.
+    """
+    if verify(path, name=RECORD) is None:
+        record = read_manifest(path, RECORD) | {"tainted": tainted}
+        write_atomically(path / RECORD, as_json(sealed(record)))
+
+
+def marks(root: Path) -> dict[str, bool]:
+    """Whether each published block is tainted; those whose records cannot be read are left out."""
+    found: dict[str, bool] = {}
+    for path in published_blocks(root):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found[path.name] = read_block(path).tainted
+    return found
+
+
+def published_blocks(root: Path) -> list[Path]:
+    """Directories of published blocks, oldest first."""
+    return published_directories(root, "block")
+
+
+def mergeable(blocks: list[Block], last: int | None = None) -> list[Block]:
+    """The newest ``last`` blocks that may be merged: of the newest one's constant-rate stretch, untainted, oldest first."""
+    if not blocks:
+        return []
+    together = [block for block in blocks if block.stretch == blocks[-1].stretch and block.lr == blocks[-1].lr]
+    clean = [block for block in together if not block.tainted and math.isfinite(block.loss)]
+    return clean[-last:] if last else clean
+
+
+def stable_blocks(root: Path, count: int, up_to: int) -> list[str]:
+    """Names of the newest ``count`` blocks of one constant-rate stretch, of steps ``up_to``, that verify, newest first."""
+    good: list[Block] = []
+    for path in reversed(published_blocks(root)):
+        if len(good) == count:
+            break
+        if int(path.name.rpartition("-")[2]) <= up_to and verify(path, name=RECORD) is None:
+            block = read_block(path)
+            good += [block] if block in mergeable([block, *good[:1]]) else []
+    return [block.name for block in good]
+
+
+def block_weights(curve: str, blocks: list[Block]) -> list[float]:
+    """Merge weights of a run's blocks: means tile the window, snapshots stand at their blocks' ends."""
+    if blocks[-1].kind == "mean":
+        shares = token_shares([block.first_token for block in blocks], blocks[-1].last_token)
+    else:
+        shares = token_shares([block.last_token for block in blocks])
+    return weights(curve, shares.tolist()).tolist()
+
+
+def accumulate(path: Path, weight: float, into: dict[str, Tensor], pattern: str = "*.safetensors") -> None:
+    """``into[name] += weight * tensor`` in float32, for each name that the directory's files hold."""
+    files = sorted(path.glob(pattern))
+    assert files, f"{path} has no {pattern}"
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if name in into:
+                    into[name].add_(tensors.get_tensor(name).to(into[name]), alpha=weight)
+
+
+def describe(block: Block) -> dict[str, Any]:
+    """What an event says of a block."""
+    return {"block": block.name, "loss": block.loss, "lr": block.lr, "tokens": block.last_token}

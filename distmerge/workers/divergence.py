@@ -1,0 +1,111 @@
+"""What a merge reports, and how far apart the workers were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distmerge.theta.flat import FlatParameters
+from distmerge.workers.group import Peers
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """One merge, of all parameters or of one fragment.
+
+    Attributes:
+        round: merges done by this merger, this one included.
+        steps: inner steps since the same parameters were last merged.
+        divergence: ``mean_m |delta_m - d|^2`` over the merged parameters; NaN where a worker that counts is not finite; None
+            where it is not measured.
+        correlation: the mean cosine between two workers' deltas (as if of equal norms); None without a whole anchor.
+        bytes_sent: what left this rank for it.
+        seconds: what the merge took of this rank's time, waiting included.
+        wait_seconds: what this rank was blocked for its peers and the network.
+        left_out: whether this worker's own values were not finite and did not count (``nonfinite = "leave-out"``). It has the
+            others' now, but its optimizer's moments are as they were: reset them.
+    """
+
+    round: int
+    steps: int
+    divergence: float | None
+    correlation: float | None
+    collectives: int
+    bytes_sent: float
+    seconds: float
+    wait_seconds: float
+    left_out: bool = False
+
+
+class Spread:
+    """How far apart the workers are, from scalars alone: one small collective, in float64.
+
+    With ``own`` = |delta_m|^2 and ``merged`` = |d|^2 the divergence is ``mean own - merged``; on deltas, since on raw weights
+    the difference would cancel. Any point c that all know serves as the anchor: where a worker holds no whole anchor, c is
+    what the merge gave, and only then are these scalars known.
+    """
+
+    def __init__(self, device: torch.device):
+        self.own = torch.zeros((), dtype=torch.float64, device=device)
+        self.merged = torch.zeros((), dtype=torch.float64, device=device)
+        self.merged_share = torch.zeros((), dtype=torch.float64, device=device)
+        self.sums: Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def add_own(self, x: Tensor) -> None:
+        self.own += square(x)
+
+    def add_merged(self, x: Tensor) -> None:
+        """A part of d that every worker adds."""
+        self.merged += square(x)
+
+    def add_merged_share(self, x: Tensor) -> None:
+        """A part of d that this worker alone adds."""
+        self.merged_share += square(x)
+
+    def begin(self, peers: Peers, flat: FlatParameters, weight: float) -> None:
+        """Send this worker's scalars; ``own`` must be complete."""
+        sums = torch.stack([self.own, self.merged_share])
+        flat.sum_over_shards(sums)
+        self.sums = torch.cat([sums * torch.tensor([weight, 1.0]).to(sums), torch.tensor([weight]).to(sums)])
+        self._work = peers.begin_total(self.sums)
+
+    def finish(self, peers: Peers, flat: FlatParameters, weight: float, anchored: bool) -> tuple[float, float | None]:
+        """Divergence and mean correlation."""
+        if self.sums is None:
+            self.begin(peers, flat, weight)
+        self.wait()
+        assert self.sums is not None
+        merged = self.merged.reshape(1)
+        flat.sum_over_shards(merged)
+        spread, share, weights = self.sums.tolist()
+        spread, merged = spread / weights, merged.item() + share
+        # |d|^2 = spread / M + (M - 1) / M * correlation * spread, for M equal weights
+        size = peers.size
+        correlation = (size * merged / spread - 1) / (size - 1) if anchored and size > 1 and spread > 0 else None
+        difference = spread - merged
+        return 0.0 if difference < 0 else difference, correlation  # max() would make 0 of NaN
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+    def state_dict(self) -> dict[str, Any]:
+        self.wait()
+        return {"merged": self.merged, "merged_share": self.merged_share, "sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.merged.copy_(state["merged"])
+        self.merged_share.copy_(state["merged_share"])
+        self.sums = None if state["sums"] is None else state["sums"].to(self.merged.device)
+
+
+def square(x: Tensor) -> Tensor:
+    """``|x|^2`` as a float64 scalar. Inside a piece the sum is float32's: a float64 norm converts each element, and costs
+    more than the outer step."""
+    return torch.dot(x, x).double()

@@ -1,0 +1,131 @@
+"""The sum over workers: what ``total(x)`` is when the members are the peers of a process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from distmerge.errors import UserError
+from distmerge.theta.buffers import Policy
+from distmerge.theta.flat import FlatParameters, fingerprint
+from distmerge.workers.ledger import Ledger
+
+
+class Peers:
+    """The ranks, one of each worker, that hold the same shard of theta.
+
+    Attributes:
+        size: the number of workers.
+        rank: this one's number among them.
+        ledger: what all calls here moved.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        if not dist.is_available() or not dist.is_initialized():
+            raise UserError("merging needs process groups: call torch.distributed.init_process_group() first")
+        self.group: Any = group or dist.group.WORLD
+        self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        self.ledger = Ledger(self.size)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over the peers, in place; every peer ends with the same bits."""
+        self.ledger.all_reduce(x.numel() * x.element_size())
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def begin_total(self, x: Tensor) -> dist.Work | None:
+        """Begin :meth:`total`; ``x`` is the sum once the work is waited for."""
+        self.ledger.all_reduce(x.numel() * x.element_size())
+        return dist.all_reduce(x, group=self.group, async_op=True)
+
+    def start_equal(self, flat: FlatParameters) -> None:
+        """Give every peer the first one's parameters, frozen ones too, and buffers, and prove it.
+
+        Raises:
+            UserError: when the peers' models differ in names or shapes. It is raised on all of them.
+        """
+        device = flat.vector.device
+        self._compare("the names and shapes of the parameters and buffers", torch.tensor(flat.manifest, device=device))
+        flat.pull()
+        source = dist.get_global_rank(self.group, 0)
+        dist.broadcast(flat.vector, source, group=self.group)
+        flat.push()
+        for tensor in (*flat.model.buffers(), *self._differing(frozen_tensors(flat.model))):
+            dist.broadcast(tensor, source, group=self.group)
+        self._compare("the bits of the parameters after a broadcast", fingerprint(flat.vector))
+
+    def _differing(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Those that are not the same on all peers: a base under adapters is large, and mostly loaded from one file."""
+        if not tensors:
+            return []
+        low = torch.stack([fingerprint(tensor) for tensor in tensors])
+        high = low.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN, group=self.group)
+        dist.all_reduce(high, dist.ReduceOp.MAX, group=self.group)
+        return [tensor for tensor, differs in zip(tensors, (low != high).tolist(), strict=True) if differs]
+
+    def merge_buffers(self, flat: FlatParameters, policies: dict[str, Policy], full: bool, counts: bool = True) -> None:
+        """Merge the model's buffers by policy; the constant ones are compared only in a ``full`` merge.
+
+        The ranks of a worker, which have seen different data, take part: all ranks of all workers end with the same.
+
+        Args:
+            counts: whether this worker's buffers do. Those of one that doesn't, finite or not, reach nobody.
+        """
+        by_policy: dict[str, list[Tensor]] = {"mean": [], "last": [], "equal": []}
+        for name, buffer in flat.model.named_buffers():
+            by_policy[policies[name]].append(buffer)
+        if by_policy["mean"]:
+            self._average(by_policy["mean"], flat, counts)
+        if by_policy["last"]:
+            self._take_first(by_policy["last"], flat, counts)
+        if by_policy["equal"] and full:
+            digests = torch.stack([fingerprint(buffer) for buffer in by_policy["equal"]])
+            self.ledger.gather(digests.numel() * digests.element_size() * self.size)
+            self._compare(f"the buffers {[n for n, p in policies.items() if p == 'equal']}, which must be equal", digests)
+
+    def _average(self, buffers: list[Tensor], flat: FlatParameters, counts: bool) -> None:
+        packed = torch.cat([*(buffer.detach().float().view(-1) for buffer in buffers), flat.vector.new_ones(1)])
+        if not counts:
+            packed.zero_()
+        self.total(packed)
+        packed = packed[:-1] / packed[-1]
+        if flat.inside is not None:
+            dist.all_reduce(packed, group=flat.inside)
+            packed /= dist.get_world_size(flat.inside)
+        for buffer, part in zip(buffers, packed.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view(buffer.shape))
+
+    def _take_first(self, buffers: list[Tensor], flat: FlatParameters, counts: bool) -> None:
+        """Those of the first worker that counts."""
+        packed = torch.cat([buffer.detach().contiguous().view(-1).view(torch.uint8) for buffer in buffers])
+        first = torch.tensor([self.rank if counts else self.size], device=packed.device)
+        self.ledger.all_reduce(first.element_size())
+        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self.group)
+        self.ledger.gather(packed.numel())
+        dist.broadcast(packed, dist.get_global_rank(self.group, int(first.item())), group=self.group)
+        if flat.inside is not None:
+            dist.broadcast(packed, dist.get_global_rank(flat.inside, 0), group=flat.inside)
+        sizes = [buffer.numel() * buffer.element_size() for buffer in buffers]
+        for buffer, part in zip(buffers, packed.split(sizes), strict=True):
+            buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
+
+    def _compare(self, what: str, value: Tensor) -> None:
+        """Raise, on every peer, if ``value`` is not the same on all."""
+        value = value.reshape(-1)
+        theirs = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(theirs, value, group=self.group)
+        for peer, other in enumerate(theirs):
+            if not torch.equal(other, theirs[0]):
+                raise UserError(f"all workers must agree on {what}: worker {peer} differs from worker 0")
+
+
+def frozen_tensors(model: nn.Module) -> list[Tensor]:
+    """What this rank holds of the parameters that do not train, and so never merge."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    local = [p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p) for p in frozen]
+    return [tensor.detach() for tensor in local]
