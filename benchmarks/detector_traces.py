@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.config import toml as config_file
+from distmerge.config import toml
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
 from distmerge.launch.ranks import Place
@@ -206,7 +206,7 @@ def trace(run: Run, place: Place, directory: Path, port: int = 0) -> np.ndarray:
     TorchEngine.train_step = train_step
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            train(config_file.validate(table(run, directory)), place, ["benchmark"])
+            train(toml.validate(table(run, directory)), place, ["benchmark"])
     finally:
         TorchEngine.train_step = real
     return np.array(kept, dtype=np.float32).T

@@ -21,9 +21,9 @@ from report import Report, parser, spread
 from torch import nn
 
 import distmerge as dm
-from distmerge.config import run as sections
-from distmerge.config import toml as config_file
-from distmerge.config.run import TrainConfig
+from distmerge.config import toml
+from distmerge.config import train as sections
+from distmerge.config.train import TrainConfig
 from distmerge.engine.build import build_engine
 from distmerge.engine.engine import Engine
 from distmerge.launch.ranks import Place
@@ -59,9 +59,7 @@ class Blocks(nn.Module):
 def settings(engine: dict[str, Any], device: str) -> TrainConfig:
     mesh = {"workers": 2, "device": device, "timeout_seconds": 120}
     model = {"config": {"model_type": "llama"}}
-    return config_file.validate(
-        {"run_dir": "unused", "mesh": mesh, "model": model, "merge": [{"kind": "diloco"}], "engine": engine}
-    )
+    return toml.validate({"run_dir": "unused", "mesh": mesh, "model": model, "merge": [{"kind": "diloco"}], "engine": engine})
 
 
 def measure(rank: int, ranks: int, port: int, repetitions: int, device: str) -> dict[str, Any]:

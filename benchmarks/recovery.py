@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from report import Report, parser, remembered, spread
 
-from distmerge.config import toml as config_file
+from distmerge.config import toml
 from distmerge.data.packed import open_corpus
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
@@ -186,7 +186,7 @@ def start(arm: Arm, place: Place, out: Path, port: int = 0) -> int:
     TorchEngine.train_step, Recovery.roll_back = train_step, roll_back
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            train(config_file.validate(table(arm, out / arm.name)), place, ["benchmark"])
+            train(toml.validate(table(arm, out / arm.name)), place, ["benchmark"])
     finally:
         TorchEngine.train_step, Recovery.roll_back = real, real_roll_back
     return calls
@@ -205,7 +205,7 @@ def main() -> None:
         for merge_last, optimizer in ways
     ]
     pairs = [Arm(injection, 1, "rollback", seed, steps, workers=2) for seed in seeds[:2] for injection in ("", "nan")]
-    open_corpus(config_file.validate(table(arms[0], report.out)).data)  # fills the cache once
+    open_corpus(toml.validate(table(arms[0], report.out)).data)  # fills the cache once
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
         list(pool.map(prepare, seeds, [report.out] * count))
         results = list(pool.map(measure, [*clean, *arms], [report.out] * (len(clean) + len(arms))))

@@ -19,7 +19,7 @@ from torch import nn
 
 from distmerge.checkpoints.store import Store
 from distmerge.config.checkpoints import Window as WindowSection
-from distmerge.config.run import Mesh as MeshSection
+from distmerge.config.train import Mesh as MeshSection
 from distmerge.launch.ranks import Place
 from distmerge.mesh import Mesh
 from distmerge.model import load_tokenizer

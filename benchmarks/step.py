@@ -22,8 +22,8 @@ import torch
 from report import Report, parser, spread
 from torch import nn
 
-from distmerge.config.run import TrainConfig
 from distmerge.config.toml import validate
+from distmerge.config.train import TrainConfig
 from distmerge.launch.ranks import Place
 from distmerge.mesh import Mesh
 from distmerge.model import build_model, load_tokenizer

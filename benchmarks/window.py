@@ -29,9 +29,9 @@ from report import Report, parser, remembered, spread
 from torch import Tensor
 from window_shares import ANNEALS, Size, advised, best_share, errors, shares, told
 
-from distmerge.config import toml as config_file
+from distmerge.config import toml
 from distmerge.config.checkpoints import Window as WindowSection
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 from distmerge.data.packed import IndexedBatches, open_corpus, sampled
 from distmerge.engine.torch import TorchEngine
 from distmerge.evaluate import evaluate
@@ -71,7 +71,7 @@ def configuration(seed: int) -> TrainConfig:
         "optimizer": {"lr": 3e-3},
         "schedule": {"warmup": 50},
     }
-    return config_file.validate(table)
+    return toml.validate(table)
 
 
 class Bench:

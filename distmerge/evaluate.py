@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ByT5Tokenizer
 
-from distmerge.config.run import Data
+from distmerge.config.train import Data
 from distmerge.data.loss_mask import IGNORED, ids_and_labels
 from distmerge.data.packed import open_corpus, packed_text, sampled
 from distmerge.data.streaming import stream_held_out

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 
-from distmerge.config import run as config
+from distmerge.config import train as config
 from distmerge.errors import UserError
 from distmerge.launch.interrupts import REQUEUE
 from distmerge.launch.noticeboard import Noticeboard, Silent

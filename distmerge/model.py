@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from distmerge.config.run import Model
+from distmerge.config.train import Model
 from distmerge.data.sources import check_directory
 from distmerge.errors import UserError
 from distmerge.finite import finite, has_nan

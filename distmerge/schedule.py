@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from distmerge.config.run import Schedule
+from distmerge.config.train import Schedule
 
 
 def lr_factor(schedule: Schedule, step: int, steps: int) -> float:

@@ -189,13 +189,13 @@ class Outcome(NamedTuple):
 
 def command(arguments: list[str]) -> Outcome:
     """``distmerge ARGUMENTS`` in this process, as a rank that someone launched where the environment says so."""
-    from distmerge.cli import main as cli
+    from distmerge.cli import main
 
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["distmerge", *arguments]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
+            main.main()
         raise AssertionError("main leaves by SystemExit")
     except SystemExit as leave:
         return Outcome(int(leave.code or 0), out.getvalue(), err.getvalue())

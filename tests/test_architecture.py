@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 import distmerge
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 
 PACKAGE = Path(distmerge.__file__).parent
 ROOT = PACKAGE.parent

@@ -11,7 +11,7 @@ import pytest
 import distmerge.launch.ranks
 from distmerge.checkpoints.store import published_checkpoints
 from distmerge.checkpoints.verify import verify_run
-from distmerge.cli import main as cli
+from distmerge.cli import main
 from distmerge.errors import UserError
 from distmerge.files.fingerprints import BLOCK_BYTES, differences, fingerprints
 from distmerge.files.manifest import read_manifest
@@ -83,14 +83,14 @@ def test_restart_moves_the_old_run_aside(
     run_dir.mkdir()
     (run_dir / "config.toml").write_text(Path(config).read_text().replace("lr = 4e-3", "lr = 1e-3"))
     with pytest.raises(UserError, match=r"differing keys: optimizer\.lr; take another --run-dir, begin anew with --restart"):
-        cli.run(["train", config])
-    assert cli.run(["train", config, "--restart"]) == 0
+        main.run(["train", config])
+    assert main.run(["train", config, "--restart"]) == 0
     assert launched == [["train", config]], "the ranks, and whoever starts them again, do not begin anew"
     assert (tmp_path / "run.old-1" / "config.toml").exists() and not (run_dir / "config.toml").exists()
     said = capsys.readouterr().err
     assert said == f"the run in {run_dir} is moved to {run_dir}.old-1; beginning anew\n"
     with pytest.raises(UserError, match="matches no file"):
-        cli.run(["train", str(tmp_path / "run.old-1" / "config.toml"), "--restart", "--data.files", "nowhere/*.txt"])
+        main.run(["train", str(tmp_path / "run.old-1" / "config.toml"), "--restart", "--data.files", "nowhere/*.txt"])
     assert (tmp_path / "run.old-1").exists(), "what cannot start moves nothing"
 
 

@@ -127,9 +127,9 @@ def test_a_model_directory_that_is_missing(folder: Path, tmp_path: Path) -> None
 
 
 def test_the_run_directory_of_another_configuration(folder: Path, tmp_path: Path) -> None:
-    from distmerge.config import toml as config_file
+    from distmerge.config import toml
 
-    stored = config_file.read(str(folder / "config.toml"), ["--run-dir", str(tmp_path), "--optimizer.lr", "0.5"])
+    stored = toml.read(str(folder / "config.toml"), ["--run-dir", str(tmp_path), "--optimizer.lr", "0.5"])
     RunDirectory(tmp_path).begin(stored, [])
     said = error_of(command(["train", str(folder / "config.toml"), "--run-dir", str(tmp_path), "--merge.0.every", "3"]))
     assert said == (
@@ -273,10 +273,10 @@ def test_a_mistake_is_one_line_of_the_process(tmp_path: Path) -> None:
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture) -> None:
-    from distmerge.cli import main as cli
+    from distmerge.cli import main
 
     with pytest.raises(SystemExit) as leave:
-        cli.run(["train", "--help"])
+        main.run(["train", "--help"])
     assert not leave.value.code
     text = capsys.readouterr().out
     for key in ("--mesh.workers", "--data.sequence-length", "--optimizer.lr", "--checkpoint.every", "--run-dir"):

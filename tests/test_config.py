@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from distmerge.config import toml as config_file
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
 from distmerge.rundir.layout import RunDirectory
 

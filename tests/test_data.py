@@ -12,7 +12,7 @@ import datasets
 import pytest
 import torch
 
-from distmerge.config.run import Data
+from distmerge.config.train import Data
 from distmerge.data.packed import (
     PIECE_CHARACTERS,
     IndexedBatches,

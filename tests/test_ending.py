@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distmerge.checkpoints.verify import verify_run
-from distmerge.cli import main as cli
+from distmerge.cli import main
 from distmerge.errors import UserError
 from distmerge.launch.ranks import DIVERGED, explain_failure
 from distmerge.trainer.ending import divergence, finite
@@ -64,7 +64,7 @@ def test_two_workers_that_end_above_their_start_say_so_once(ranks: Ranks, tmp_pa
     summary = summary_of(run_dir)
     assert summary["eval_loss_last"] > summary["eval_loss_first"] and summary["diverged"]
     assert not (run_dir / "final").exists()
-    assert cli.run(arguments) == DIVERGED, "nothing is trained again"
+    assert main.run(arguments) == DIVERGED, "nothing is trained again"
 
 
 def test_the_launcher_passes_the_status_on() -> None:
@@ -137,7 +137,7 @@ def test_a_final_model_with_its_manifest_is_loaded_and_merged(tmp_path: Path, te
         "steps/step-00000002": False, "steps/step-00000004": False, "final": False,
     }  # fmt: skip
     inputs = ["--model", str(directory / "final"), "--model", str(directory / "steps" / "step-00000002")]
-    assert cli.run(["merge", "--method", "linear", *inputs, "--out", str(tmp_path / "merged")]) == 0
+    assert main.run(["merge", "--method", "linear", *inputs, "--out", str(tmp_path / "merged")]) == 0
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     first, second = (load_file(Path(path) / "model.safetensors") for path in inputs[1::2])
     for name, tensor in merged.items():

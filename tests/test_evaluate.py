@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from transformers import ByT5Tokenizer
 
-from distmerge.cli import main as cli
-from distmerge.config import toml as config_file
-from distmerge.config.run import Model
+from distmerge.cli import main
+from distmerge.config import toml
+from distmerge.config.train import Model
 from distmerge.data.loss_mask import ids_and_labels
 from distmerge.evaluate import Evaluation, evaluate
 from distmerge.model import build_model, save_model
@@ -113,16 +113,16 @@ def test_the_verb_prints_one_object(tmp_path: Path, capsys: pytest.CaptureFixtur
     save_model(model(), ByT5Tokenizer(), tmp_path / "model")
     (tmp_path / "a.txt").write_text("some words to judge " * 50)
     arguments = ["eval", str(tmp_path / "model"), "--files", str(tmp_path / "a.txt"), "--sequence-length", "20"]
-    assert cli.run(arguments) == 0
+    assert main.run(arguments) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["tokens"] == 50 * 19
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2))
     assert result["bytes"] == result["tokens"] and result["sequences"] == 50 and result["loss_se"] < 0.1
-    assert cli.run([*arguments, "--sequences", "16"]) == 0
+    assert main.run([*arguments, "--sequences", "16"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == 16 * 19
-    with pytest.raises(cli.UserError, match="--batches is now --sequences"):
-        cli.run([*arguments, "--batches", "2"])
+    with pytest.raises(main.UserError, match="--batches is now --sequences"):
+        main.run([*arguments, "--batches", "2"])
 
 
 LOUD = """
@@ -139,7 +139,7 @@ def test_a_library_that_prints_is_not_in_the_result(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words to judge " * 50)
     (tmp_path / "loud.py").write_text(LOUD)
     (tmp_path / "run.py").write_text(
-        "import sys\nimport distmerge.evaluate\nfrom distmerge.cli import main as cli\n"
+        "import sys\nimport distmerge.evaluate\nfrom distmerge.cli import main\n"
         "read = distmerge.evaluate.evaluate_directory\n"
         "def loud(*arguments):\n    import loud, logging\n    result = read(*arguments)\n"
         "    logging.getLogger('loud').warning('and its logger')\n    return result\n"
@@ -155,13 +155,13 @@ def test_a_library_that_prints_is_not_in_the_result(tmp_path: Path) -> None:
 def test_the_verbs_mistakes(tmp_path: Path) -> None:
     save_model(model(), ByT5Tokenizer(), tmp_path / "model")
     (tmp_path / "a.txt").write_text("few")
-    with pytest.raises(cli.UserError, match="--files must hold at least one sequence of 20 tokens"):
-        cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "a.txt"), "--sequence-length", "20"])
-    with pytest.raises(cli.UserError, match="sequence_length must be <= 2048, the model's positions, got 3000"):
+    with pytest.raises(main.UserError, match="--files must hold at least one sequence of 20 tokens"):
+        main.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "a.txt"), "--sequence-length", "20"])
+    with pytest.raises(main.UserError, match="sequence_length must be <= 2048, the model's positions, got 3000"):
         (tmp_path / "b.txt").write_text("many " * 1000)
-        cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "b.txt"), "--sequence-length", "3000"])
-    with pytest.raises(cli.UserError, match="matches no file"):
-        cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "no*.txt")])
+        main.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "b.txt"), "--sequence-length", "3000"])
+    with pytest.raises(main.UserError, match="matches no file"):
+        main.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "no*.txt")])
 
 
 # ---- the text that a model is judged on
@@ -187,7 +187,7 @@ def test_without_files_a_model_is_judged_on_what_its_own_run_held_out(
     for record in (True, False):
         if not record:
             (made / "final" / "training.json").unlink()  # config.toml of the run directory tells, too
-        assert cli.run(["eval", str(made / "final"), "--sequences", "40"]) == 0
+        assert main.run(["eval", str(made / "final"), "--sequences", "40"]) == 0
         found = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert found["sequences"] == 40 and found["tokens"] == 40 * 31
         assert found["loss"] == pytest.approx(summary["eval_loss_last"], rel=1e-6)
@@ -196,16 +196,16 @@ def test_without_files_a_model_is_judged_on_what_its_own_run_held_out(
 
 def test_where_nothing_tells_what_was_held_out_files_are_asked_for(tmp_path: Path) -> None:
     save_model(model(), ByT5Tokenizer(), tmp_path / "model")
-    with pytest.raises(cli.UserError, match=r"--files must be given for .*model, since no training.json or config.toml says"):
-        cli.run(["eval", str(tmp_path / "model")])
+    with pytest.raises(main.UserError, match=r"--files must be given for .*model, since no training.json or config.toml says"):
+        main.run(["eval", str(tmp_path / "model")])
     record = {"data": {"source": "files", "files": [str(tmp_path / "gone.txt")]}}
     (tmp_path / "model" / "training.json").write_text(json.dumps(record))
-    with pytest.raises(cli.UserError, match=r"cannot read the text that .* was trained on, give --files GLOB: .*gone.txt"):
-        cli.run(["eval", str(tmp_path / "model")])
+    with pytest.raises(main.UserError, match=r"cannot read the text that .* was trained on, give --files GLOB: .*gone.txt"):
+        main.run(["eval", str(tmp_path / "model")])
     for broken in ("{", "[]", '{"data": {"source": "moon"}}', '{"data": 5}'):
         (tmp_path / "model" / "training.json").write_text(broken)
-        with pytest.raises(cli.UserError, match=r"training.json does not tell what .* was trained on .*: give --files GLOB"):
-            cli.run(["eval", str(tmp_path / "model")])
+        with pytest.raises(main.UserError, match=r"training.json does not tell what .* was trained on .*: give --files GLOB"):
+            main.run(["eval", str(tmp_path / "model")])
 
 
 def test_bits_per_byte_of_a_bpe_model_count_the_bytes_of_its_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -217,7 +217,7 @@ def test_bits_per_byte_of_a_bpe_model_count_the_bytes_of_its_text(tmp_path: Path
     save_model(subject, tokenizer, tmp_path / "model")
     text = "the words of the text, é–\N{GRINNING FACE}, are its "
     (tmp_path / "a.txt").write_text(text * 40)
-    assert cli.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "a.txt"), "--sequence-length", "16"]) == 0
+    assert main.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "a.txt"), "--sequence-length", "16"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     ids: Any = tokenizer(text * 40)["input_ids"]
     rows = [ids[start : start + 16] for start in range(0, len(ids) - 15, 16)]
@@ -233,9 +233,9 @@ def test_bits_per_byte_of_a_bpe_model_count_the_bytes_of_its_text(tmp_path: Path
 
 def test_a_configuration_with_batches_is_told_what_to_write(tmp_path: Path) -> None:
     with pytest.raises(
-        cli.UserError, match=r"^config.evaluate.batches is now sequences, .* write sequences = 32 x train.batch"
+        main.UserError, match=r"^config.evaluate.batches is now sequences, .* write sequences = 32 x train.batch"
     ):
-        config_file.validate({"run_dir": "x", "model": {"path": "y"}, "evaluate": {"batches": 32}})
+        toml.validate({"run_dir": "x", "model": {"path": "y"}, "evaluate": {"batches": 32}})
 
 
 def test_a_run_of_the_earlier_version_is_named_with_what_to_change(tmp_path: Path, text: Path) -> None:
@@ -243,6 +243,6 @@ def test_a_run_of_the_earlier_version_is_named_with_what_to_change(tmp_path: Pat
     stored = (made / "config.toml").read_text()
     (made / "config.toml").write_text(stored.replace("sequences = 16", "batches = 4"))
     with pytest.raises(
-        cli.UserError, match=r"run/config.toml, from an earlier version: config.evaluate.batches is now sequences"
+        main.UserError, match=r"run/config.toml, from an earlier version: config.evaluate.batches is now sequences"
     ):
         runs.run(tmp_path, "run", text, steps=3)

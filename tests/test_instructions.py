@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import ByT5Tokenizer
 
-from distmerge.config.run import Data, Model
+from distmerge.config.train import Data, Model
 from distmerge.data.instructions import chat_parts, encode
 from distmerge.data.loss_mask import ids_and_labels, micro_weights, predicted
 from distmerge.data.packed import IndexedBatches, open_corpus

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
-from distmerge.config.run import Model
+from distmerge.config.train import Model
 from distmerge.errors import UserError
 from distmerge.model import build_model, check_fits, first_line, load_model, load_tokenizer, save_model
 from distmerge.theta.flat import FlatParameters

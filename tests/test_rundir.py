@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from distmerge.config import toml as config_file
-from distmerge.config.run import TrainConfig
-from distmerge.files import atomic as durable
+from distmerge.config import toml
+from distmerge.config.train import TrainConfig
+from distmerge.files import atomic
 from distmerge.files.atomic import write_atomically
 from distmerge.files.directories import publish_directory
 from distmerge.rundir.layout import Lock, RunDirectory, UserError, begin_anew
@@ -19,14 +19,14 @@ from distmerge.rundir.layout import Lock, RunDirectory, UserError, begin_anew
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    return config_file.validate({"run_dir": str(tmp_path), "model": {"config": {"model_type": "llama"}}})
+    return toml.validate({"run_dir": str(tmp_path), "model": {"config": {"model_type": "llama"}}})
 
 
 def test_begin_writes_what_the_run_is(tmp_path: Path, config: TrainConfig) -> None:
     run = RunDirectory(tmp_path)
     run.check(config)
     run.begin(config, ["distmerge", "train"])
-    assert config_file.read(str(run.config), []) == config
+    assert toml.read(str(run.config), []) == config
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["command"] == ["distmerge", "train"]
     assert environment["python"] == sys.version.split()[0]
@@ -45,7 +45,7 @@ def write(path: Path, content: str) -> None:
 def test_final_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool) -> None:
     run = RunDirectory(tmp_path)
     if not swaps:
-        monkeypatch.setattr(durable, "swap", lambda a, b: False)
+        monkeypatch.setattr(atomic, "swap", lambda a, b: False)
     for content in ("old", "new"):
         publish_final(run, 10, content)
     assert (run.final / "model").read_text() == "new"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from distmerge.config.run import Schedule
+from distmerge.config.train import Schedule
 from distmerge.schedule import lr_factor
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from distmerge.checkpoints.store import published_checkpoints
-from distmerge.cli import main as cli
-from distmerge.config import toml as config_file
+from distmerge.cli import main
+from distmerge.config import toml
 from distmerge.files.directories import verify
 from distmerge.files.manifest import read_manifest
 from tests import jobs
@@ -110,8 +110,8 @@ def test_a_finished_run_started_again(ranks: Ranks, config: str, tmp_path: Path,
     assert "eval loss" in train(ranks, 2, *arguments)
     assert (jobs.final_bytes(run), jobs.untimed(run)) == before
     assert len(published_checkpoints(run / "checkpoints")) == 2
-    assert cli.run(["train", *arguments]) == 0
-    assert cli.run(["train", *arguments, "--steps", "5"]) == 0
+    assert main.run(["train", *arguments]) == 0
+    assert main.run(["train", *arguments, "--steps", "5"]) == 0
     assert capsys.readouterr().out.count("has finished its 9 steps\n\neval loss ") == 2
 
 
@@ -182,8 +182,8 @@ def test_a_checkpoint_says_what_it_is_of(ranks: Ranks, config: str, tmp_path: Pa
         for worker in (0, 1)
     ]
     assert sorted(manifest["files"]) == sorted([*of_workers, *(f"rank-{rank:05}.pt" for rank in range(4))])
-    stored = config_file.read(str(run / "config.toml"), [])
-    assert stored == config_file.read(config, [*FAST, "--run_dir", str(run), "--steps", "5"])
+    stored = toml.read(str(run / "config.toml"), [])
+    assert stored == toml.read(config, [*FAST, "--run_dir", str(run), "--steps", "5"])
 
 
 # ---- what the repository ships
@@ -205,7 +205,7 @@ SMALL = (
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_shipped_configuration_trains(ranks: Ranks, path: Path, tmp_path: Path) -> None:
-    shipped = config_file.read(str(path), [])
+    shipped = toml.read(str(path), [])
     overrides: list[Any] = [*SMALL, "--run-dir", str(tmp_path / "run")]
     overrides += ["--schedule.decay", "1"] if shipped.schedule.name == "wsd" else []
     for index, merge in enumerate(shipped.merge):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 from distmerge.engine.engine import Engine, Read
 from distmerge.engine.stored import Pieces, parts_in
 from distmerge.errors import UserError

@@ -11,7 +11,7 @@ from distmerge.errors import UserError
 from distmerge.plotting import require_matplotlib
 
 if TYPE_CHECKING:
-    from distmerge.config.run import TrainConfig
+    from distmerge.config.train import TrainConfig
 
 VERBS = ("window", "anneal", "recover", "verify")
 

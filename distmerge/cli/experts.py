@@ -13,7 +13,7 @@ from distmerge.plotting import require_matplotlib
 from distmerge.quiet import quiet
 
 if TYPE_CHECKING:
-    from distmerge.config.run import TrainConfig
+    from distmerge.config.train import TrainConfig
 
 VERBS = ("experts", "examples", "ptm")
 
@@ -45,11 +45,11 @@ def run(options: argparse.Namespace, train: Callable[[TrainConfig, int], None]) 
     """The verb's exit status. ``train`` trains one run to its end."""
     require_matplotlib(f"distmerge {options.verb}")
     if options.verb == "examples":
-        from distmerge.experts import retention as memorised
+        from distmerge.experts import retention
 
-        found = memorised.report(Path(options.run_dir), options.merged, options.judge)
-        memorised.write(found, Path(options.out or options.run_dir))
-        print(memorised.table(found))
+        found = retention.report(Path(options.run_dir), options.merged, options.judge)
+        retention.write(found, Path(options.out or options.run_dir))
+        print(retention.table(found))
         return 0
     from distmerge.studies.config import read
 

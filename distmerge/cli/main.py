@@ -148,7 +148,7 @@ def train_one(config, ranks: int) -> None:
 
 
 def train_verb(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
-    from distmerge.config import toml as config_file
+    from distmerge.config import toml
     from distmerge.launch import ranks as launch
 
     if options.help:
@@ -158,7 +158,7 @@ def train_verb(options: argparse.Namespace, overrides: list[str], arguments: lis
     here = launch.place()
     if here is not None:
         launch.die_with_parent()
-    config = config_file.read(options.config, overrides)
+    config = toml.read(options.config, overrides)
     if here is not None:
         from distmerge.trainer.loop import train
 
@@ -179,11 +179,11 @@ def train_verb(options: argparse.Namespace, overrides: list[str], arguments: lis
 def begin_anew(config, ranks: int) -> None:
     """Move an old run aside, once it is known that the new one can start as far as can be known here."""
     from distmerge.data.sources import check_sources
-    from distmerge.rundir import layout as rundir
+    from distmerge.rundir import layout
 
     check_ranks(config, ranks)
     check_sources(config)
-    if (aside := rundir.begin_anew(rundir.RunDirectory(config.run_dir))) is not None:
+    if (aside := layout.begin_anew(layout.RunDirectory(config.run_dir))) is not None:
         print(f"the run in {config.run_dir} is moved to {aside}; beginning anew", file=sys.stderr)
 
 
@@ -222,16 +222,16 @@ def start(config, ranks: int, arguments: list[str]) -> int:
 
 def experts_verb(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
     """Several experts: this process is a rank of their job, or launches one, or one after another."""
-    from distmerge.config import toml as config_file
+    from distmerge.config import toml
     from distmerge.data.sources import check_sources
-    from distmerge.experts import group as several
+    from distmerge.experts import group
     from distmerge.launch import ranks as launch
     from distmerge.rundir.layout import RunDirectory, write_atomically
 
     here = launch.place()
     if here is not None:
         launch.die_with_parent()
-    plan = several.read(options.config, overrides)
+    plan = group.read(options.config, overrides)
     if options.dry_run:
         from distmerge.experts.dry_run import describe
 
@@ -259,7 +259,7 @@ def experts_verb(options: argparse.Namespace, overrides: list[str], arguments: l
         return status or (DIVERGED if any(end and end.get("diverged") for end in ends) else 0)
     for run, ranks in zip(plan.runs, plan.ranks, strict=True):
         path = f"{run.run_dir}.toml"
-        write_atomically(Path(path), config_file.dump(run))
+        write_atomically(Path(path), toml.dump(run))
         if status := start(run, ranks, ["train", path]):
             return status
     return 0
@@ -279,7 +279,7 @@ def train_help() -> int:
     """Every key of the configuration, its default and what it does."""
     import tyro
 
-    from distmerge.config.run import TrainConfig
+    from distmerge.config.train import TrainConfig
 
     print("usage: distmerge train CONFIG.toml [--ranks N] [--restart] [--section.key value ...]\n")
     print("Any key of the configuration can be given after the file; --merge.0.every is the first [[merge]]'s.")

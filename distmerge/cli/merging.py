@@ -134,9 +134,9 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     if options.recipe is None:
         if options.method is None or not options.model:
             raise UserError("distmerge merge needs a RECIPE, or --method and --model")
-        from distmerge.merging import recipe_toml as native
+        from distmerge.merging import recipe_toml
 
-        return native.from_table(table_of(options), "")
+        return recipe_toml.from_table(table_of(options), "")
     if given:
         raise UserError(f"--{given[0]} belongs to a recipe in flags, got the recipe {options.recipe}, too")
     return with_overrides(read(options.recipe), options)
@@ -153,10 +153,9 @@ def read(path: str) -> Recipe:
         raise UserError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from None
     if len(text) > 1 << 20:
         raise UserError(f"a recipe must have at most {1 << 20} characters, {path} has more")
-    from distmerge.merging import recipe_mergekit as mergekit
-    from distmerge.merging import recipe_toml as native
+    from distmerge.merging import recipe_mergekit, recipe_toml
 
-    return native.parse(text) if path.endswith(".toml") else mergekit.parse(text)
+    return recipe_toml.parse(text) if path.endswith(".toml") else recipe_mergekit.parse(text)
 
 
 def with_overrides(recipe: Recipe, options: argparse.Namespace) -> Recipe:

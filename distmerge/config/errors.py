@@ -8,7 +8,7 @@ from typing import get_args
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from distmerge.config.run import Merge, Section, TrainConfig
+from distmerge.config.train import Merge, Section, TrainConfig
 
 MERGE_KINDS: dict[str, type[Section]] = {
     kind: entry for entry in get_args(get_args(Merge)[0]) for kind in get_args(entry.model_fields["kind"].annotation)

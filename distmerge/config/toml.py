@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from distmerge.config.errors import explain, fields_of, section_at
-from distmerge.config.run import Section, TrainConfig
+from distmerge.config.train import Section, TrainConfig
 from distmerge.errors import UserError
 
 S = TypeVar("S", bound=Section)

@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
-from distmerge.config.run import Data
+from distmerge.config.train import Data
 from distmerge.data.instructions import example_rows
 from distmerge.data.sources import data_files
 from distmerge.errors import UserError

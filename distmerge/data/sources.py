@@ -6,7 +6,7 @@ import glob
 import sysconfig
 from pathlib import Path
 
-from distmerge.config.run import Data, TrainConfig
+from distmerge.config.train import Data, TrainConfig
 from distmerge.errors import UserError
 
 LOADERS = {

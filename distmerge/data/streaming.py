@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distmerge.config.run import Data
+from distmerge.config.train import Data
 from distmerge.data.packed import bytes_of_tokens, knows_bytes, load_documents, no_text, tokenize, unreadable
 from distmerge.errors import UserError
 from distmerge.model import load_tokenizer

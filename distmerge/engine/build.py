@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 from distmerge.engine.engine import Engine
 from distmerge.engine.torch import TorchEngine
 from distmerge.mesh import Mesh

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from distmerge.config.engine import trainers_values
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 from distmerge.engine.engine import Engine, StepResult, gather_whole, names_beside
 from distmerge.engine.masters import FlatMasters, PublicMasters, ShardedMasters, master_parameters
 from distmerge.engine.ops import build_ops, import_deepspeed

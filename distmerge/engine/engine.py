@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 from distmerge.engine.stored import part_key
 from distmerge.mesh import Mesh
 from distmerge.theta.flat import FlatParameters

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distmerge.config.run import Optimizer
+from distmerge.config.train import Optimizer
 
 
 def build_optimizers(model: nn.Module, section: Optimizer) -> list[torch.optim.Optimizer]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 from distmerge.data.loss_mask import ids_and_labels, micro_weights
 from distmerge.engine.engine import Engine, StepResult
 from distmerge.engine.optimizers import build_optimizers

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distmerge.config.experts import Lora
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
 from distmerge.experts.adapt import dtype_of
 from distmerge.experts.group import Plan

@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from distmerge.config import toml as config_file
-from distmerge.config.run import TrainConfig
+from distmerge.config import toml
 from distmerge.config.section import Section
+from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
 from distmerge.launch.ranks import Place
 
@@ -72,11 +72,11 @@ def read(path: str, overrides: list[str]) -> Plan:
     Raises:
         UserError: naming the expert and the key.
     """
-    table = config_file.read_table(path)
+    table = toml.read_table(path)
     keys = {key: table.pop(key) for key in ("mode", "ranks", "experts") if key in table}
-    several = config_file.validate_as(Several, keys)
-    for key, values in config_file.parse_overrides(overrides):
-        config_file.put(table, key, values)
+    several = toml.validate_as(Several, keys)
+    for key, values in toml.parse_overrides(overrides):
+        toml.put(table, key, values)
     folder = table.get("run_dir")
     if not isinstance(folder, str):
         raise UserError("config.run_dir must be given: the folder of the experts' runs")
@@ -124,6 +124,6 @@ def with_siblings(tables: list[dict[str, Any]], skills: list[str], mode: str) ->
 
 def validated(table: dict[str, Any], index: int) -> TrainConfig:
     try:
-        return config_file.validate(table)
+        return toml.validate(table)
     except UserError as error:
         raise UserError(f"config.experts[{index}]: {error}") from None

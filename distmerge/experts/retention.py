@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distmerge.config import toml as config_file
+from distmerge.config import toml
 from distmerge.data.packed import open_corpus
 from distmerge.errors import UserError
 from distmerge.experts.adapt import Theta
@@ -42,7 +42,7 @@ def report(run_dir: Path, merged: str, judge: str | None) -> dict[str, Any]:
     """
     if not (run_dir / FILE).exists():
         raise UserError(f"RUN_DIR must be a finished run with examples.track = true, got {run_dir}")
-    config = config_file.read(str(run_dir / "config.toml"), [])
+    config = toml.read(str(run_dir / "config.toml"), [])
     if config.expert is None or config.model.path is None:
         raise UserError(f"RUN_DIR must be an expert's run, got {run_dir}")
     known = Known(**load_file(run_dir / FILE))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 from distmerge.data.packed import IndexedBatches, open_corpus, sampled
 from distmerge.data.streaming import StreamBatches
 from distmerge.engine.engine import Engine

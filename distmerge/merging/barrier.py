@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distmerge.config.run import Data
+from distmerge.config.train import Data
 from distmerge.data.packed import packed_text, sampled
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distmerge.config.run import Data
+from distmerge.config.train import Data
 from distmerge.data.packed import packed_text, sampled
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate
 from distmerge.files.output import refuse_existing
 from distmerge.files.sources import DTYPES, InMemory, Maps
 from distmerge.files.stream import Job, Stream, in_memory
-from distmerge.merging import recipe_toml as native
+from distmerge.merging import recipe_toml
 from distmerge.merging.execute import settings_of, survey_of
 from distmerge.merging.jobs import build
 from distmerge.merging.merge import merge, with_omegas
@@ -119,7 +119,7 @@ def run(table: dict[str, Any], skills: dict[str, list[str]], options: argparse.N
     if options.out:
         refuse_existing(Path(options.out))
     soup = options.method == SOUP
-    recipe = native.from_table(table | ({"method": "linear"} if soup else {}), "")
+    recipe = recipe_toml.from_table(table | ({"method": "linear"} if soup else {}), "")
     with quiet():
         points = greedy(recipe, skills, options) if soup else over_grid(recipe, skills, options)
     for point in points:

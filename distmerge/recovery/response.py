@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distmerge.config import run as config
+from distmerge.config import train as config
 from distmerge.engine.engine import StepResult
 from distmerge.errors import UserError
 from distmerge.finite import finite
-from distmerge.recovery import optimizer_state as moments
+from distmerge.recovery import optimizer_state
 from distmerge.recovery.detector import Detector, Verdict
 from distmerge.recovery.plan import batch_index
 from distmerge.recovery.rollback import Recoverable, RollBack, Sickness
@@ -210,8 +210,10 @@ class Recovery:
         if anchor is not None:
             flat.vector.copy_(anchor)
             flat.push()
-        if self.section.keep_optimizer != "keep" or not moments.all_finite(moments.take(self.run.engine.optimizers)):
-            moments.reset(self.run.engine.optimizers)
+        if self.section.keep_optimizer != "keep" or not optimizer_state.all_finite(
+            optimizer_state.take(self.run.engine.optimizers)
+        ):
+            optimizer_state.reset(self.run.engine.optimizers)
         for merger in self.run.mergers:
             merger.start_again()
         last = step == self.run.config.steps  # what it is then is not its own work, and must not count at the end

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 from distmerge.checkpoints.store import Store, step_of
-from distmerge.config import run as config
-from distmerge.config.run import TrainConfig
+from distmerge.config import train as config
+from distmerge.config.train import TrainConfig
 from distmerge.engine.engine import Engine
 from distmerge.errors import UserError
 from distmerge.files.directories import guarded, reader
 from distmerge.mesh import Mesh
-from distmerge.recovery import optimizer_state as moments
+from distmerge.recovery import optimizer_state
 from distmerge.recovery.plan import Plan, batch_index, finish_tainting, read_plan, skip_around, write_plan
 from distmerge.windows.blocks import accumulate, stable_blocks
 from distmerge.windows.window import Window
@@ -94,7 +94,7 @@ class RollBack:
             attempts=self.attempts,
             skipped=[*self.skipped, *skip_around(at, self.section.skip_batches)],
         )
-        kept = moments.take(self.run.engine.optimizers)
+        kept = optimizer_state.take(self.run.engine.optimizers)
         with self.mesh.together():
             if self.mesh.leads:
                 guarded(self.run.path, lambda: write_plan(self.run.path, plan))
@@ -155,7 +155,7 @@ class RollBack:
         self.carry_out(plan, None)
         return True
 
-    def carry_out(self, plan: Plan, kept: moments.States | None) -> None:
+    def carry_out(self, plan: Plan, kept: optimizer_state.States | None) -> None:
         """Merge and restore at the plan's checkpoint, which is loaded.
 
         Args:
@@ -190,23 +190,23 @@ class RollBack:
         for merger in self.run.mergers:
             merger.restart()
 
-    def _restore_moments(self, plan: Plan, kept: moments.States | None) -> str:
+    def _restore_moments(self, plan: Plan, kept: optimizer_state.States | None) -> str:
         """The loaded checkpoint's moments are in place: that is "rollback". What was done, in words."""
         optimizers = self.run.engine.optimizers
         if plan.optimizer == "reset":
-            moments.reset(optimizers)
+            optimizer_state.reset(optimizers)
         elif plan.optimizer == "average":
             places = [self.run.path / "checkpoints" / name for name in plan.members if name.startswith("step")]
             if len(places) > 1:
                 file = f"optimizer-{self.mesh.worker:05}.pt"
-                moments.put(optimizers, moments.average([reader(path)(file) for path in places]))
+                optimizer_state.put(optimizers, optimizer_state.average([reader(path)(file) for path in places]))
         elif plan.optimizer == "keep":
             if kept is None:
                 return "keep: the live moments are gone, the checkpoint's were taken"
-            if not moments.all_finite(kept):
-                moments.reset(optimizers)
+            if not optimizer_state.all_finite(kept):
+                optimizer_state.reset(optimizers)
                 return "keep: the live moments were not finite, reset"
-            moments.put(optimizers, kept)
+            optimizer_state.put(optimizers, kept)
         return plan.optimizer
 
     def finish_tainting(self) -> None:

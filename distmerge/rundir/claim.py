@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 from distmerge.files.directories import guarded
 from distmerge.mesh import Mesh
 from distmerge.rundir.identity import Identity, identify

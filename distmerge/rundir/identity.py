@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from distmerge.config.run import Data, TrainConfig
+from distmerge.config.train import Data, TrainConfig
 from distmerge.data.sources import data_files, files_of
 from distmerge.errors import UserError
 from distmerge.files.fingerprints import differences, fingerprints

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distmerge.config import toml as config_file
-from distmerge.config.run import TrainConfig
+from distmerge.config import toml
+from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
 from distmerge.files.atomic import make_directory, sync_directory, write_atomically
 from distmerge.files.manifest import MANIFEST, read_manifest
@@ -55,16 +55,16 @@ class RunDirectory:
         if not self.claimed:
             return
         try:
-            stored = config_file.read(str(self.config), [])
+            stored = toml.read(str(self.config), [])
         except UserError as error:
             raise UserError(
                 f"{self.config}, from an earlier version: {error}; change it there or take another --run-dir"
             ) from None
-        if changed := config_file.differing_keys(stored, config):
+        if changed := toml.differing_keys(stored, config):
             raise UserError(
                 f"config.run_dir {self.path} belongs to a run of another configuration; differing keys: "
                 f"{', '.join(changed)}; take another --run-dir, begin anew with --restart, or only change "
-                f"{', '.join(config_file.MAY_CHANGE[1:])}"
+                f"{', '.join(toml.MAY_CHANGE[1:])}"
             )
 
     def begin(self, config: TrainConfig, command: list[str], identity: dict[str, Any] | None = None) -> None:
@@ -78,7 +78,7 @@ class RunDirectory:
             **(identity or {}),
         }
         write_atomically(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
-        write_atomically(self.config, config_file.dump(config))
+        write_atomically(self.config, toml.dump(config))
 
     def finished(self, steps: int) -> dict[str, Any] | None:
         """The summary of a run that has reached ``steps``, or was stopped before; None while there is work to do.

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from distmerge.config import toml as config_file
-from distmerge.config.run import Model, Optimizer, Schedule, Section, Train, TrainConfig
+from distmerge.config import toml
+from distmerge.config.train import Model, Optimizer, Schedule, Section, Train, TrainConfig
 from distmerge.errors import UserError
 
 TAKEN = ("general", "other")
@@ -114,7 +114,7 @@ class PtmConfig(Section):
         table["data"] |= more.pop("data", {})
         if start and self.finetune_lr is not None:
             table["optimizer"]["lr"] = self.finetune_lr
-        return config_file.validate(table | more)
+        return toml.validate(table | more)
 
 
 class Texts(NamedTuple):
@@ -147,7 +147,7 @@ def read(path: str, overrides: dict[str, Any]) -> PtmConfig:
     Raises:
         UserError: also for what only a training run would refuse, which may come hours later.
     """
-    config = config_file.validate_as(PtmConfig, config_file.read_table(path) | overrides)
+    config = toml.validate_as(PtmConfig, toml.read_table(path) | overrides)
     for steps in (config.steps.base, config.steps.general, config.steps.skill):
         config.run(0, "any", steps, ["any"], None)
     for share in config.shorter:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmerge.config.run import Data
+from distmerge.config.train import Data
 from distmerge.data.packed import packed_text, sampled
 from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import Theta

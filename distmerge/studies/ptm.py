@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
 from distmerge.launch.ranks import die_with_parent
 from distmerge.rundir.layout import RunDirectory, write_atomically

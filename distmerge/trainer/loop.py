@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from distmerge.config import toml as config_file
-from distmerge.config.run import TrainConfig
+from distmerge.config import toml
+from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
 from distmerge.launch.interrupts import REQUEUE
 from distmerge.launch.ranks import DIVERGED, Place, launch
@@ -61,7 +61,7 @@ def train_here(config: TrainConfig, ranks: int) -> None:
             os.environ.update(before)
         return
     path = Path(config.run_dir).with_suffix(".toml")
-    write_atomically(path, config_file.dump(config))
+    write_atomically(path, toml.dump(config))
     status = launch(ranks, ["train", str(path)])
     if status == REQUEUE or status > 128:
         raise SystemExit(status)

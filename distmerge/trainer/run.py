@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmerge.checkpoints import reshard as relayout
+from distmerge.checkpoints import reshard
 from distmerge.checkpoints.health import unsound
 from distmerge.checkpoints.store import Store
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 from distmerge.data.packed import IndexedBatches, open_corpus, sampled
 from distmerge.data.streaming import StreamBatches, from_lead, stream_held_out
 from distmerge.engine.build import build_engine
@@ -62,7 +62,7 @@ class Run:
         with mesh.together():
             self.mergers: list[DiLoCo | SPARTA] = build_mergers(config, self.engine.parameters, mesh)
         torch.manual_seed((config.seed * 1_000_003 + mesh.rank) % 2**64)  # dropout draws apart on each rank
-        section, layout = config.checkpoint, relayout.layout(config, mesh)
+        section, layout = config.checkpoint, reshard.layout(config, mesh)
         self.claim = Claim(directory, config, mesh, command)
         self.store = Store(directory.checkpoints, mesh, section.keep, section.asynchronous, layout, self.claim.identity)
         self.meter = Meter(mesh.device, self.tokens_per_step)
@@ -123,7 +123,7 @@ class Run:
         self.store.open()
         self.recovery.back.finish_tainting()
         path, rejections = self.store.newest_valid(
-            lambda path: relayout.check(path, read_manifest(path), self.config, self.mesh)
+            lambda path: reshard.check(path, read_manifest(path), self.config, self.mesh)
         )
         if path is not None:
             state = self.load_checkpoint(path)
@@ -175,12 +175,12 @@ class Run:
     def load_checkpoint(self, path: Path) -> dict[str, Any]:
         """The state of a checkpoint, but for the recovery and the meter, which remember what was later."""
         read, written = reader(path), read_manifest(path)
-        if relayout.same(written, self.store.about):
+        if reshard.same(written, self.store.about):
             self.engine.load_state_files(read)
             state = read(f"rank-{self.mesh.rank:05}.pt")
         else:
             with self.mesh.together():
-                state = relayout.load(self, read, written)
+                state = reshard.load(self, read, written)
         self.step = self.committed = state["step"]
         if self.window is not None:
             self.window.load_state_dict(state["window"])

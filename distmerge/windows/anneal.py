@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from distmerge.checkpoints.store import published_checkpoints, step_of
-from distmerge.config import toml as config_file
-from distmerge.config.run import TrainConfig
+from distmerge.config import toml
+from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
 from distmerge.files.atomic import write_atomically
 from distmerge.files.directories import guarded, verify
@@ -49,12 +49,12 @@ def begin(run_dir: Path, step: int, decay_steps: int, curve: str, siblings: list
 def configuration_of(run_dir: Path) -> TrainConfig:
     if not (run_dir / "config.toml").is_file():
         raise UserError(f"RUN_DIR must be a run's directory, got {run_dir}")
-    return config_file.read(str(run_dir / "config.toml"), [])
+    return toml.read(str(run_dir / "config.toml"), [])
 
 
 def check_sibling(sibling: Path, config: TrainConfig) -> None:
     """Another run tells of this one only if its seed, and nothing but its seed, differs."""
-    differing = config_file.differing_keys(configuration_of(sibling), config)
+    differing = toml.differing_keys(configuration_of(sibling), config)
     if differing != ["seed"]:
         in_what = ", ".join(differing) or "nothing"
         raise UserError(f"--calibrate must be a run that differs by its seed alone, {sibling} differs in {in_what}")
@@ -88,7 +88,7 @@ def fork_config(run_dir: Path, config: TrainConfig, step: int, decay_steps: int,
     table["schedule"] |= {"name": "wsd", "decay": decay_steps, "curve": curve}
     table.pop("window", None)
     table.pop("preview", None)
-    return config_file.validate(table)
+    return toml.validate(table)
 
 
 def prepare(fork: Path, config: TrainConfig, checkpoint: Path, parent: Identity | None) -> None:
@@ -102,7 +102,7 @@ def prepare(fork: Path, config: TrainConfig, checkpoint: Path, parent: Identity 
         shutil.copytree(checkpoint, target, copy_function=os.link)  # published files never change: links are copies
         if parent is not None:
             write_atomically(fork / "environment.json", json.dumps(parent.fork().record(), indent=2) + "\n")
-        write_atomically(fork / "config.toml", config_file.dump(config))
+        write_atomically(fork / "config.toml", toml.dump(config))
 
     guarded(fork, make)
 

@@ -29,7 +29,7 @@ from distmerge.files.stream import Job, Settings, Stream
 from distmerge.rules.linear import Linear, Same, Scaled
 from distmerge.rundir.identity import read_identity, stranger
 from distmerge.theta.buffers import POLICIES
-from distmerge.windows import advice as gate
+from distmerge.windows import advice
 from distmerge.windows.blocks import RECORD as BLOCK_RECORD
 from distmerge.windows.blocks import legible, mergeable, published_blocks
 from distmerge.windows.curvature import Curvature, newest_curvature
@@ -198,11 +198,11 @@ def job_of(name: str, members: list[Member], c: list[float], maps: Maps, dtype: 
 def explain(members: list[Member], maps: Maps, curvature: Curvature | None) -> None:
     """Print the gate's advice, by plain distances and, where a checkpoint of the run has one, by the curvature."""
     starts, end, names = [member.start for member in members], members[-1].end, [member.name for member in members]
-    print(gate.explain(gate.advise(gram(members, maps), starts, end), names))
+    print(advice.explain(advice.advise(gram(members, maps), starts, end), names))
     floats = {name for name, entry in members[0].model.tensors.items() if entry.dtype in FLOATS}
     if curvature is not None and curvature.mean > 0 and floats <= curvature.diagonal.keys():
         print(f"the same, distances weighed by the curvature (Adam's second moments in {curvature.source}):")
-        print(gate.explain(gate.advise(gram(members, maps, curvature), starts, end), names))
+        print(advice.explain(advice.advise(gram(members, maps, curvature), starts, end), names))
 
 
 def gram(members: list[Member], maps: Maps, curvature: Curvature | None = None) -> np.ndarray:
@@ -214,7 +214,7 @@ def gram(members: list[Member], maps: Maps, curvature: Curvature | None = None) 
             for start in range(0, entry.numel, 1 << 18):
                 stop = min(start + (1 << 18), entry.numel)
                 weights = None if curvature is None else curvature.diagonal[name][start:stop] / curvature.mean
-                total += gate.gram_of_chunk([source.read(start, stop) for source in sources], weights)
+                total += advice.gram_of_chunk([source.read(start, stop) for source in sources], weights)
     return total
 
 

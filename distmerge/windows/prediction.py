@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
 from distmerge.files.directories import verify
 from distmerge.windows.blocks import RECORD, Block, accumulate, block_weights, legible, published_blocks

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from distmerge.config import run as config
+from distmerge.config import train as config
 from distmerge.errors import UserError
 from distmerge.rundir.identity import stranger
 from distmerge.theta.flat import FlatParameters

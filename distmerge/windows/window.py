@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from distmerge.checkpoints.store import step_of
-from distmerge.config import run as config
+from distmerge.config import train as config
 from distmerge.errors import UserError
 from distmerge.files.directories import clear_leftovers, guarded, remove
 from distmerge.finite import nonfinite

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from distmerge.config import mergers as sections
-from distmerge.config.run import TrainConfig
+from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
 from distmerge.mesh import Mesh
 from distmerge.theta.flat import FlatParameters

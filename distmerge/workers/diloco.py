@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmerge.config import mergers as config_merge
+from distmerge.config import mergers
 from distmerge.config.toml import checked
 from distmerge.engine.flatten import check_peers, flatten
 from distmerge.rules.mean import token_weight
@@ -92,8 +92,8 @@ class DiLoCo:
         nonfinite: str = "raise",
         buffers: dict[str, Policy] | None = None,
     ):
-        values = {name: value for name, value in locals().items() if name in config_merge.DiLoCo.model_fields}
-        settings = checked(config_merge.DiLoCo, **values)
+        values = {name: value for name, value in locals().items() if name in mergers.DiLoCo.model_fields}
+        settings = checked(mergers.DiLoCo, **values)
         self.peers = Peers(group)
         self.settings = settings.completed(self.peers.size)
         self.every = every

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmerge.config import mergers as config_merge
+from distmerge.config import mergers
 from distmerge.rules.outer import outer_step
 from distmerge.workers.fragments import Bucket
 from distmerge.workers.group import Peers
@@ -64,7 +64,7 @@ class OuterState:
             self.velocity.copy_(state["velocity"])
 
 
-def start_outer(settings: config_merge.DiLoCo, theta: Tensor, buckets: Sequence[Bucket], peers: Peers) -> OuterState | None:
+def start_outer(settings: mergers.DiLoCo, theta: Tensor, buckets: Sequence[Bucket], peers: Peers) -> OuterState | None:
     """The outer state at the start of a run; None where theta itself travels and no anchor is needed."""
     # Averaging in float32 sends theta itself. Formats, overlap and mix need the delta, and so the anchor.
     s = settings

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distmerge.config import mergers as config_merge
+from distmerge.config import mergers
 from distmerge.finite import nonfinite
 from distmerge.theta.flat import FlatParameters
 from distmerge.workers.divergence import Spread
@@ -32,7 +32,7 @@ class Sender:
     """
 
     def __init__(
-        self, settings: config_merge.DiLoCo, flat: FlatParameters, peers: Peers, buckets: list[Bucket], outer: OuterState | None
+        self, settings: mergers.DiLoCo, flat: FlatParameters, peers: Peers, buckets: list[Bucket], outer: OuterState | None
     ):
         self.settings, self.flat, self.peers, self.outer = settings, flat, peers, outer
         self.wire = WIRES[settings.wire]

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmerge.config import mergers as config_merge
+from distmerge.config import mergers
 from distmerge.config.toml import checked
 from distmerge.engine.flatten import flatten
 from distmerge.finite import nonfinite
@@ -92,8 +92,8 @@ class SPARTA:
         group: dist.ProcessGroup | None = None,
         buffers: dict[str, Policy] | None = None,
     ):
-        values = {name: value for name, value in locals().items() if name in config_merge.SPARTA.model_fields}
-        self.settings = checked(config_merge.SPARTA, **values)
+        values = {name: value for name, value in locals().items() if name in mergers.SPARTA.model_fields}
+        self.settings = checked(mergers.SPARTA, **values)
         self.flat = flatten(model)
         # The final model is a full average, which is DiLoCo with outer rate 1, never due before the end.
         self.average = DiLoCo(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from distmerge.config import toml as config_file
+from distmerge.config import toml
 from distmerge.launch.ranks import Place
 from distmerge.trainer.loop import train
 
@@ -55,7 +55,7 @@ def run(folder: Path, name: str, text: Path, **sections: Any) -> Path:
         for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
             patch.setenv(key, value)
         try:
-            train(config_file.validate(table), Place(0, 1, 0, 1), ["test"])
+            train(toml.validate(table), Place(0, 1, 0, 1), ["test"])
         finally:
             if dist.is_initialized():  # a run that was refused leaves the group, as its process would end
                 dist.destroy_process_group()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from distmerge.cli import main as cli
+from distmerge.cli import main
 from distmerge.errors import UserError
 
 ZERO = Path(__file__).parent / "zero"
@@ -19,7 +19,7 @@ SHAPES = {"0.weight": (5, 8), "0.bias": (5,), "1.weight": (3, 5)}
 
 
 def window(*arguments: object) -> None:
-    assert cli.run(["window", *map(str, arguments)]) == 0
+    assert main.run(["window", *map(str, arguments)]) == 0
 
 
 def masters(tag: Path, stage: int) -> dict[str, torch.Tensor]:

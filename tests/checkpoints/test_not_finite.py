@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distmerge.checkpoints.health import not_finite, unsound, unsound_checkpoint
 from distmerge.checkpoints.store import published_checkpoints
-from distmerge.config import toml as config_file
+from distmerge.config import toml
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
 from distmerge.errors import UserError
@@ -61,7 +61,7 @@ def train_two(folder: Path, name: str, spoiled: dict[int, set[int]], sections: d
     assert here is not None
     with pytest.MonkeyPatch.context() as patch:
         spoil_updates(patch, spoiled.get(here.rank, set()))
-        train(config_file.validate(table), here, ["test"])
+        train(toml.validate(table), here, ["test"])
 
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from distmerge.checkpoints.store import Store, published_checkpoints
-from distmerge.config import run as config
+from distmerge.config import train as config
 from distmerge.errors import UserError
 from distmerge.files.directories import reader, verify
 from distmerge.files.manifest import MANIFEST, read_manifest

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distmerge.checkpoints.store import published_checkpoints
-from distmerge.config import toml as config_file
+from distmerge.config import toml
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
 from distmerge.errors import UserError
@@ -142,7 +142,7 @@ def train_two(folder: Path, name: str, verdicts: dict[int, dict[int, Verdict]], 
     assert here is not None
     with pytest.MonkeyPatch.context() as patch:
         scripted(patch, verdicts.get(here.rank, {}))
-        train(config_file.validate(table), here, ["test"])
+        train(toml.validate(table), here, ["test"])
 
 
 MERGES = {

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from distmerge.cli import main as cli
-from distmerge.config.run import Optimizer
+from distmerge.cli import main
+from distmerge.config.train import Optimizer
 from distmerge.engine.optimizers import build_optimizers
 from distmerge.errors import UserError
 from distmerge.files.manifest import as_json, read_manifest, sealed
@@ -35,7 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 
 
 def window(*arguments: object) -> int:
-    return cli.run(["window", *map(str, arguments)])
+    return main.run(["window", *map(str, arguments)])
 
 
 def test_linear_over_equal_blocks_is_the_plain_mean(trained: Path, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_recover_by_hand(trained: Path, text: Path, tmp_path: Path, capsys: pyte
     sick = load_file(trained / "checkpoints/step-00000030/parameters-00000.safetensors")
     damaged = copied / "checkpoints/step-00000020/optimizer-00000.pt"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert cli.run(["recover", str(copied), "--before", "40", "--merge-last", "2"]) == 0
+    assert main.run(["recover", str(copied), "--before", "40", "--merge-last", "2"]) == 0
     assert "step-00000020" in capsys.readouterr().out
     assert (copied / "checkpoints/step-00000040.tainted").is_dir()
     assert [path.name[-2:] for path in published_blocks(copied / "window")] == ["08", "16", "24"]
@@ -217,7 +217,7 @@ def test_recover_without_anything_stable(trained: Path, tmp_path: Path) -> None:
     for path in (copied / "checkpoints").glob("step-*/manifest.json"):
         path.unlink()
     with pytest.raises(UserError, match="no stable checkpoint") as caught:
-        cli.run(["recover", str(copied)])
+        main.run(["recover", str(copied)])
     assert "\n" not in str(caught.value)
     assert len(list((copied / "checkpoints").iterdir())) == 4
 
@@ -235,9 +235,9 @@ def annealed(directory: Path, monkeypatch: pytest.MonkeyPatch, *arguments: objec
         runs.run(Path(config.run_dir).parent, Path(config.run_dir).name, Path(config.data.files[0]), **table)
         return 0
 
-    monkeypatch.setattr(cli, "start", train)
+    monkeypatch.setattr(main, "start", train)
     flags = ["anneal", str(directory), "--from", "20", "--decay-steps", "20", "--curve", "1-sqrt"]
-    assert cli.run([*flags, *map(str, arguments)]) == 0
+    assert main.run([*flags, *map(str, arguments)]) == 0
     return lines(directory, "ledger.jsonl")[-1]
 
 
@@ -262,7 +262,7 @@ def test_anneal_predicts_first_and_compares_after(trained: Path, tmp_path: Path,
     flags = ["anneal", str(copied), "--from", "20", "--decay-steps", "20"]
     for wrong, words in ((["--from", "21"], "one of 10, 20"), (["--decay-steps", "0"], ">= 1")):
         with pytest.raises(UserError, match=words):
-            cli.run([*flags, *wrong])
+            main.run([*flags, *wrong])
 
 
 def test_forks_of_another_seed_correct_the_prediction(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +284,7 @@ def test_forks_of_another_seed_correct_the_prediction(trained: Path, tmp_path: P
 def test_verify(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copied = tmp_path / "run"
     shutil.copytree(trained, copied)
-    assert cli.run(["verify", str(copied)]) == 0
+    assert main.run(["verify", str(copied)]) == 0
     (copied / "window/block-00000016/model.safetensors").unlink()
-    assert cli.run(["verify", str(copied)]) == 1
+    assert main.run(["verify", str(copied)]) == 1
     assert "window/block-00000016: model.safetensors is missing" in capsys.readouterr().out

@@ -131,16 +131,16 @@ def test_memory_and_disk_preview_the_same(tmp_path: Path, text: Path) -> None:
 
 
 def test_a_full_disk_drops_the_block_and_training_goes_on(tmp_path: Path, text: Path, plain: Path, monkeypatch) -> None:
-    from distmerge.windows import blocks as room
+    from distmerge.windows import blocks
 
-    real = room.save_model
+    real = blocks.save_model
 
     def full_at_16(model, tokenizer, directory, dtype=None):
         if "00000016" in directory.name:
             raise OSError(28, "No space left on device", str(directory))
         real(model, tokenizer, directory, dtype)
 
-    monkeypatch.setattr(room, "save_model", full_at_16)
+    monkeypatch.setattr(blocks, "save_model", full_at_16)
     directory = run(tmp_path, "full", text, window=WINDOW)
     assert not (directory / "window/block-00000016").exists()
     assert not list((directory / "window").glob(".*"))

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from distmerge.checkpoints.verify import verify_run
-from distmerge.cli import main as cli
-from distmerge.config import toml as config_file
+from distmerge.cli import main
+from distmerge.config import toml
 from distmerge.engine.engine import StepResult
 from distmerge.engine.torch import TorchEngine
 from distmerge.errors import UserError
@@ -49,7 +49,7 @@ def train_two(folder: Path, name: str, sick_at: dict[int, int], sections: dict[s
 
     TorchEngine.train_step = train_step
     try:
-        train(config_file.validate(table), here, ["test"])
+        train(toml.validate(table), here, ["test"])
     finally:
         TorchEngine.train_step = real
 
@@ -140,11 +140,11 @@ def test_a_published_block_that_a_spike_touched_is_marked_and_stays_so(ranks: Ra
     assert records == {"block-00000010": False, "block-00000020": True, "block-00000040": False}
     assert not any(verdict.damaged for verdict in verify_run(directory))
     assert stable_blocks(directory / "window", 9, 40) == ["block-00000040", "block-00000010"]
-    assert cli.run(["window", str(directory), "--curve", "mean", "--out", str(folder / "untouched")]) == 0
+    assert main.run(["window", str(directory), "--curve", "mean", "--out", str(folder / "untouched")]) == 0
     weights = json.loads((folder / "untouched/merge.json").read_text())["weights"]
     assert [Path(name).name for name in weights] == ["block-00000010", "block-00000040"]
     with pytest.raises(UserError, match="block-00000020 is tainted"):
-        cli.run(["window", *(str(directory / "window" / name) for name in records), "--out", str(folder / "none")])
+        main.run(["window", *(str(directory / "window" / name) for name in records), "--out", str(folder / "none")])
     forget_after(directory, 20)  # that state was saved before the spike
     run(ranks, folder, "touched", **sections)
     blocks = rank_state(directory, 40)["window"]["blocks"]

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import distmerge as dm
-from distmerge.config import run as sections
-from distmerge.config import toml as config_file
-from distmerge.config.run import TrainConfig
+from distmerge.config import toml
+from distmerge.config import train as sections
+from distmerge.config.train import TrainConfig
 from distmerge.engine.build import build_engine
 from distmerge.engine.engine import Engine
 from distmerge.launch.ranks import Place
@@ -41,7 +41,7 @@ VOCABULARY = 48
 
 
 def settings(engine: dict[str, Any], merger: str = "diloco", data: dict[str, Any] | None = None, **train: Any) -> TrainConfig:
-    return config_file.validate(
+    return toml.validate(
         {
             "run_dir": "unused",
             "mesh": {"workers": 2, "device": "cpu", "timeout_seconds": 600},

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from distmerge.cli import main as cli
-from distmerge.config import toml as config_file
+from distmerge.cli import main
+from distmerge.config import toml
 from distmerge.engine.deepspeed import deepspeed_table
 from distmerge.engine.ops import import_deepspeed
 from distmerge.errors import UserError
@@ -21,7 +21,7 @@ ZERO: dict[str, Any] = {"zero_optimization": {"stage": 2}}
 
 def refused(**sections: Any) -> str:
     with pytest.raises(UserError) as caught:
-        config_file.validate(BASE | sections)
+        toml.validate(BASE | sections)
     return str(caught.value)
 
 
@@ -57,14 +57,14 @@ def test_a_contradiction_names_both_values(table: dict[str, Any], message: str) 
 
 def test_what_says_the_same_is_taken() -> None:
     table = {"gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": "auto"}}
-    assert config_file.validate(BASE | {"engine": deepspeed(**table)}).engine.stage == 2
+    assert toml.validate(BASE | {"engine": deepspeed(**table)}).engine.stage == 2
 
 
 def test_the_batch_of_a_worker() -> None:
     class TwoRanks:
         shards = 2
 
-    config = config_file.validate(BASE | {"engine": deepspeed(train_batch_size=24)})
+    config = toml.validate(BASE | {"engine": deepspeed(train_batch_size=24)})
     with pytest.raises(UserError) as caught:
         deepspeed_table(config, TwoRanks())  # pyright: ignore[reportArgumentType]
     assert str(caught.value) == (
@@ -98,7 +98,7 @@ def test_what_wants_the_torch_engine() -> None:
 def test_a_file_is_read_into_the_configuration(tmp_path: Path) -> None:
     path = tmp_path / "zero.json"
     path.write_text(json.dumps(ZERO | {"communication_data_type": None}))
-    config = config_file.validate(BASE | {"engine": {"kind": "deepspeed", "config": str(path)}})
+    config = toml.validate(BASE | {"engine": {"kind": "deepspeed", "config": str(path)}})
     assert config.engine.config == ZERO
     path.write_text("[1]")
     assert refused(engine={"kind": "deepspeed", "config": str(path)}).endswith(f"must be a JSON object, got list in {path}")
@@ -114,10 +114,10 @@ def test_deepspeed_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
     assert str(caught.value) == message
     arguments = ["train", "configs/quickstart.toml", "--run-dir", str(tmp_path / "run"), "--engine.kind", "deepspeed"]
     with pytest.raises(UserError) as caught:
-        cli.run(arguments)
+        main.run(arguments)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs/deepspeed").glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_deepspeed_configurations_are_taken(path: Path) -> None:
-    assert config_file.validate(BASE | {"engine": {"kind": "deepspeed", "config": str(path)}}).engine.stage in (2, 3)
+    assert toml.validate(BASE | {"engine": {"kind": "deepspeed", "config": str(path)}}).engine.stage in (2, 3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distmerge.cli import main as cli
+from distmerge.cli import main
 from distmerge.errors import UserError
 from tests.files.models import family, tensors, write
 
@@ -28,7 +28,7 @@ def flat(paths):
 
 def test_figures(paths, capsys, tmp_path):
     flags = ["--base", str(paths[0]), *map(str, paths[1:]), "--json", "--plot", str(tmp_path / "plots")]
-    assert cli.run(["diagnose", *flags, "--tensorboard", str(tmp_path / "board")]) == 0
+    assert main.run(["diagnose", *flags, "--tensorboard", str(tmp_path / "board")]) == 0
     report = json.loads(capsys.readouterr().out)
     deltas = flat(paths)
     for i in range(3):
@@ -56,17 +56,17 @@ def test_subspaces_of_equal_and_of_foreign_vectors(tmp_path, capsys):
     paths = [write(tmp_path / "base", base)]
     for index, delta in enumerate((low[0], 2 * low[0], low[1])):
         paths.append(write(tmp_path / f"m{index}", base | {name: base[name] + 0.01 * delta}))
-    cli.run(["diagnose", "--base", str(paths[0]), *map(str, paths[1:]), "--json"])
+    main.run(["diagnose", "--base", str(paths[0]), *map(str, paths[1:]), "--json"])
     overlaps = {tuple(e["pair"]): e["overlap"] for e in json.loads(capsys.readouterr().out)["subspaces"] if e["tensor"] == name}
     assert overlaps[0, 1] > 0.99 and overlaps[0, 2] < 0.1
 
 
 def test_the_report_of_a_merge_is_the_diagnosis(paths, tmp_path, capsys):
-    cli.run(["diagnose", "--base", str(paths[0]), *map(str, paths[1:]), "--json"])
+    main.run(["diagnose", "--base", str(paths[0]), *map(str, paths[1:]), "--json"])
     alone = json.loads(capsys.readouterr().out)
     named = [part for path in paths[1:] for part in ("--model", str(path))]
     flags = ["--base", str(paths[0]), *named, "--density", "0.5", "--report", "--out", str(tmp_path / "out")]
-    cli.run(["merge", "--method", "dare_ties", *flags])
+    main.run(["merge", "--method", "dare_ties", *flags])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     for key in ("cosines", "norms", "conflict_count", "conflict_mass"):
         assert report["whole"][key] == alone["whole"][key]
@@ -80,7 +80,7 @@ def test_every_method_has_a_report(method, paths, tmp_path):
     named = [part for path in members for part in ("--model", f"{path}{factor}")]
     more = ["--t", "0.3"] if method == "slerp" else []
     flags = ["--base", str(paths[0]), *named, *more, "--report", "--out", str(tmp_path / "out")]
-    assert cli.run(["merge", "--method", method, *flags]) == 0
+    assert main.run(["merge", "--method", method, *flags]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     deltas = flat(paths)[: len(members)]
     assert report["whole"]["norms"] == pytest.approx([float(delta.norm()) for delta in deltas], rel=1e-5)
@@ -93,7 +93,7 @@ def test_what_each_task_vector_loses_to_the_outputs_dtype(tmp_path):
     base, *members = family(tmp_path / "wide", torch.float32)
     named = [part for path in members for part in ("--model", str(path))]
     flags = ["--base", str(base), *named, "--out-dtype", "bfloat16", "--report", "--out", str(tmp_path / "out")]
-    assert cli.run(["merge", "--method", "task_arithmetic", *flags]) == 0
+    assert main.run(["merge", "--method", "task_arithmetic", *flags]) == 0
     found = json.loads((tmp_path / "out" / "report.json").read_text())["whole"]["each_lost_to_rounding"]
     origin = load_file(base / "model.safetensors")
     for path, share in zip(members, found, strict=True):
@@ -105,7 +105,7 @@ def test_what_each_task_vector_loses_to_the_outputs_dtype(tmp_path):
 
 def test_without_any_base_a_report_starts_from_the_first_model(paths, tmp_path):
     named = [part for path in paths[1:] for part in ("--model", str(path))]
-    assert cli.run(["merge", "--method", "linear", *named, "--report", "--out", str(tmp_path / "out")]) == 0
+    assert main.run(["merge", "--method", "linear", *named, "--report", "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     one, *others = flat(paths)
     assert report["origin"] == str(paths[1]) and report["models"] == [str(path) for path in paths[2:]]
@@ -120,26 +120,26 @@ def test_auto_averages_what_is_alike_and_minds_conflicts(paths, tmp_path, capsys
     twin = write(tmp_path / "twin", near)
     for other, method in ((twin, "linear"), (paths[2], "dare_ties")):
         flags = ["--base", str(paths[0]), "--model", str(paths[1]), "--model", str(other), "--out", str(tmp_path / method)]
-        assert cli.run(["merge", "--method", "auto", *flags]) == 0
+        assert main.run(["merge", "--method", "auto", *flags]) == 0
         assert f"method auto takes {method}:\n- the mean cosine" in capsys.readouterr().out
         assert json.loads((tmp_path / method / "merge.json").read_text())["recipe"]["method"] == method
 
 
 def test_refused(paths, tmp_path):
     with pytest.raises(UserError, match="at least two models"):
-        cli.run(["diagnose", "--base", str(paths[0]), str(paths[1])])
+        main.run(["diagnose", "--base", str(paths[0]), str(paths[1])])
     for twice in (paths[0], paths[1]):
         with pytest.raises(UserError, match=f"takes each model once, and not its base, got {twice} again"):
-            cli.run(["diagnose", "--base", str(paths[0]), str(paths[1]), str(twice)])
+            main.run(["diagnose", "--base", str(paths[0]), str(paths[1]), str(twice)])
     with pytest.raises(UserError, match="--sequences must be >= 1, got 0"):
-        cli.run(["diagnose", "--base", str(paths[0]), str(paths[1]), str(paths[2]), "--sequences", "0"])
+        main.run(["diagnose", "--base", str(paths[0]), str(paths[1]), str(paths[2]), "--sequences", "0"])
     flags = ["--model", str(paths[1]), "--model", str(paths[2]), "--out", str(tmp_path / "out"), "--report"]
     with pytest.raises(UserError, match="--report compares models, got passthrough of one at a time"):
-        cli.run(["merge", "--method", "passthrough", *flags[:2], *flags[4:]])
+        main.run(["merge", "--method", "passthrough", *flags[:2], *flags[4:]])
 
 
 def test_auto_takes_whole_models(paths, tmp_path):
     sources = "".join(f"[{{model: {path}, layer_range: [0, 1]}}]" for path in paths[1:2])
     (tmp_path / "r.yaml").write_text(f"merge_method: auto\nbase_model: {paths[0]}\nslices:\n" + f"- sources: {sources}\n" * 2)
     with pytest.raises(UserError, match="method auto takes whole models, got 2 slices"):
-        cli.run(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")])
+        main.run(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")])

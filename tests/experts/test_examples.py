@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from distmerge.config import toml as config_file
+from distmerge.config import toml
 from distmerge.config.experts import Examples
 from distmerge.data.loss_mask import ids_and_labels
 from distmerge.data.packed import open_corpus
@@ -72,7 +72,7 @@ def alone(directory: Path, row: np.ndarray) -> tuple[float, float, int, list[boo
 
 def test_tracking_is_exact(runs: dict[str, Path]) -> None:
     made = runs["one"]
-    config = config_file.read(str(made / "config.toml"), [])
+    config = toml.read(str(made / "config.toml"), [])
     data = open_corpus(config.data).train
     known = Known(**load_file(made / "examples.safetensors"))
     rows = tracked_rows(len(data), 20, 1)
@@ -105,7 +105,7 @@ def test_the_report_is_exact(runs: dict[str, Path], tmp_path: Path) -> None:
     )
     judge = runs["two"] / "steps" / "step-00000004"
     found = report(made, str(merged), str(judge))
-    config = config_file.read(str(made / "config.toml"), [])
+    config = toml.read(str(made / "config.toml"), [])
     data = open_corpus(config.data).train
     rows = [data[[row]]["input_ids"][0] for row in tracked_rows(len(data), 20, 1)]
     by = {name: [alone(path, row) for row in rows] for name, path in (("e", made / "final"), ("m", merged), ("j", judge))}

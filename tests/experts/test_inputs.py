@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from distmerge.cli import main as cli
+from distmerge.cli import main
 from distmerge.errors import UserError
 from distmerge.windows.blocks import Block, publish_block
 from tests.files.models import family, write
@@ -29,7 +29,7 @@ def paths(tmp_path_factory):
 
 def merge(base: Path | str, model: Path | str, out: Path, *flags: str) -> dict[str, torch.Tensor]:
     named = ["--base", str(base), "--model", str(model), "--out", str(out)]
-    assert cli.run(["merge", "--method", "task_arithmetic", "--lambda", "0.5", *named, *flags]) == 0
+    assert main.run(["merge", "--method", "task_arithmetic", "--lambda", "0.5", *named, *flags]) == 0
     return load_file(out / "model.safetensors")
 
 
@@ -61,7 +61,7 @@ def test_a_dcp_directory_as_base_and_under_an_adapter_flag(paths, tmp_path, caps
     assert same(out, merge(paths[0], paths[1], tmp_path / "plain"))
     flags = ["--base", str(tmp_path / "dcp"), *map(str, paths[1:]), "--allow-pickle", "--json"]
     capsys.readouterr()
-    assert cli.run(["diagnose", *flags]) == 0
+    assert main.run(["diagnose", *flags]) == 0
     assert len(json.loads(capsys.readouterr().out)["whole"]["norms"]) == 2
 
 
@@ -154,7 +154,7 @@ def test_an_output_that_would_overflow_is_refused_by_the_tensors_name(paths, tmp
     write(tmp_path / "big", big)
     named = ["--model", str(tmp_path / "big"), "--model", str(tmp_path / "big"), "--out", str(tmp_path / "out")]
     with pytest.raises(UserError, match=r"\.weight would hold NaN or infinity .*: it overflows float16"):
-        cli.run(["merge", "--method", "linear", "--normalize", "false", *named, "--out-dtype", "float16"])
+        main.run(["merge", "--method", "linear", "--normalize", "false", *named, "--out-dtype", "float16"])
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.merging").exists()
 
 
@@ -169,7 +169,7 @@ def test_an_input_with_nan_is_refused_by_the_tensors_name(method, paths, tmp_pat
         flags += ["--density", "0.3"]
     given = ["merge", "--method", method, "--model", str(tmp_path / "bad"), *others, *flags, "--out", str(tmp_path / "out")]
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN or infinity in .*bad"):
-        cli.run(given)
+        main.run(given)
     assert not (tmp_path / "out").exists()
 
 
@@ -183,16 +183,16 @@ def test_booleans_may_be_numbers_as_mergekit_takes_them(value, sound, paths, tmp
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     given = ["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]
     if sound:
-        assert cli.run(given) == 0
+        assert main.run(given) == 0
         return
     with pytest.raises(UserError, match=r"normalize of .* must be true or false"):
-        cli.run(given)
+        main.run(given)
 
 
 def test_a_limit_on_memory_is_one_line(paths, tmp_path):
     given = ["merge", "--method", "linear", "--model", str(paths[1]), "--model", str(paths[2]), "--out", str(tmp_path / "out")]
     program = (
-        "import resource, sys\nfrom distmerge.cli import main as cli\nimport torch, distmerge.merging.execute\n"
+        "import resource, sys\nfrom distmerge.cli import main\nimport torch, distmerge.merging.execute\n"
         "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (taken + (2 << 20),) * 2)\n"
         f"sys.argv = ['distmerge', *{given!r}]\ncli.main()\n"

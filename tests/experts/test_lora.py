@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distmerge.cli import main as cli
+from distmerge.cli import main
 from distmerge.errors import UserError
 from distmerge.files.adapters import read_adapter
 from distmerge.files.sources import Maps
@@ -51,7 +51,7 @@ def root(tmp_path_factory):
 
 def merge(root: Path, out: Path, method: str, *flags: str) -> None:
     named = ["--model", f"{root / 'one'}:0.6", "--model", f"{root / 'two'}:0.3", "--out", str(out)]
-    assert cli.run(["merge", "--method", method, *named, *flags]) == 0
+    assert main.run(["merge", "--method", method, *named, *flags]) == 0
 
 
 def test_adapters_are_models(root, tmp_path):
@@ -64,7 +64,7 @@ def test_adapters_are_models(root, tmp_path):
     assert torch.equal(out["lm_head.weight"], base["lm_head.weight"])
     pair = [f"{root / 'base'}+{root / name}" for name in ("one", "two")]
     assert (
-        cli.run(["merge", "--method", "linear", "--model", pair[0], "--model", pair[1], "--out", str(tmp_path / "mean")]) == 0
+        main.run(["merge", "--method", "linear", "--model", pair[0], "--model", pair[1], "--out", str(tmp_path / "mean")]) == 0
     )
     mean = load_file(tmp_path / "mean" / "model.safetensors")
     expected = base[f"{NAMES[0]}.weight"].double() + (change(root / "one", NAMES[0]) + change(root / "two", NAMES[0])) / 2
@@ -83,7 +83,7 @@ def test_cat_is_exact_and_svd_is_the_best_of_its_rank(root, tmp_path):
         error = (change(tmp_path / "svd", name) - exact).norm()
         assert float(error) == pytest.approx(float(values[2:].norm()), rel=1e-5)
     assert json.loads((tmp_path / "cat" / "adapter_config.json").read_text())["r"] == 7
-    assert cli.run(["merge", "--verify", str(tmp_path / "cat")]) == 0
+    assert main.run(["merge", "--verify", str(tmp_path / "cat")]) == 0
 
 
 def test_inner_products_need_no_full_matrix(root):
@@ -96,7 +96,7 @@ def test_inner_products_need_no_full_matrix(root):
 
 def test_a_diagnosis_of_adapters(root, capsys):
     models = [str(root / "one"), str(root / "two")]
-    assert cli.run(["diagnose", "--base", str(root / "base"), *models, "--json"]) == 0
+    assert main.run(["diagnose", "--base", str(root / "base"), *models, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     full = [torch.cat([change(root / name, key).flatten() for key in NAMES]) for name in ("one", "two")]
     cosine = float(torch.cosine_similarity(full[0], full[1], dim=0))
@@ -104,7 +104,7 @@ def test_a_diagnosis_of_adapters(root, capsys):
     assert report["adapters"]["cosines"][0][1] == pytest.approx(cosine, abs=1e-6)
     assert report["whole"]["cosines"][0][1] == pytest.approx(cosine, abs=1e-3)
     with pytest.raises(UserError, match="--files needs whole models"):
-        cli.run(["diagnose", "--base", str(root / "base"), *models, "--files", str(root / "base" / "config.json")])
+        main.run(["diagnose", "--base", str(root / "base"), *models, "--files", str(root / "base" / "config.json")])
 
 
 def test_extract_finds_a_low_rank_change(root, tmp_path):
@@ -112,7 +112,7 @@ def test_extract_finds_a_low_rank_change(root, tmp_path):
     moved = base | {f"{name}.weight": base[f"{name}.weight"] + change(root / "one", name).float() for name in NAMES}
     write(tmp_path / "full", moved)
     flags = ["--base", str(root / "base"), "--model", str(tmp_path / "full"), "--rank", "4", "--out", str(tmp_path / "out")]
-    assert cli.run(["merge", "--method", "extract", *flags]) == 0
+    assert main.run(["merge", "--method", "extract", *flags]) == 0
     for name in NAMES:
         assert torch.allclose(change(tmp_path / "out", name), change(root / "one", name), atol=1e-6)
 
@@ -145,6 +145,6 @@ def test_what_has_no_use_is_refused(flags, error, root, tmp_path):
 def test_refused(config, error, root, tmp_path):
     adapter(tmp_path / "bad", 3, **config)
     with pytest.raises(UserError, match=error):
-        cli.run(["merge", "--method", "cat", "--model", str(tmp_path / "bad"), "--out", str(tmp_path / "out")])
+        main.run(["merge", "--method", "cat", "--model", str(tmp_path / "bad"), "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match="is no LoRA adapter"):
-        cli.run(["merge", "--method", "cat", "--model", str(root / "base"), "--out", str(tmp_path / "out")])
+        main.run(["merge", "--method", "cat", "--model", str(root / "base"), "--out", str(tmp_path / "out")])

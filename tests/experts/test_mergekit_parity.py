@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from distmerge.cli import main as cli
+from distmerge.cli import main
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "mergekit"
 RECIPES = json.loads((FIXTURES / "recipes.json").read_text())
@@ -49,7 +49,7 @@ def merge(recipe: dict, root: Path, out: Path, *flags: str) -> dict[str, torch.T
             text = text.replace(f"{key}: {model}\n", f"{key}: {root / model}\n")
     path = out.with_suffix(".yaml")
     path.write_text(text)
-    assert cli.run(["merge", str(path), "--out", str(out), "--threads", "1", *flags]) == 0
+    assert main.run(["merge", str(path), "--out", str(out), "--threads", "1", *flags]) == 0
     return load_file(out / "model.safetensors")
 
 

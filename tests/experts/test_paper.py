@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distmerge.cli import main as cli
+from distmerge.cli import main
 from distmerge.errors import UserError
 from distmerge.rules.random_masks import key_of, uniform
 from tests.files.models import tensors, write
@@ -31,7 +31,7 @@ def models(tmp_path_factory):
 def merge(root, out, method: str, *flags: str, weights=WEIGHTS) -> dict[str, torch.Tensor]:
     named = [part for i, weight in enumerate(weights) for part in ("--model", f"{root / f'm{i}'}:{weight}")]
     base = [] if method == "linear" else ["--base", str(root / "base")]
-    assert cli.run(["merge", "--method", method, *base, *named, "--out", str(out), *flags]) == 0
+    assert main.run(["merge", "--method", method, *base, *named, "--out", str(out), *flags]) == 0
     return load_file(out / "model.safetensors")
 
 
@@ -150,11 +150,12 @@ def test_wise_ft_and_ptm(models, tmp_path):
     base, deltas = read(models)
     (tmp_path / "a").mkdir()
     flags = ["--base", str(models / "base"), "--model", f"{models / 'm0'}:0.3", "--out", str(tmp_path / "a" / "out")]
-    assert cli.run(["merge", "--method", "wise_ft", *flags]) == 0
+    assert main.run(["merge", "--method", "wise_ft", *flags]) == 0
     close(load_file(tmp_path / "a" / "out" / "model.safetensors"), {n: 0.3 * deltas[0][n] for n in base}, base)
     flags = ["--base", str(models / "base"), "--general", str(models / "m1"), "--out", str(tmp_path / "ptm")]
     assert (
-        cli.run(["merge", "--method", "ptm", "--model", f"{models / 'm0'}:0.3", "--model", f"{models / 'm2'}:0.5", *flags]) == 0
+        main.run(["merge", "--method", "ptm", "--model", f"{models / 'm0'}:0.3", "--model", f"{models / 'm2'}:0.5", *flags])
+        == 0
     )
     close(
         load_file(tmp_path / "ptm" / "model.safetensors"),
@@ -166,10 +167,10 @@ def test_wise_ft_and_ptm(models, tmp_path):
 def test_omega_from_training_records(models, tmp_path, capsys):
     flags = ["--method", "ptm", "--base", str(models / "base"), "--general", str(models / "m1"), "--model", str(models / "m2")]
     with pytest.raises(UserError, match=r"omega must be given for .*m2: .*training.json does not say"):
-        cli.run(["merge", *flags, "--out", str(tmp_path / "out")])
+        main.run(["merge", *flags, "--out", str(tmp_path / "out")])
     (models / "m1" / "training.json").write_text(json.dumps({"tokens": 1000}))
     (models / "m2" / "training.json").write_text(json.dumps({"tokens": 250}))
-    assert cli.run(["merge", *flags, "--out", str(tmp_path / "out")]) == 0
+    assert main.run(["merge", *flags, "--out", str(tmp_path / "out")]) == 0
     assert "= 0.25" in capsys.readouterr().out
     base, deltas = read(models)
     close(load_file(tmp_path / "out" / "model.safetensors"), {n: deltas[1][n] + 0.25 * deltas[2][n] for n in base}, base)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from distmerge.config import toml as config_file
+from distmerge.config import toml
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate_directory
 from distmerge.studies.config import PtmConfig, read
@@ -188,7 +188,7 @@ def test_continued_finetuning_is_compared_at_a_similar_skill_loss() -> None:
 def test_a_shorter_run_has_a_shorter_schedule(skill: int, warmup: int, decay: int) -> None:
     schedule = {"name": "wsd", "warmup": warmup, "decay": decay}
     table = {"out": "x", "model": BASE["model"], "steps": {"skill": skill}, "schedule": schedule}
-    config = config_file.validate_as(PtmConfig, table)
+    config = toml.validate_as(PtmConfig, table)
     for share in (0.01, 0.29, 0.5, 0.99):
         run = config.run(0, "shorter", config.steps_of(share), ["text"], "base", share)
         assert run.schedule.warmup + run.schedule.decay <= run.steps == max(1, round(share * skill))
@@ -222,7 +222,7 @@ def test_hits_are_counted() -> None:
 )
 def test_mistakes(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config_file.validate_as(PtmConfig, {"out": "x", "model": BASE["model"]} | keys)
+        toml.validate_as(PtmConfig, {"out": "x", "model": BASE["model"]} | keys)
 
 
 def test_what_the_last_run_would_refuse_is_refused_at_once(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distmerge.cli import main as cli
+from distmerge.cli import main
 from distmerge.errors import UserError
-from distmerge.merging import recipe_mergekit as mergekit
+from distmerge.merging import recipe_mergekit
 from distmerge.merging.models import open_all
 from distmerge.merging.pairing import check_structure, pair
 from distmerge.merging.recipe import Place, resolve
@@ -139,7 +139,7 @@ def local(text: str, root) -> str:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_plan(name, root):
-    recipe = mergekit.parse(local(EXAMPLES[name], root))
+    recipe = recipe_mergekit.parse(local(EXAMPLES[name], root))
     check_structure(recipe)
     pairings = pair(recipe, open_all(recipe, False))
     assert recipe.compat == "mergekit" and recipe.dtype == "float16"
@@ -159,7 +159,7 @@ def seeing(tmp_path_factory):
 
 @pytest.mark.parametrize("name", TWO_STACKS)
 def test_each_stack_has_its_own_depth(name, seeing):
-    recipe = mergekit.parse(local(TWO_STACKS[name], seeing))
+    recipe = recipe_mergekit.parse(local(TWO_STACKS[name], seeing))
     check_structure(recipe)
     found = {pairing.name: pairing for pairing in pair(recipe, open_all(recipe, False))}
     assert len(found) == 10
@@ -175,7 +175,7 @@ def test_the_first_layers_of_a_model_with_other_names(tmp_path):
     front_and_end = {name: torch.ones(3, 2) for name in ("wte.weight", "wpe.weight", "ln_f.weight")}
     write(tmp_path / "A", content | front_and_end, config={"n_layer": 5, "vocab_size": 3})
     (tmp_path / "recipe.yaml").write_text(local(FIRST_LAYERS, tmp_path))
-    assert cli.run(["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]) == 0
+    assert main.run(["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]) == 0
     out = load_file(tmp_path / "out" / "model.safetensors")
     assert set(out) == {*front_and_end, *(f"h.{i}.mlp.c_fc.weight" for i in range(3))}
     assert '"n_layer": 3' in (tmp_path / "out" / "config.json").read_text()
@@ -183,11 +183,11 @@ def test_the_first_layers_of_a_model_with_other_names(tmp_path):
 
 def test_several_recipes_in_one_file_are_refused(root):
     with pytest.raises(UserError, match="several recipes in one file are not supported; write one file each"):
-        mergekit.parse(local(EXAMPLES["linear"] + "---" + EXAMPLES["ties"], root))
+        recipe_mergekit.parse(local(EXAMPLES["linear"] + "---" + EXAMPLES["ties"], root))
 
 
 def test_gradients_and_filters_reach_their_layers(root):
-    recipe = mergekit.parse(local(EXAMPLES["ties"], root))
+    recipe = recipe_mergekit.parse(local(EXAMPLES["ties"], root))
     by_name = {pairing.name: pairing for pairing in pair(recipe, open_all(recipe, False))}
     first, last = by_name["model.layers.0.mlp.up_proj.weight"], by_name["model.layers.1.mlp.up_proj.weight"]
     assert [one["density"] for one in first.each] == [1.0, 0.5, 0.33]
@@ -205,7 +205,7 @@ def test_gradient():
 def test_stacked_layers_come_from_their_models(root, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(local(EXAMPLES["two stacks"], root).replace("float16", "bfloat16"))
-    assert cli.run(["merge", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert main.run(["merge", str(path), "--out", str(tmp_path / "out")]) == 0
     out, a, b = (load_file(place / "model.safetensors") for place in (tmp_path / "out", root / "A", root / "B"))
     name = "model.layers.{}.mlp.up_proj.weight"
     assert torch.equal(out[name.format(2)], b[name.format(1)]) and torch.equal(out[name.format(1)], a[name.format(1)])
@@ -232,7 +232,7 @@ def test_refused_by_name(change, error, root, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(local(EXAMPLES["linear"].replace(*change), root))
     with pytest.raises(UserError, match=error):
-        cli.run(["merge", str(path), "--out", str(tmp_path / "out")])
+        main.run(["merge", str(path), "--out", str(tmp_path / "out")])
 
 
 def test_models_that_do_not_match(root, tmp_path):
@@ -247,7 +247,7 @@ def test_models_that_do_not_match(root, tmp_path):
     ):
         flags = ["--model", str(root / "A"), "--model", str(tmp_path / other), "--out", str(tmp_path / "out")]
         with pytest.raises(UserError, match=error):
-            cli.run(["merge", "--method", "linear", *flags])
+            main.run(["merge", "--method", "linear", *flags])
 
 
 def test_toml(root, tmp_path):
@@ -257,7 +257,7 @@ def test_toml(root, tmp_path):
         'density = [{filter = "mlp", value = 0.2}, {value = 0.7}]\ntrim = "tensor"\n'
         + "".join(f'[[model]]\npath = "{root / name}"\nweight = 0.5\n' for name in "AB")
     )
-    assert cli.run(["merge", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert main.run(["merge", str(path), "--out", str(tmp_path / "out")]) == 0
     assert '"trim": "tensor"' in (tmp_path / "out" / "merge.json").read_text()
 
 
@@ -267,7 +267,7 @@ def test_a_pickle_is_read_when_allowed(root, tmp_path):
     torch.save(content, tmp_path / "pickled" / "pytorch_model.bin")
     flags = ["--model", str(tmp_path / "pickled"), "--model", str(root / "A"), "--out", str(tmp_path / "out")]
     with pytest.raises(UserError, match="allow them by --allow-pickle"):
-        cli.run(["merge", "--method", "linear", *flags])
-    assert cli.run(["merge", "--method", "linear", "--allow-pickle", *flags]) == 0
+        main.run(["merge", "--method", "linear", *flags])
+    assert main.run(["merge", "--method", "linear", "--allow-pickle", *flags]) == 0
     out = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(out[name], content[name]) for name in content)

@@ -12,10 +12,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distmerge.cli import main as cli
+from distmerge.cli import main
 from distmerge.errors import UserError
-from distmerge.merging import pairing, stacking
-from distmerge.merging import recipe_mergekit as mergekit
+from distmerge.merging import pairing, recipe_mergekit, stacking
 from distmerge.merging.models import open_all
 from tests.files.models import write
 
@@ -47,7 +46,7 @@ def make(path: Path, kind: str, forget: tuple[str, ...] = (), **keys: Any) -> Pa
 def stack(root: Path, model: Path, ranges: Any = RANGES) -> Path:
     slices = [{"sources": [{"model": str(model), "layer_range": list(span)}]} for span in ranges]
     (root / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": slices}))
-    assert cli.run(["merge", str(root / "recipe.yaml"), "--out", str(root / "out")]) == 0
+    assert main.run(["merge", str(root / "recipe.yaml"), "--out", str(root / "out")]) == 0
     return root / "out"
 
 
@@ -110,7 +109,7 @@ def test_three_thousand_slices_are_planned_from_one_look_at_each_model(tmp_path,
     shapes |= {f"model.layers.{i}.{part}.weight": (4, 4) for i in range(32) for part in "abcdefgh"}
     donor = write(tmp_path / "donor", {name: torch.ones(shape) for name, shape in shapes.items()}, config={"num_layers": 32})
     slices = [{"sources": [{"model": str(donor), "layer_range": [i % 32, i % 32 + 1]}]} for i in range(3000)]
-    recipe = mergekit.from_table({"merge_method": "passthrough", "slices": slices}, "")
+    recipe = recipe_mergekit.from_table({"merge_method": "passthrough", "slices": slices}, "")
     looks: list[str] = []
     real = pairing.layer_stack
     monkeypatch.setattr(pairing, "layer_stack", lambda model: (looks.append(model.reference), real(model))[1])

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from distmerge.config import toml as config_file
+from distmerge.config import toml
 from distmerge.config.experts import Lora
-from distmerge.config.run import Model, TrainConfig
+from distmerge.config.train import Model, TrainConfig
 from distmerge.data.packed import open_corpus, sampled
 from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import Theta, with_lora
@@ -109,7 +109,7 @@ def test_adapters_are_merged_as_whole_models(base: Path) -> None:
     theta = Theta(model, FlatParameters(model))
     vectors = [theta.of(part) for part in parts]
     theta.write(merge("task_arithmetic", vectors[0], vectors[1:]))
-    config = config_file.read(str(made / "config.toml"), [])
+    config = toml.read(str(made / "config.toml"), [])
     by_hand = evaluate(model, sampled(open_corpus(config.data).held_out, config.evaluate.sequences), 4).loss
     assert losses[best] == pytest.approx(by_hand, rel=1e-5)
 
@@ -156,7 +156,7 @@ def decide(config: str, places: list[float]) -> tuple[int, str | None]:
     """One rank whose own evaluation, left to itself, would decide otherwise than the others'."""
     from distmerge.experts.training import ExpertTraining
     from distmerge.launch.ranks import Place
-    from distmerge.trainer import loop as train
+    from distmerge.trainer import loop
 
     found = {}
     observe = ExpertTraining.observe
@@ -170,7 +170,7 @@ def decide(config: str, places: list[float]) -> tuple[int, str | None]:
         import os
 
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        train.train(config_file.validate(json.loads(config)), Place(rank, world, rank, world), ["test"])
+        loop.train(toml.validate(json.loads(config)), Place(rank, world, rank, world), ["test"])
     finally:
         ExpertTraining.observe = observe
         assert not dist.is_initialized()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distmerge.config import toml as config_file
+from distmerge.config import toml
 from distmerge.config.experts import Stopping
 from distmerge.experts.stopping import Peak, Plateau
 
@@ -93,7 +93,7 @@ def test_a_training_in_which_no_look_counts_is_refused() -> None:
     table = {"run_dir": "x", "model": {"path": "x"}, "expert": {"skill": "own"}, "checkpoint": {"at": "powers-of-two"}}
     table["stopping"] = {"rule": "merged", "merge_with": ["y"]}
     with pytest.raises(ValueError, match=r"stopping\.after must be <= steps = 8, or no look counts, got 16"):
-        config_file.validate(table | {"steps": 8})
+        toml.validate(table | {"steps": 8})
 
 
 def test_rules_go_on_from_their_state() -> None:

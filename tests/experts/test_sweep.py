@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
-from distmerge.cli import main as cli
+from distmerge.cli import main
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate_directory
 from distmerge.files.sources import OnDisk
@@ -46,7 +46,7 @@ def flags(root, *more: str) -> list[str]:
 
 def test_grid(root, tmp_path, capsys):
     more = ["--method", "task_arithmetic", "--base", str(root / "base"), "--grid", "lambda=0,0.5,1", "--plot", str(tmp_path)]
-    assert cli.run(flags(root, *more, "--pick", "--out", str(tmp_path / "out"))) == 0
+    assert main.run(flags(root, *more, "--pick", "--out", str(tmp_path / "out"))) == 0
     found = json.loads(capsys.readouterr().out)
     assert [point["name"] for point in found["points"]] == ["lambda = 0", "lambda = 0.5", "lambda = 1"]
     best = min(found["points"], key=lambda point: point["mean"])
@@ -58,10 +58,10 @@ def test_grid(root, tmp_path, capsys):
 
 def test_densities_and_soup(root, tmp_path, capsys):
     more = ["--method", "ties", "--base", str(root / "base"), "--grid", "density=0.2,1"]
-    assert cli.run(flags(root, *more)) == 0
+    assert main.run(flags(root, *more)) == 0
     one, two = json.loads(capsys.readouterr().out)["points"]
     assert one["losses"] != two["losses"]
-    assert cli.run(flags(root, "--method", "greedy_soup", "--pick", "--out", str(tmp_path / "soup"))) == 0
+    assert main.run(flags(root, "--method", "greedy_soup", "--pick", "--out", str(tmp_path / "soup"))) == 0
     points = json.loads(capsys.readouterr().out.splitlines()[0])["points"]
     assert points[0]["kept"] and (tmp_path / "soup" / "model.safetensors").exists()
 
@@ -78,7 +78,7 @@ def test_task_vectors_are_computed_once(root, capsys, monkeypatch):
 
     monkeypatch.setattr(OnDisk, "read", counted)
     more = ["--method", "ties", "--base", str(root / "base"), "--grid", "density=0.2,0.5,1"]
-    assert cli.run(flags(root, *more)) == 0
+    assert main.run(flags(root, *more)) == 0
     points = json.loads(capsys.readouterr().out)["points"]
     assert len({point["losses"]["plain"] for point in points}) == 3
     total = sum(
@@ -92,7 +92,7 @@ def test_a_diagnosis_on_files(root, capsys):
     (root / "copy").symlink_to(root / "one")
     more = ["--sequence-length", "32", "--sequences", "16", "--json"]
     models = [str(root / name) for name in ("one", "two", "copy")]
-    assert cli.run(["diagnose", "--base", str(root / "base"), *models, "--files", *files, *more]) == 0
+    assert main.run(["diagnose", "--base", str(root / "base"), *models, "--files", *files, *more]) == 0
     found = json.loads(capsys.readouterr().out)
     expected = [evaluate_directory(model, files, 32, 16)["loss"] for model in models]
     assert found["losses"] == pytest.approx(expected, rel=1e-6)
@@ -100,11 +100,11 @@ def test_a_diagnosis_on_files(root, capsys):
     assert set(barriers) == {(0, 1), (0, 2), (1, 2)} and min(barriers.values()) >= 0
     assert barriers[0, 2] == pytest.approx(0, abs=1e-6) and divergences[0, 2] == pytest.approx(0, abs=1e-6)
     assert divergences[0, 1] == pytest.approx(divergences[1, 2]) and divergences[0, 1] > 1e-6
-    assert cli.run(["diagnose", "--base", str(root / "base"), *models[:2], "--files", *files, *more[:-1]]) == 0
+    assert main.run(["diagnose", "--base", str(root / "base"), *models[:2], "--files", *files, *more[:-1]]) == 0
     said = capsys.readouterr().out
     assert "loss barrier 0-1: " in said and "KL divergence 0-1: " in said
     with pytest.raises(UserError, match="absent"):
-        cli.run(["diagnose", "--base", str(root / "base"), *models[:2], "--files", str(root / "absent*.txt")])
+        main.run(["diagnose", "--base", str(root / "base"), *models[:2], "--files", str(root / "absent*.txt")])
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,12 @@ def test_a_diagnosis_on_files(root, capsys):
 def test_refused_before_anything_is_measured(more, error, root):
     given = ["--method", "task_arithmetic", "--base", str(root / "base"), "--grid", "lambda=0.5"]
     with pytest.raises(UserError, match=error):
-        cli.run([*flags(root, *given), *(value.format(root=root) for value in more)])
+        main.run([*flags(root, *given), *(value.format(root=root) for value in more)])
 
 
 def test_what_is_no_number_is_never_the_best(root, capsys):
     given = ["--method", "task_arithmetic", "--base", str(root / "base"), "--grid", "lambda=1e38,0.5", "--json"]
-    assert cli.run(flags(root, *given)) == 0
+    assert main.run(flags(root, *given)) == 0
     assert json.loads(capsys.readouterr().out)["best"] == "lambda = 0.5"
 
 
@@ -133,4 +133,4 @@ def test_what_is_no_number_is_never_the_best(root, capsys):
 def test_refused(grid, root):
     more = ["--grid", grid] if grid else []
     with pytest.raises(UserError, match="--grid must be PARAMETER=X,Y"):
-        cli.run(flags(root, "--method", "task_arithmetic", "--base", str(root / "base"), *more))
+        main.run(flags(root, "--method", "task_arithmetic", "--base", str(root / "base"), *more))

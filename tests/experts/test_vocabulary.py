@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distmerge.cli import main as cli
+from distmerge.cli import main
 from distmerge.errors import UserError
 from tests.experts import vocabularies
 
@@ -41,7 +41,7 @@ def merge(root, source: str):
     recipe = {"merge_method": "linear", "models": entries, "tokenizer_source": source}
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     out = root / "out"
-    assert cli.run(["merge", str(root / "recipe.yaml"), "--out", str(out)]) == 0
+    assert main.run(["merge", str(root / "recipe.yaml"), "--out", str(out)]) == 0
     return load_file(out / "model.safetensors")["model.embed_tokens.weight"], AutoTokenizer.from_pretrained(out).get_vocab()
 
 
@@ -61,7 +61,7 @@ def test_rows_follow_tokens(source, root):
 def test_different_vocabularies_need_a_choice(root):
     flags = [part for name in VOCABULARIES for part in ("--model", str(root / name))]
     with pytest.raises(UserError, match="a tokenizer_source would align vocabularies"):
-        cli.run(["merge", "--method", "linear", *flags, "--out", str(root / "out")])
+        main.run(["merge", "--method", "linear", *flags, "--out", str(root / "out")])
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def union(tmp_path_factory):
 @pytest.mark.parametrize("name", vocabularies.RECIPES)
 def test_a_union_of_tokenizers_equals_mergekits(name, union, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(vocabularies.recipe(name, union)))
-    assert cli.run(["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]) == 0
+    assert main.run(["merge", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out")]) == 0
     golden, merged = load_file(FIXTURES / "union.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     tokens = json.loads((FIXTURES / "union.json").read_text())[name]
     vocabulary = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
@@ -99,7 +99,7 @@ def test_a_tokenizer_that_is_a_link_to_a_file_of_the_reader_is_refused_by_name(r
     flags = [part for name in ("one", "one") for part in ("--model", str(root / name))]
     for more in ([], ["--tokenizer", "union"]):
         with pytest.raises(UserError, match=r"chat_template\.jinja is a link out of the model's directory"):
-            cli.run(["merge", "--method", "linear", *flags, *more, "--out", str(tmp_path / "out")])
+            main.run(["merge", "--method", "linear", *flags, *more, "--out", str(tmp_path / "out")])
         assert not (tmp_path / "out").exists()
 
 
@@ -112,5 +112,5 @@ def test_a_snapshot_of_the_hubs_cache_may_link_to_its_blobs(root, tmp_path):
         file.rename(home / "blobs" / file.name)
         file.symlink_to(home / "blobs" / file.name)
     model = str(home / "snapshots" / "abc")
-    assert cli.run(["merge", "--method", "passthrough", "--model", model, "--out", str(tmp_path / "out")]) == 0
+    assert main.run(["merge", "--method", "passthrough", "--model", model, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (home / "blobs" / "tokenizer.json").read_bytes()

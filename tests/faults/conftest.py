@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from distmerge.config import run as config
+from distmerge.config import train as config
 from distmerge.launch.ranks import Place
 from distmerge.mesh import Mesh
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distmerge.files import atomic as durable
+from distmerge.files import atomic
 
 BY_DESCRIPTOR = ("write", "pwrite", "ftruncate", "fsync", "fdatasync", "close")
 CALLS = (*BY_DESCRIPTOR, "open", "mkdir", "rename", "unlink", "rmdir")
@@ -39,19 +39,19 @@ class FaultyDisk:
         self.paths: dict[int, str] = {}
         self.synced: dict[int, int] = {}  # file, by its inode -> bytes of it that are on the disk
         self.renames: list[tuple[str, str]] = []
-        self.swap = durable.swap
+        self.swap = atomic.swap
 
     def __enter__(self) -> FaultyDisk:
         self.synced = {path.stat().st_ino: path.stat().st_size for path in self._files()}
         for name in CALLS:
             setattr(os, name, self._wrapper(name))
-        durable.swap = self._swap
+        atomic.swap = self._swap
         return self
 
     def __exit__(self, *error: object) -> None:
         for name, real in self.real.items():
             setattr(os, name, real)
-        durable.swap = self.swap
+        atomic.swap = self.swap
         nowhere = self.real["open"](os.devnull, os.O_WRONLY)
         for descriptor in self.paths:  # the file is let go; the number stays its owner's, who may still close it
             os.dup2(nowhere, descriptor, inheritable=False)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distmerge.cli import main as cli
+from distmerge.cli import main
 from distmerge.errors import UserError
 from distmerge.files.adapters import UNDERSTOOD, WITHOUT_EFFECT
 
@@ -108,7 +108,7 @@ def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
 
 
 def merge(base: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
-    assert cli.run(["merge", "--method", "passthrough", "--model", f"{base}+{adapter}", "--out", str(out)]) == 0
+    assert main.run(["merge", "--method", "passthrough", "--model", f"{base}+{adapter}", "--out", str(out)]) == 0
     return load_file(out / "model.safetensors")
 
 
@@ -186,4 +186,4 @@ def test_methods_of_adapters_refuse_what_is_more_than_factors(name, bases, tmp_p
     make(bases[kind], tmp_path / "adapter", keys)
     flags = ["--model", str(tmp_path / "adapter"), "--model", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]
     with pytest.raises(UserError, match=r"more to .* than add B A"):
-        cli.run(["merge", "--method", "cat", *flags])
+        main.run(["merge", "--method", "cat", *flags])

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from distmerge.cli import main as cli
+from distmerge.cli import main
 from distmerge.errors import UserError
 from distmerge.files import digests
 from tests.files.models import family, tensors, write
@@ -39,7 +39,7 @@ def merge(method: str, models: list[Path], out: Path, *flags: str) -> dict[str, 
     named = ["--base", str(base)] if method != "linear" else []
     for member in members:
         named += ["--model", str(member)]
-    assert cli.run(["merge", "--method", method, *named, "--out", str(out), *flags]) == 0
+    assert main.run(["merge", "--method", method, *named, "--out", str(out), *flags]) == 0
     found = {}
     for file in sorted(out.glob("*.safetensors")):
         found |= load_file(file)
@@ -122,12 +122,12 @@ def test_hashes_are_of_whole_files(head_start, tmp_path, monkeypatch):
 def test_verify(tmp_path, capsys):
     out = tmp_path / "out"
     merge("linear", family(tmp_path), out)
-    assert cli.run(["merge", "--verify", str(out)]) == 0
+    assert main.run(["merge", "--verify", str(out)]) == 0
     raw = bytearray((out / "model.safetensors").read_bytes())
     raw[-1] ^= 1
     (out / "model.safetensors").write_bytes(raw)
     with pytest.raises(UserError, match=r"model.safetensors does not have the SHA-256"):
-        cli.run(["merge", "--verify", str(out)])
+        main.run(["merge", "--verify", str(out)])
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "ties-global", "dare_ties", "della"])
@@ -165,7 +165,7 @@ def test_an_existing_directory_is_refused(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from distmerge.cli import main as cli
+from distmerge.cli import main
 from distmerge.files import output
 writes = [0]
 write = output.Output.write
@@ -178,7 +178,7 @@ output.Output.write = counted
 output.SYNC_SECONDS = 0.0
 from distmerge.files import stream
 stream.BATCH_BLOCKS = 1
-cli.run(sys.argv[2:])
+main.run(sys.argv[2:])
 """
 
 
@@ -197,7 +197,7 @@ def test_killed_and_started_again_gives_the_same_bytes(writes, tmp_path):
         assert len((tmp_path / ".out.merging" / "journal.jsonl").read_text().splitlines()) > 2
     assert same(whole, merge("dare_ties", models, out, *flags))
     assert not (tmp_path / ".out.merging").exists()
-    assert cli.run(["merge", "--verify", str(out)]) == 0
+    assert main.run(["merge", "--verify", str(out)]) == 0
 
 
 def test_a_second_merge_of_the_same_name_is_refused(tmp_path):

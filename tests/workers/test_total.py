@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmerge as dm
-from distmerge.config import run as config
+from distmerge.config import train as config
 from distmerge.theta.flat import fingerprint
 from tests.ranks import Ranks
 from tests.spy import counted
