@@ -217,8 +217,13 @@ def main() -> None:
 def judge(report: Report, clean: list[dict[str, Any]], sick: list[dict[str, Any]], steps: int) -> None:
     """Detection, and each way to go on against the clean run of its seed."""
     wanted = {result["arm"]["seed"]: result["loss"] for result in clean if result["arm"]["steps"] == steps}
-    found = [min([step for step in result["suspected"] + result["spikes"] if step >= AT], default=None) for result in sick]
-    delays = [step - AT for step in found if step is not None]
+    found = [(result, min([s for s in result["suspected"] + result["spikes"] if s >= AT], default=None)) for result in sick]
+    delays = {
+        growing: [
+            step - AT for result, step in found if step is not None and (result["arm"]["injection"] == "growing") == growing
+        ]
+        for growing in (False, True)
+    }
     lasting = [result for result in sick if result["arm"]["injection"] in ("nan", "growing")]
     rows: dict[str, Any] = {}
     for result in sick:
@@ -229,7 +234,8 @@ def judge(report: Report, clean: list[dict[str, Any]], sick: list[dict[str, Any]
     for name, row in rows.items():
         row |= {"mean_excess": statistics.mean(row["excess"]), "steps_lost": statistics.mean(row["lost"])}
         report.say(f"{name:<26} loss above the clean run's {row['mean_excess']:+.4f}, steps lost {row['steps_lost']:.0f}")
-    report.data |= {"clean": clean, "results": sick, "table": rows, "delays": spread([float(delay) for delay in delays])}
+    report.data |= {"clean": clean, "results": sick, "table": rows, "delays": spread([*map(float, delays[False])])}
+    report.data["steps until a growing rate was detected"] = spread([*map(float, delays[True])])
     report.data["merge_gain"] = {}
     for injection, ways in WAYS.items():
         for optimizer in [optimizer for count, optimizer in ways if count == 3 and (1, optimizer) in ways]:
@@ -243,9 +249,11 @@ def judge(report: Report, clean: list[dict[str, Any]], sick: list[dict[str, Any]
         injection: spread([float(r["spikes"][0] - AT) for r in lasting if r["arm"]["injection"] == injection and r["spikes"]])
         for injection in ("nan", "growing")
     }
-    report.bar("injections that were missed", found.count(None), "<=", 0)
+    report.bar("injections that were missed", sum(step is None for _, step in found), "<=", 0)
     report.bar("injections that do not heal and were not gone back from", sum(not r["spikes"] for r in lasting), "<=", 0)
-    report.bar("steps until the last injection was detected", max(delays, default=math.inf), "<=", 5)
+    report.bar("steps until the last injection was detected", max(delays[False], default=math.inf), "<=", 5)
+    # A rate that grows by a tenth a step does no harm at first: it is held to the bar of a ramp of the loss.
+    report.bar("steps until the last growing rate was detected", max(delays[True], default=math.inf), "<=", 60)
     report.bar("alarms in clean runs", sum(len(result["spikes"]) for result in clean), "<=", 0)
 
 
