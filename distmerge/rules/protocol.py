@@ -7,7 +7,9 @@ are summed in the blocks' order, so the result is the same to the bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -72,16 +74,72 @@ class Tally:
         return self.blocks(name).double().sum(0)
 
 
-class Rule:
-    """A way to merge. This one measures nothing; a subclass has at least ``merge``.
+@dataclass(frozen=True)
+class Target:
+    """One tensor that a rule is built for.
 
     Attributes:
-        passes: how often it passes over all blocks before it merges.
+        name: the tensor's; random masks are keyed on it.
+        shape: the tensor's.
+        each: the parameters of every member, such as its weight; M of them.
+        shared: the parameters of the merge.
+        variants: which form of the method is meant, see ``distmerge.rules.catalogue.VARIANTS``.
+        dtype: of the arithmetic.
+        seed: of random masks. Across workers it changes with every round.
+        embedding: whether its rows belong to tokens, so that each is a vector of its own.
+        thresholds: of a trim over the whole model, one bit pattern for each member, filled in before the merge.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    each: tuple[dict[str, Any], ...]
+    shared: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, str] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    embedding: bool = False
+    thresholds: list[int] = field(default_factory=list)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """The length of a row."""
+        return max(1, self.shape[-1]) if self.shape else 1
+
+
+class Rule:
+    """A way to merge the members of a block. This one measures nothing; a subclass has at least ``merge``.
+
+    A rule says of itself what it needs, and whoever brings the members together reads it there:
+
+    Attributes:
+        passes: how often it passes over all blocks of a tensor before it merges. Without passes it is elementwise, up to
+            ``unit``: any part of the members gives that part of the result.
         unit: elements that no block may divide, such as a row.
+        linear: whether the result is a weighted sum with weights that are known beforehand, as an all-reduce computes it.
+        needs_base: whether it computes with the base itself, and not with the members' deltas alone.
+        least, most: how many members it takes; ``most`` is None where there is no limit.
+        exact: whether its tallies are exact in any order of the blocks. Where they hold floats, sums over blocks that were
+            cut elsewhere differ by rounding, up to 1e-6 of the result.
+        parts: ``(each, across)``, where what concerns one member alone (trimming, masking, rescaling) can be done apart, by
+            whoever has the whole member: ``each[m]`` is a rule for member m alone, and ``across`` one for what these give.
+            None where there is no such part.
     """
 
     passes: int = 0
     unit: int = 1
+    linear: bool = False
+    needs_base: bool = False
+    least: int = 1
+    most: int | None = None
+    exact: bool = True
+
+    @property
+    def parts(self) -> tuple[list[Rule], Rule] | None:
+        return None
 
     def measure(self, step: int, block: Block, state: Any) -> Measured:
         """What pass ``step`` needs to know of a block; ``state`` is what the last pass settled."""
