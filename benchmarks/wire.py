@@ -19,8 +19,9 @@ from sync import Vector, drift, timed
 
 import distmerge as dm
 from distmerge.workers.codec import Row
-from distmerge.workers.group import Peers
-from distmerge.workers.pending import AllReduce, Exchange
+from distmerge.workers.exchange import Exchange
+from distmerge.workers.group import WorkerGroup
+from distmerge.workers.pending import AllReduce
 from distmerge.workers.wire import WIRES
 
 NUMEL = 3_000_001
@@ -50,7 +51,7 @@ def measure(rank: int) -> dict[str, Any]:
     exact /= dist.get_world_size()
     results = {}
     for name, wire in WIRES.items():
-        peers, message = Peers(), torch.cat([own, torch.zeros(1)])
+        peers, message = WorkerGroup(), torch.cat([own, torch.zeros(1)])
         flight = AllReduce(peers, message, 1.0) if name == "fp32" else Exchange(peers, message, 1.0, wire)
         flight.finish()
         mean = (message[:-1] / message[-1]).double()

@@ -33,8 +33,6 @@ COSTS: dict[str, Callable[[float, tuple], float]] = {
     "all_gather_single": lambda share, tensors: share * size(tensors[0]),
     "reduce_scatter_tensor": lambda share, tensors: share * size(tensors[1]),
     "all_to_all_single": lambda share, tensors: share * size(tensors[1]),
-    "isend": lambda share, tensors: size(tensors[0]),
-    "send": lambda share, tensors: size(tensors[0]),
 }
 """The bytes that leave a rank, of (M - 1) / M and the call's positional arguments."""
 
@@ -56,7 +54,17 @@ def counted(group: dist.ProcessGroup | None = None) -> Iterator[Traffic]:
 
         return call
 
+    exchange = dist.batch_isend_irecv
+
+    def spied_exchange(operations: list[dist.P2POp]) -> Any:
+        """Point-to-point messages that belong together count as one collective."""
+        if operations[0].group is watched:
+            traffic.collectives += 1
+            traffic.bytes_sent += sum(size(one.tensor) for one in operations if one.op is dist.isend)
+        return exchange(operations)
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dist, "batch_isend_irecv", spied_exchange))
         for name in filter(partial(hasattr, dist), COSTS):
             stack.enter_context(mock.patch.object(dist, name, spied(name, getattr(dist, name))))
         yield traffic

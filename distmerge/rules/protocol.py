@@ -64,6 +64,14 @@ class Tally:
             self._kept.setdefault(name, {})[index] = value.tolist()
             self._dtypes[name] = value.dtype
 
+    def join(self, other: Tally) -> None:
+        """Take in what was measured of other blocks."""
+        for name, value in other.added.items():
+            self.added[name] = self.added[name] + value if name in self.added else value
+        for name, parts in other._kept.items():
+            self._kept.setdefault(name, {}).update(parts)
+        self._dtypes |= other._dtypes
+
     def blocks(self, name: str) -> Tensor:
         """``[blocks, ...]``: what every block measured, in order."""
         parts = self._kept[name]

@@ -37,7 +37,7 @@ from distmerge.windows.blocks import (
     publish_block,
     published_blocks,
 )
-from distmerge.workers.group import Peers
+from distmerge.workers.group import WorkerGroup
 
 Tell = Callable[[int, str, dict[str, Any]], None]
 """``tell(step, event, facts)``: a line of events.jsonl, from the rank that writes them."""
@@ -78,7 +78,7 @@ class Window:
                 f"config.window.every must be >= {self.anchored.settings.every}, the merge interval of a merger that keeps an "
                 f"anchor, got {self.every}: a block would hold no merge"
             )
-        self.peers = Peers(mesh.peers)
+        self.peers = WorkerGroup(mesh.peers)
         self.mean = torch.zeros_like(flat.vector, device="cpu" if section.offload else None)
         self.losses = torch.zeros(2, dtype=torch.float64, device=flat.vector.device)  # sum and count of those that are numbers
         self.count = 0  # states of theta in the mean

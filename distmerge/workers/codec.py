@@ -37,6 +37,7 @@ class Row:
         assert numel % BLOCK == 0 and memory.numel() == wire.size_bytes(numel)
         self.wire, self.numel, self.memory = wire, numel, memory
         self.head = numel // BLOCK * 4 if wire.levels else 0
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(wire.name)
 
     def encode(self, values: Tensor, residual: Tensor | None = None) -> None:
         """Write ``values [n]``, n at most ``numel``; what follows them is 0.
@@ -71,6 +72,9 @@ class Row:
             function = fast.codec_encode_8 if self.wire.name == "int8" else fast.codec_encode_4
             function(len(values) // BLOCK, at(values), lost, *map(at, self._places(first, len(values))))
             return
+        if self.dtype is not None and residual is None:
+            self._places(first, len(values))[1].view(self.dtype).copy_(values)
+            return
         for start, stop in pieces(values):
             piece = values[start:stop]
             if residual is not None:
@@ -90,6 +94,9 @@ class Row:
             function = fast.codec_decode_8 if self.wire.name == "int8" else fast.codec_decode_4
             adds = weight is not None
             function(len(out) // BLOCK, *map(at, self._places(first, len(out))), adds, weight if adds else 1.0, at(out))
+            return
+        if self.dtype is not None and weight is None:
+            out.copy_(self._places(first, len(out))[1].view(self.dtype))
             return
         for start, stop in pieces(out):
             values = self.wire.decode(torch.cat(self._places(first + start, stop - start)), stop - start)

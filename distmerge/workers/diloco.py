@@ -30,14 +30,15 @@ from distmerge.engine.flatten import check_peers, flatten
 from distmerge.rules.mean import token_weight
 from distmerge.theta.buffers import Policy, buffer_policies
 from distmerge.theta.flat import FlatParameters
-from distmerge.workers.divergence import MergeReport, Spread
+from distmerge.workers.divergence import Divergence, MergeReport
 from distmerge.workers.fragments import Bucket, cut_fragments, due_fragment
-from distmerge.workers.group import Peers
+from distmerge.workers.group import WorkerGroup
 from distmerge.workers.health import check_mean, is_finite
 from distmerge.workers.outer_state import own_shares, start_outer
-from distmerge.workers.pending import Flight, InFlight, total_weight
+from distmerge.workers.pending import PendingFragment, PendingReduce, total_weight
 from distmerge.workers.progress import Progress
-from distmerge.workers.reduce import Sender
+from distmerge.workers.reduce import DeltaReducer
+from distmerge.workers.rule import WorkerRule, choice_of, uses_tokens
 
 
 class DiLoCo:
@@ -94,21 +95,24 @@ class DiLoCo:
     ):
         values = {name: value for name, value in locals().items() if name in mergers.DiLoCo.model_fields}
         settings = checked(mergers.DiLoCo, **values)
-        self.peers = Peers(group)
+        self.peers = WorkerGroup(group)
         self.settings = settings.completed(self.peers.size)
         self.every = every
         self.flat = flatten(model)
         check_peers(self.flat, self.peers.group)
         self.policies = buffer_policies(self.flat.model, buffers)
-        bucket_numel = self.flat.vector.numel() if rule == "radial" else bucket_bytes // 4
+        choice = choice_of(self.settings)
+        # A rule that is no sum gets all of a fragment at once, so that no bucket cuts a tensor.
+        bucket_numel = bucket_bytes // 4 if choice is None else max(1, self.flat.vector.numel())
         self.fragments = cut_fragments(self.flat, fragments, fragment_order, bucket_numel)
         self.weight = 1.0
         self.round = 0
         self.progress = Progress(fragments)
-        self.flying: InFlight | None = None
+        self.flying: PendingFragment | None = None
         self.peers.start_equal(self.flat)
         self.outer = start_outer(self.settings, self.flat.vector, self.buckets, self.peers)
-        self.sender = Sender(self.settings, self.flat, self.peers, self.buckets, self.outer)
+        across = None if choice is None else WorkerRule(choice, self.flat, self.peers)
+        self.reducer = DeltaReducer(self.settings, self.flat, self.peers, self.buckets, self.outer, across)
 
     def step(self, tokens: float = 1.0) -> MergeReport | None:
         """Count one inner step, on ``tokens`` tokens, and merge what is due."""
@@ -156,14 +160,14 @@ class DiLoCo:
         for flight in self.flying.flights if self.flying else []:
             flight.finish()
         self.flying = None
-        self.sender.forget()
+        self.reducer.forget()
         if self.outer is not None:
             vector = self.flat.vector
             self.outer.anchor.copy_(own_shares(vector, self.buckets, self.peers) if self.settings.outer_sharded else vector)
 
     def start_again(self) -> None:
         """This worker alone got new parameters: what its earlier messages lost by rounding is not theirs."""
-        self.sender.forget(own_only=True)
+        self.reducer.forget(own_only=True)
 
     @torch.no_grad()
     def merge(self, number: int = 0, mix: float = 0.0, closing: bool = False) -> MergeReport:
@@ -171,9 +175,10 @@ class DiLoCo:
         began = time.perf_counter()
         self.flat.pull()
         steps, weight = self._begin_round(number)
-        merged = InFlight(number, [], Spread(self.flat.vector.device), weight, steps)
+        merged = PendingFragment(number, [], Divergence(self.flat.vector.device), weight, steps)
         for bucket in self.fragments[number]:
-            flight = self.sender.send(bucket, self.sender.room_for(bucket), weight, merged.spread, plain=closing)
+            room = self.reducer.room_for(bucket)
+            flight = self.reducer.send(bucket, room, weight, merged.spread, self.round, plain=closing)
             self._receive(bucket, flight, merged, mix, closing)
             merged.flights.append(flight)
         return self._report(merged, began, mix, closing)
@@ -184,11 +189,12 @@ class DiLoCo:
         self.flat.pull()
         steps, weight = self._begin_round(number)
         vector = self.flat.vector
-        spread = Spread(vector.device)
-        flights = [self.sender.send(b, vector.new_empty(b.numel + 1), weight, spread) for b in self.fragments[number]]
-        if not self.settings.outer_sharded:
+        spread = Divergence(vector.device)
+        rooms = [(bucket, vector.new_empty(bucket.numel + 1)) for bucket in self.fragments[number]]
+        flights = [self.reducer.send(bucket, room, weight, spread, self.round) for bucket, room in rooms]
+        if not self.settings.outer_sharded and self.reducer.rule is None:
             spread.begin(self.peers, self.flat, weight)
-        self.flying = InFlight(number, flights, spread, weight, steps)
+        self.flying = PendingFragment(number, flights, spread, weight, steps)
 
     def _fly(self) -> MergeReport | None:
         """What is due at this step for the fragment in flight, at the same step on all workers."""
@@ -209,7 +215,9 @@ class DiLoCo:
             self._receive(bucket, flight, flying, self.settings.mix)
         return self._report(flying, began, self.settings.mix)
 
-    def _receive(self, bucket: Bucket, flight: Flight, merged: InFlight, mix: float, closing: bool = False) -> None:
+    def _receive(
+        self, bucket: Bucket, flight: PendingReduce, merged: PendingFragment, mix: float, closing: bool = False
+    ) -> None:
         """Take the outer step along the mean, and start the next round from the anchor; ``closing``, take the mean itself."""
         flight.finish()
         weights = total_weight(flight)
@@ -221,18 +229,19 @@ class DiLoCo:
                 if merged.weight > 0:
                     merged.spread.add_own(theta - anchor)
             else:
-                merged.spread.add_merged(mean)
+                if self.reducer.rule is None or closing:
+                    merged.spread.add_merged(mean)
                 anchor = self.outer.add(mean, part) if closing else self.outer.step(mean, part)
             theta.copy_(anchor) if mix == 0 or merged.weight == 0 else theta.lerp_(anchor, 1 - mix)
 
     def _begin_round(self, number: int) -> tuple[int, float]:
         """Inner steps since this fragment was last sent, and this worker's weight."""
         steps, tokens = self.progress.send(number)
-        by_tokens = self.settings.rule == "tokens" and steps > 0  # a fragment may be closed right after it was sent
+        by_tokens = uses_tokens(self.settings) and steps > 0  # a fragment may be closed right after it was sent
         well = self.settings.nonfinite == "raise" or is_finite(self.flat, self.fragments[number])
         return steps, well * self.weight * (token_weight(tokens, steps) if by_tokens else 1.0)
 
-    def _report(self, merged: InFlight, began: float, mix: float, closing: bool = False) -> MergeReport:
+    def _report(self, merged: PendingFragment, began: float, mix: float, closing: bool = False) -> MergeReport:
         self.flat.push()
         last, weight = merged.fragment == len(self.fragments) - 1, merged.weight
         if last:
@@ -251,6 +260,7 @@ class DiLoCo:
             seconds=time.perf_counter() - began,
             wait_seconds=sum(flight.waited for flight in merged.flights),
             left_out=weight == 0 and self.weight > 0,
+            rule=merged.spread.rule,
         )
 
     @property
@@ -281,7 +291,7 @@ class DiLoCo:
             "round": self.round,
             "progress": self.progress.state_dict(),
             "outer": None if self.outer is None else self.outer.state_dict(),
-            "residuals": self.sender.residuals,
+            "residuals": self.reducer.residuals,
             "flying": None if self.flying is None else self.flying.state_dict(),
             "ledger": self.peers.ledger.state_dict(),
         }
@@ -293,7 +303,7 @@ class DiLoCo:
         if self.outer is not None:
             self.outer.load_state_dict(state["outer"])
         for index, theirs in state["residuals"].items():
-            for mine, values in zip(self.sender.residuals[index], theirs, strict=True):
+            for mine, values in zip(self.reducer.residuals[index], theirs, strict=True):
                 mine.copy_(values)
-        self.flying = None if state["flying"] is None else InFlight.from_state(state["flying"], self.flat.vector.device)
+        self.flying = None if state["flying"] is None else PendingFragment.from_state(state["flying"], self.flat.vector.device)
         self.peers.ledger.load_state_dict(state["ledger"])

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distmerge.theta.flat import FlatParameters
-from distmerge.workers.group import Peers
+from distmerge.workers.group import WorkerGroup
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class MergeReport:
         steps: inner steps since the same parameters were last merged.
         divergence: ``mean_m |delta_m - d|^2`` over the merged parameters; NaN where a worker that counts is not finite; None
             where it is not measured.
+        rule: by which the deltas were merged: the merger's own, or "mean" where it had too few members or chose so.
         correlation: the mean cosine between two workers' deltas (as if of equal norms); None without a whole anchor.
         bytes_sent: what left this rank for it.
         seconds: what the merge took of this rank's time, waiting included.
@@ -39,20 +40,28 @@ class MergeReport:
     seconds: float
     wait_seconds: float
     left_out: bool = False
+    rule: str = "mean"
 
 
-class Spread:
+class Divergence:
     """How far apart the workers are, from scalars alone: one small collective, in float64.
 
-    With ``own`` = |delta_m|^2 and ``merged`` = |d|^2 the divergence is ``mean own - merged``; on deltas, since on raw weights
-    the difference would cancel. Any point c that all know serves as the anchor: where a worker holds no whole anchor, c is
-    what the merge gave, and only then are these scalars known.
+    With ``own`` = |delta_m|^2 and ``merged`` = |mean delta|^2 the divergence is ``mean own - merged``; on deltas, since on raw
+    weights the difference would cancel. Any point c that all know serves as the anchor: where a worker holds no whole anchor, c
+    is what the merge gave, and only then are these scalars known. Where a rule is run at the owners, they measure both on the
+    rows that they got, since what the rule gives need not be the mean.
+
+    Attributes:
+        rule: by which the deltas were merged.
     """
 
     def __init__(self, device: torch.device):
         self.own = torch.zeros((), dtype=torch.float64, device=device)
         self.merged = torch.zeros((), dtype=torch.float64, device=device)
         self.merged_share = torch.zeros((), dtype=torch.float64, device=device)
+        self.own_share = torch.zeros((), dtype=torch.float64, device=device)
+        self.rule = "mean"
+        self.members: int | None = None
         self.sums: Tensor | None = None
         self._work: dist.Work | None = None
 
@@ -60,21 +69,28 @@ class Spread:
         self.own += square(x)
 
     def add_merged(self, x: Tensor) -> None:
-        """A part of d that every worker adds."""
+        """A part of the mean delta that every worker adds."""
         self.merged += square(x)
 
     def add_merged_share(self, x: Tensor) -> None:
-        """A part of d that this worker alone adds."""
+        """A part of the mean delta that this worker alone adds."""
         self.merged_share += square(x)
 
-    def begin(self, peers: Peers, flat: FlatParameters, weight: float) -> None:
+    def add_rows(self, own: Tensor, merged: Tensor, members: int) -> None:
+        """What the owner of a share measured on the rows of all ``members``: their mean square norm, and their mean's."""
+        self.own_share += own
+        self.merged_share += merged
+        self.members = members
+
+    def begin(self, peers: WorkerGroup, flat: FlatParameters, weight: float) -> None:
         """Send this worker's scalars; ``own`` must be complete."""
-        sums = torch.stack([self.own, self.merged_share])
+        sums = torch.stack([self.own, self.merged_share, self.own_share])
         flat.sum_over_shards(sums)
-        self.sums = torch.cat([sums * torch.tensor([weight, 1.0]).to(sums), torch.tensor([weight]).to(sums)])
+        factors = torch.tensor([weight, 1.0, 1.0]).to(sums)
+        self.sums = torch.cat([sums * factors, torch.tensor([weight]).to(sums)])
         self._work = peers.begin_total(self.sums)
 
-    def finish(self, peers: Peers, flat: FlatParameters, weight: float, anchored: bool) -> tuple[float, float | None]:
+    def finish(self, peers: WorkerGroup, flat: FlatParameters, weight: float, anchored: bool) -> tuple[float, float | None]:
         """Divergence and mean correlation."""
         if self.sums is None:
             self.begin(peers, flat, weight)
@@ -82,10 +98,10 @@ class Spread:
         assert self.sums is not None
         merged = self.merged.reshape(1)
         flat.sum_over_shards(merged)
-        spread, share, weights = self.sums.tolist()
-        spread, merged = spread / weights, merged.item() + share
+        spread, share, own_share, weights = self.sums.tolist()
+        spread, merged = spread / weights + own_share, merged.item() + share
         # |d|^2 = spread / M + (M - 1) / M * correlation * spread, for M equal weights
-        size = peers.size
+        size = self.members or peers.size
         correlation = (size * merged / spread - 1) / (size - 1) if anchored and size > 1 and spread > 0 else None
         difference = spread - merged
         return 0.0 if difference < 0 else difference, correlation  # max() would make 0 of NaN
@@ -97,11 +113,19 @@ class Spread:
 
     def state_dict(self) -> dict[str, Any]:
         self.wait()
-        return {"merged": self.merged, "merged_share": self.merged_share, "sums": self.sums}
+        return {
+            "merged": self.merged,
+            "merged_share": self.merged_share,
+            "own_share": self.own_share,
+            "members": self.members,
+            "rule": self.rule,
+            "sums": self.sums,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.merged.copy_(state["merged"])
-        self.merged_share.copy_(state["merged_share"])
+        for name in ("merged", "merged_share", "own_share"):
+            getattr(self, name).copy_(state[name])
+        self.members, self.rule = state["members"], state["rule"]
         self.sums = None if state["sums"] is None else state["sums"].to(self.merged.device)
 
 

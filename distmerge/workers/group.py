@@ -15,7 +15,7 @@ from distmerge.theta.flat import FlatParameters, fingerprint
 from distmerge.workers.ledger import Ledger
 
 
-class Peers:
+class WorkerGroup:
     """The ranks, one of each worker, that hold the same shard of theta.
 
     Attributes:

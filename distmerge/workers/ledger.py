@@ -19,6 +19,7 @@ class Ledger:
     payload_bytes: int = 0
     reduced_bytes: int = 0
     gathered_bytes: int = 0
+    exchanged_bytes: int = 0
 
     def __post_init__(self) -> None:
         self._taken = (0, 0.0)
@@ -38,10 +39,16 @@ class Ledger:
         self.payload_bytes += size_bytes if payload else 0
         self.gathered_bytes += size_bytes
 
+    def exchange(self, sent_bytes: int, payload_bytes: int = 0) -> None:
+        """One half of an exchange, of which ``sent_bytes`` left this rank. The second half carries no new payload."""
+        self.collectives += 1
+        self.payload_bytes += payload_bytes
+        self.exchanged_bytes += sent_bytes
+
     @property
     def bytes_sent(self) -> float:
         """Bytes that left this rank."""
-        return (2 * self.reduced_bytes + self.gathered_bytes) * (self.peers - 1) / self.peers
+        return (2 * self.reduced_bytes + self.gathered_bytes) * (self.peers - 1) / self.peers + self.exchanged_bytes
 
     def take(self) -> tuple[int, float]:
         """Collectives, and bytes that left this rank, since this was asked before."""

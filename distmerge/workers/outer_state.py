@@ -12,8 +12,9 @@ from torch import Tensor
 from distmerge.config import mergers
 from distmerge.rules.outer import outer_step
 from distmerge.workers.fragments import Bucket
-from distmerge.workers.group import Peers
-from distmerge.workers.pending import share_numel
+from distmerge.workers.group import WorkerGroup
+from distmerge.workers.rule import choice_of
+from distmerge.workers.shares import share_numel
 
 
 class OuterState:
@@ -64,11 +65,11 @@ class OuterState:
             self.velocity.copy_(state["velocity"])
 
 
-def start_outer(settings: mergers.DiLoCo, theta: Tensor, buckets: Sequence[Bucket], peers: Peers) -> OuterState | None:
+def start_outer(settings: mergers.DiLoCo, theta: Tensor, buckets: Sequence[Bucket], peers: WorkerGroup) -> OuterState | None:
     """The outer state at the start of a run; None where theta itself travels and no anchor is needed."""
     # Averaging in float32 sends theta itself. Formats, overlap and mix need the delta, and so the anchor.
     s = settings
-    plain = s.wire == "fp32" and s.rule != "radial" and s.overlap == s.mix == 0 and not s.outer_sharded
+    plain = s.wire == "fp32" and choice_of(s) is None and s.overlap == s.mix == 0 and not s.outer_sharded
     if s.outer_lr == 1 and s.outer_momentum == 0 and plain:
         return None
     assert s.outer_lr is not None and s.outer_momentum is not None, "a merger's settings are complete"
@@ -82,7 +83,7 @@ def share_slices(buckets: Sequence[Bucket], peers: int) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
-def own_shares(vector: Tensor, buckets: Sequence[Bucket], peers: Peers) -> Tensor:
+def own_shares(vector: Tensor, buckets: Sequence[Bucket], peers: WorkerGroup) -> Tensor:
     """This peer's share of each bucket, end to end: what it keeps of a sharded anchor."""
     shares = []
     for bucket in buckets:

@@ -1,4 +1,4 @@
-"""How a bucket of deltas travels: in one all-reduce, in a wire's format, or to the owners of a sharded anchor."""
+"""How a bucket of deltas travels: in one all-reduce, or in an exchange whose owners run the rule or the outer step."""
 
 from __future__ import annotations
 
@@ -9,39 +9,52 @@ from torch import Tensor
 
 from distmerge.config import mergers
 from distmerge.finite import nonfinite
-from distmerge.theta.flat import FlatParameters
-from distmerge.workers.divergence import Spread
+from distmerge.theta.flat import FlatParameters, pieces
+from distmerge.workers.divergence import Divergence
+from distmerge.workers.exchange import Exchange
 from distmerge.workers.fragments import Bucket
-from distmerge.workers.group import Peers
+from distmerge.workers.group import WorkerGroup
 from distmerge.workers.outer_state import OuterState, share_slices
-from distmerge.workers.pending import AllReduce, Exchange, Flight, share_numel
-from distmerge.workers.radial import RadialMean
-from distmerge.workers.scratch import Rooms
+from distmerge.workers.pending import AllReduce, PendingReduce
+from distmerge.workers.rule import WorkerRule
+from distmerge.workers.scratch import Scratch
+from distmerge.workers.shares import Shares, equal_shares
 from distmerge.workers.wire import WIRES
 
 
-class Sender:
-    """Begins means over the peers.
+class DeltaReducer:
+    """Begins the reduction of buckets over the workers.
 
     Args:
         buckets: all of theta's.
         outer: the anchor that deltas are taken from; None where theta itself travels.
+        rule: what the owners of shares run; None for a weighted mean.
 
     Attributes:
-        residuals: error feedback's memory, by bucket: of what this worker sends, and of the mean that it sends as an owner.
+        residuals: error feedback's memory, by bucket: of what this worker sends, and of the result that it sends as an owner.
     """
 
     def __init__(
-        self, settings: mergers.DiLoCo, flat: FlatParameters, peers: Peers, buckets: list[Bucket], outer: OuterState | None
+        self,
+        settings: mergers.DiLoCo,
+        flat: FlatParameters,
+        peers: WorkerGroup,
+        buckets: list[Bucket],
+        outer: OuterState | None,
+        rule: WorkerRule | None = None,
     ):
-        self.settings, self.flat, self.peers, self.outer = settings, flat, peers, outer
+        self.settings, self.flat, self.peers, self.outer, self.rule = settings, flat, peers, outer, rule
         self.wire = WIRES[settings.wire]
-        self.shares = share_slices(buckets, peers.size) if settings.outer_sharded else []
+        self.sharded = share_slices(buckets, peers.size) if settings.outer_sharded else []
+        self.shares = {bucket.index: self._shares_of(bucket) for bucket in buckets}
         new, memory = flat.vector.new_zeros, buckets if settings.error_feedback else []
-        sizes = {bucket.index: share_numel(bucket.numel, peers.size) for bucket in memory}
-        self.residuals = {index: (new(peers.size * size), new(size)) for index, size in sizes.items()}
-        self.rooms = Rooms(flat.vector.device)
+        rows = {bucket.index: self.shares[bucket.index].rows for bucket in memory}
+        self.residuals = {index: (new(sum(row)), new(row[peers.rank])) for index, row in rows.items()}
+        self.scratch = Scratch(flat.vector.device)
         self._room = flat.vector.new_empty(0)
+
+    def _shares_of(self, bucket: Bucket) -> Shares:
+        return equal_shares(bucket.numel, self.peers.size) if self.rule is None else self.rule.shares(bucket)
 
     def room_for(self, bucket: Bucket) -> Tensor:
         """Room for one message, used for one bucket after the other and kept: fresh memory costs as much as a copy."""
@@ -50,16 +63,19 @@ class Sender:
         return self._room[: bucket.numel + 1]
 
     def forget(self, own_only: bool = False) -> None:
-        """Empty error feedback's memory; with ``own_only``, of what this worker sent, and not of the means that it owns."""
+        """Empty error feedback's memory; with ``own_only``, of what this worker sent, and not of the results that it owns."""
         for of_own, of_mean in self.residuals.values():
             of_own.zero_()
             if not own_only:
                 of_mean.zero_()
 
-    def send(self, bucket: Bucket, message: Tensor, weight: float, spread: Spread, plain: bool = False) -> Flight:
-        """Begin the mean of a bucket's deltas; of the parameters themselves where no whole anchor is at hand.
+    def send(
+        self, bucket: Bucket, message: Tensor, weight: float, spread: Divergence, round: int, plain: bool = False
+    ) -> PendingReduce:
+        """Begin to reduce a bucket's deltas; the parameters themselves where no whole anchor is at hand.
 
         Args:
+            round: the merger's, on which random masks are keyed.
             plain: send float32 and take the weighted mean, whatever the wire, the rule and the anchor's owner are.
         """
         theta, sharded = self.flat.vector, self.settings.outer_sharded
@@ -67,28 +83,40 @@ class Sender:
             for part, place in bucket.parts(theta):
                 if self.outer is None or sharded:
                     message[place].copy_(theta[part])
-                else:
-                    spread.add_own(self.outer.delta(theta[part], part, out=message[place]))
+                    continue
+                delta = self.outer.delta(theta[part], part, out=message[place])
+                if self.rule is None or plain:  # otherwise the owners measure it on the rows that they get
+                    spread.add_own(delta)
         if plain:
             return AllReduce(self.peers, message, weight)
-        if self.settings.rule == "radial":
-            return RadialMean(self.peers, self.flat, message, weight)
+        shares, residual = self.shares[bucket.index], self.residuals.get(bucket.index)
+        if self.rule is not None:
+            weight = self.rule.prepare(bucket, message, weight, round)
+            reduce = self.rule.at_owner(bucket, spread, round)
+            return Exchange(
+                self.peers, message, weight, self.wire, residual, reduce=reduce, shares=shares, scratch=self.scratch
+            )
         if sharded:
-            return Exchange(self.peers, message, weight, self.wire, owner=self._owner(bucket, spread), rooms=self.rooms)
+            then = self._owner(bucket, spread)
+            return Exchange(self.peers, message, weight, self.wire, then=then, shares=shares, scratch=self.scratch)
         if self.wire.name == "fp32":
             return AllReduce(self.peers, message, weight)
-        return Exchange(self.peers, message, weight, self.wire, self.residuals.get(bucket.index), rooms=self.rooms)
+        return Exchange(self.peers, message, weight, self.wire, residual, shares=shares, scratch=self.scratch)
 
-    def _owner(self, bucket: Bucket, spread: Spread) -> Callable[[Tensor], None]:
-        """What this peer does to the mean of its share of a bucket: the outer step of a sharded anchor."""
-        part = self.shares[bucket.index]
+    def _owner(self, bucket: Bucket, spread: Divergence) -> Callable[[Tensor], None]:
+        """What this worker does to the mean of its share of a bucket: the outer step of a sharded anchor."""
+        whole = self.sharded[bucket.index]
 
         def step(mean: Tensor) -> None:
             assert self.outer is not None
-            if nonfinite(mean):  # all peers will see it, and refuse it
+            if nonfinite(mean):  # all workers will see it, and refuse it
                 return
-            anchor = self.outer.step(self.outer.delta(mean, part, out=torch.empty_like(mean)), part)
-            spread.add_merged_share(mean - anchor)
-            mean.copy_(anchor)
+            room = mean.new_empty(max((p.stop - p.start for p in pieces(mean, 0, len(mean))), default=0))
+            for here in pieces(mean, 0, len(mean)):
+                part, values = slice(whole.start + here.start, whole.start + here.stop), mean[here]
+                delta = self.outer.delta(values, part, out=room[: len(values)])
+                anchor = self.outer.step(delta, part)
+                spread.add_merged_share(torch.sub(values, anchor, out=delta))
+                values.copy_(anchor)
 
         return step

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Rooms:
+class Scratch:
     """Buffers of one device, by their size and dtype. As many are kept as were ever in use at once."""
 
     def __init__(self, device: torch.device):

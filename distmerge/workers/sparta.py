@@ -32,9 +32,10 @@ from distmerge.theta.buffers import Policy
 from distmerge.theta.flat import FlatParameters
 from distmerge.workers.diloco import DiLoCo
 from distmerge.workers.divergence import MergeReport
+from distmerge.workers.exchange import Exchange
 from distmerge.workers.health import check_mean
-from distmerge.workers.pending import AllReduce, Exchange, Flight, Landed, total_weight
-from distmerge.workers.scratch import Rooms
+from distmerge.workers.pending import AllReduce, CompletedReduce, PendingReduce, total_weight
+from distmerge.workers.scratch import Scratch
 from distmerge.workers.selection import select
 from distmerge.workers.wire import WIRES
 
@@ -52,7 +53,7 @@ class Round:
     sent_at: int
     indices: Tensor | None
     own: Tensor | None
-    flight: Flight
+    flight: PendingReduce
     void: bool = False
     taken: Tensor | None = None
 
@@ -101,7 +102,7 @@ class SPARTA:
         )
         self.peers = self.average.peers
         self.wire, self.seed = WIRES[wire], seed
-        self.rooms = Rooms(self.flat.vector.device)
+        self.scratch = Scratch(self.flat.vector.device)
         self.weight = 1.0
         self.round = 0
         self.rounds: deque[Round] = deque()
@@ -178,11 +179,11 @@ class SPARTA:
         weight = self._weight(message[:-1])
         # A worker that does not count takes the mean itself: its own values may be no numbers.
         own = message[:-1].clone() if weight > 0 and (self.settings.delay or self.smoothed is not None) else None
-        flight: Flight
+        flight: PendingReduce
         if self.wire.name == "fp32":
             flight = AllReduce(self.peers, message, weight)
         else:
-            flight = Exchange(self.peers, message, weight, self.wire, rooms=self.rooms)
+            flight = Exchange(self.peers, message, weight, self.wire, scratch=self.scratch)
         kept = None if self.settings.delay else indices
         self.rounds.append(Round(self.round - 1, self.steps, kept, own, flight, taken=taken))
 
@@ -267,7 +268,7 @@ class SPARTA:
                 sent_at,
                 None,
                 None if own is None else own.to(device),
-                Landed(message.to(device)),
+                CompletedReduce(message.to(device)),
                 void,
                 None if taken is None else taken.to(device),
             )

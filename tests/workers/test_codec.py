@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distmerge.workers import codec
 from distmerge.workers.codec import Row
-from distmerge.workers.scratch import Rooms
+from distmerge.workers.scratch import Scratch
 from distmerge.workers.wire import BLOCK, WIRES, Wire
 
 SIZES = ((64, 64), (64, 1), (640, 640), (640, 577), (640, 0), (64 * 2100, 64 * 2100 - 63))
@@ -88,7 +88,7 @@ def test_what_is_not_finite_shows_in_its_whole_block_and_in_no_other(code: str, 
 
 
 def test_buffers_are_used_again() -> None:
-    rooms = Rooms(torch.device("cpu"))
+    rooms = Scratch(torch.device("cpu"))
     first, second = rooms.take(8, torch.uint8), rooms.take(8, torch.uint8)
     assert first.data_ptr() != second.data_ptr()
     rooms.give(first.view(2, 4))

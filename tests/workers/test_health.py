@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distmerge as dm
-from distmerge.workers.divergence import Spread
-from distmerge.workers.group import Peers
+from distmerge.workers.divergence import Divergence
+from distmerge.workers.group import WorkerGroup
 from tests.ranks import Ranks
 from tests.workers.test_streaming import build
 
@@ -76,8 +76,8 @@ def test_a_sick_worker_is_left_out_of_sparse_rounds(ranks: Ranks, settings: dict
 
 
 def divergence_of_nan() -> float:
-    flat, peers = dm.flatten(build("blocks")), Peers()
-    spread = Spread(flat.vector.device)
+    flat, peers = dm.flatten(build("blocks")), WorkerGroup()
+    spread = Divergence(flat.vector.device)
     spread.add_own(torch.tensor([1.0, math.nan if dist.get_rank() else 2.0]))
     spread.add_merged(torch.tensor([1.0]))
     return spread.finish(peers, flat, 1.0, anchored=True)[0]

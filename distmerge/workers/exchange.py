@@ -1,0 +1,193 @@
+"""The exchange: every worker gets all workers' values of its own share, reduces them there, and sends the result to all.
+
+The bytes are an all-reduce's, ``2 b (M - 1) / M`` from each of M workers, but what happens at the owner of a share may be
+anything that can be computed from the M rows: a mean, a median, an outer step. On a quantised wire values are rounded twice,
+once on the way to the owner and once on the way home, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distmerge.workers.codec import Row, pieces
+from distmerge.workers.group import WorkerGroup
+from distmerge.workers.pending import WEIGHT_BYTES, wait, weigh
+from distmerge.workers.scratch import Scratch
+from distmerge.workers.shares import Shares, equal_shares
+from distmerge.workers.wire import Wire
+
+Reduce = Callable[[list[Tensor], Tensor, Tensor], None]
+"""``reduce(rows, weights [M], out [n])``: the result of a share, from the rows ``[n]`` float32 of all M workers. ``out`` may be
+the memory of this worker's own row, so that an element is written after all that is read of it."""
+
+
+class Exchange:
+    """One exchange under way. In float32 values travel from where they are to where they are wanted, without copies.
+
+    Args:
+        message: ``[n + 1]`` float32: this worker's values, then the result; the last element is the weight.
+        weight: this worker's. One of weight 0 takes part, but its values, finite or not, don't count.
+        residual: what error feedback keeps, of the rows that were sent ``[sum of shares.rows]`` and of the results that this
+            worker sent as an owner: both are added to the next message, and become what rounding lost of it. A worker of
+            weight 0 sends nothing of its own, and keeps its part.
+        reduce: what the owner of a share does; by default the weighted mean.
+        then: what the owner does with its share of a weighted mean before it is sent home, in place: an outer step, say.
+        scratch: where buffers come from, and where they go back to.
+    """
+
+    def __init__(
+        self,
+        group: WorkerGroup,
+        message: Tensor,
+        weight: float,
+        wire: Wire,
+        residual: tuple[Tensor, Tensor] | None = None,
+        reduce: Reduce | None = None,
+        then: Callable[[Tensor], None] | None = None,
+        shares: Shares | None = None,
+        scratch: Scratch | None = None,
+    ):
+        self.group, self.message, self.wire, self.residual, self.then = group, message, wire, residual, then
+        self.reduce, self.scratch = reduce, scratch or Scratch(message.device)
+        self.shares = shares or equal_shares(message.numel() - 1, group.size)
+        self.waited, self._stage = 0.0, 1
+        weigh(message, weight)
+        self._weights = message[-1:].expand(group.size).clone()
+        self._own, self._counts = group.rank, weight > 0 or weight != weight
+        outgoing, self._incoming = self._outgoing_rows(), self._incoming_rows()
+        sends = [(peer, part) for peer, row in enumerate(outgoing) for part in (row, message[-1:])]
+        receives = [(peer, part) for peer, row in enumerate(self._incoming) for part in (row, self._weights[peer : peer + 1])]
+        sent = sum(row.numel() * row.element_size() + WEIGHT_BYTES for row in outgoing)
+        own = outgoing[self._own].numel() * outgoing[self._own].element_size() + WEIGHT_BYTES
+        group.ledger.exchange(sent - own, payload_bytes=sent)
+        self._works = begin(group, sends, receives)
+        self._outgoing = outgoing  # must live as long as it is read
+
+    def advance(self) -> None:
+        """Reduce this worker's share, and begin to send it home. Called by all workers at the same step."""
+        if self._stage != 1:
+            return
+        self.waited += wait(self._works)
+        own = self._slice(self._own)
+        if self.wire.name == "fp32":
+            self._reduce_rows(self._incoming, own)
+            self._release(row for peer, row in enumerate(self._incoming) if peer != self._own)
+            result = own
+        else:
+            mean = self.scratch.take(self.shares.rows[self._own], torch.float32).zero_()
+            self._reduce_encoded(mean)
+            self._release({id(row): row for row in (*self._incoming, *self._outgoing)}.values())
+            result = self.scratch.take(self.wire.size_bytes(len(mean)), torch.uint8)
+            Row(self.wire, result, len(mean)).encode(mean, self.residual[1] if self.residual else None)
+            self.scratch.give(mean)
+        self._incoming = self._results(result)
+        peers = [peer for peer in range(self.group.size) if peer != self._own]
+        self.group.ledger.exchange(len(peers) * result.numel() * result.element_size())
+        self._works = begin(self.group, [(peer, result) for peer in peers], list(enumerate(self._incoming)))
+        self._stage = 2
+
+    def finish(self) -> None:
+        """Wait until ``message`` holds the result, and 1 as the weight that it is to be divided by; 0 where nobody counts."""
+        self.advance()
+        if self._stage != 2:
+            return
+        self.waited += wait(self._works)
+        if self.wire.name != "fp32":
+            for peer, row in enumerate(self._incoming):
+                Row(self.wire, row, self.shares.rows[peer]).decode(self._slice(peer))
+            self._release(self._incoming)
+        self.message[-1] = self._weights.sum() > 0
+        self._stage = 3
+
+    def _slice(self, peer: int) -> Tensor:
+        start, stop = self.shares.bounds[peer]
+        return self.message[start:stop]
+
+    def _outgoing_rows(self) -> list[Tensor]:
+        """What each worker gets of this one's values."""
+        if self.wire.name == "fp32":
+            return [self._slice(peer) for peer in range(self.group.size)]
+        rows, at = [], 0
+        for peer, numel in enumerate(self.shares.rows):
+            row = self.scratch.take(self.wire.size_bytes(numel), torch.uint8)
+            kept = self.residual[0][at : at + numel] if self.residual and self._counts else None
+            Row(self.wire, row, numel).encode(self._slice(peer), kept)
+            rows.append(row)
+            at += numel
+        return rows
+
+    def _incoming_rows(self) -> list[Tensor]:
+        """Room for every worker's values of this one's share. Its own row is where it is."""
+        if self.wire.name == "fp32":
+            start, stop = self.shares.bounds[self._own]
+            fresh = (self.scratch.take(stop - start, torch.float32) for _ in range(self.group.size))
+            return [self._slice(self._own) if peer == self._own else next(fresh) for peer in range(self.group.size)]
+        size = self.wire.size_bytes(self.shares.rows[self._own])
+        return [self.scratch.take(size, torch.uint8) for _ in range(self.group.size)]
+
+    def _results(self, own: Tensor) -> list[Tensor]:
+        """Room for the result of every share."""
+        if self.wire.name == "fp32":
+            return [self._slice(peer) for peer in range(self.group.size)]
+        rows = self.shares.rows
+        return [
+            own if peer == self._own else self.scratch.take(self.wire.size_bytes(rows[peer]), torch.uint8)
+            for peer in range(self.group.size)
+        ]
+
+    def _reduce_rows(self, rows: list[Tensor], out: Tensor) -> None:
+        if self.reduce is not None:
+            self.reduce(rows, self._weights, out)
+            return
+        weighted_mean(rows, self._weights.tolist(), out)
+        if self.then is not None:
+            self.then(out)
+
+    def _reduce_encoded(self, out: Tensor) -> None:
+        """The same of rows in the wire's format; a mean never holds them all as floats."""
+        rows = [Row(self.wire, row, len(out)) for row in self._encoded()]
+        if self.reduce is None:
+            for row, weight in zip(rows, self._weights.tolist(), strict=True):
+                row.add_to(out, weight)
+            out.div_(self._weights.sum())
+            if self.then is not None:
+                self.then(out)
+            return
+        start, stop = self.shares.bounds[self._own]
+        decoded = [self.scratch.take(len(out), torch.float32) for _ in rows]
+        for row, values in zip(rows, decoded, strict=True):
+            row.decode(values)
+        self.reduce([values[: stop - start] for values in decoded], self._weights, out[: stop - start])
+        self.scratch.give(*decoded)
+
+    def _encoded(self) -> Sequence[Tensor]:
+        return [self._outgoing[peer] if peer == self._own else row for peer, row in enumerate(self._incoming)]
+
+    def _release(self, rows: Iterable[Tensor]) -> None:
+        self.scratch.give(*rows)
+
+
+def begin(group: WorkerGroup, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> list[dist.Work]:
+    """Send to and receive from the other workers. All of them call it in the same order, with sizes that agree."""
+    wanted = [(dist.isend, sends), (dist.irecv, receives)]
+    operations = [
+        dist.P2POp(operation, part, group=group.group, group_peer=peer)
+        for operation, parts in wanted
+        for peer, part in parts
+        if peer != group.rank and part.numel()
+    ]
+    return dist.batch_isend_irecv(operations) if operations else []
+
+
+def weighted_mean(rows: list[Tensor], weights: list[float], out: Tensor) -> None:
+    """``out = sum_m w_m row_m / sum_m w_m``, in pieces that stay in a cache; ``out`` may be one of the rows."""
+    total = torch.tensor(weights, dtype=torch.float32).sum().item()
+    for start, stop in pieces(out):
+        mean = torch.zeros_like(out[start:stop])
+        for row, weight in zip(rows, weights, strict=True):
+            mean.add_(row[start:stop] if weight == 1 else row[start:stop] * weight)
+        out[start:stop] = mean.div_(total)

@@ -1,0 +1,131 @@
+"""What a rank holds of each tensor, and what is measured over whole tensors that several ranks hold together.
+
+A tensor may be cut by the shares of an exchange, and by the ranks of a worker. Each holder measures its own blocks, and what
+they found is gathered, so that a rule settles on every holder with the same bits. Tensors that lie on one rank cost nothing.
+"""
+
+from __future__ import annotations
+
+import pickle
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from distmerge.errors import UserError
+from distmerge.rules.protocol import Block, Rule, Tally
+from distmerge.workers.ledger import Ledger
+from distmerge.workers.shares import Piece
+
+Rows = Callable[[int, int], list[Tensor]]
+"""``rows(start, stop)``: the members' elements of a stretch, counted from where the first piece begins."""
+
+
+class Place(NamedTuple):
+    """One block of a tensor: where it lies in the message, its offset in the tensor, its number among the tensor's blocks."""
+
+    start: int
+    stop: int
+    offset: int
+    index: int
+
+
+class Holding:
+    """This rank's pieces of tensors, in a message.
+
+    Args:
+        pieces: what lies here.
+        shapes: of every tensor that any of the ranks holds, by name.
+        unit: of a tensor, the elements that no block may divide.
+        groups: the ranks that hold the tensors together: one group after the other is asked. Called by all of them together.
+        ledger: of the bytes that leave this rank for the first group.
+
+    Raises:
+        UserError: where a piece begins or ends in the middle of a unit. It is raised on all ranks of the first group.
+    """
+
+    def __init__(
+        self, pieces: Sequence[Piece], shapes: dict[str, int], unit: Callable[[str], int], groups: list[Any], ledger: Ledger
+    ):
+        self.pieces, self.groups, self.ledger, self.unit = pieces, groups, ledger, unit
+        self.start = pieces[0].start if pieces else 0
+        starts = [(piece.name, offset) for piece in pieces for _, _, offset in self._spans(piece)]
+        torn = [piece.name for piece in pieces if self._is_torn(piece, shapes[piece.name])]
+        found: dict[str, list[int]] = defaultdict(list)
+        holders: dict[str, int] = defaultdict(int)
+        for theirs, their_torn in self._gathered((starts, torn)):
+            if their_torn:
+                raise UserError(f"the rule needs whole rows, and {their_torn[0]} is cut inside one between ranks")
+            for name in {name for name, _ in theirs}:
+                holders[name] += 1
+            for name, offset in theirs:
+                found[name].append(offset)
+        self.starts = {name: sorted(offsets) for name, offsets in found.items()}
+        self.shared = sorted(name for name, count in holders.items() if count > 1)
+
+    def places(self, piece: Piece) -> Iterator[Place]:
+        for start, stop, offset in self._spans(piece):
+            yield Place(start, stop, offset, bisect_left(self.starts[piece.name], offset))
+
+    def settle(self, rules: dict[str, Rule], rows: Rows) -> dict[str, Any]:
+        """The passes of each tensor's rule over all of its blocks; what they settled, of the tensors that lie here.
+
+        Args:
+            rules: of every tensor that any of the ranks holds. Their passes are the same everywhere.
+        """
+        states: dict[str, Any] = dict.fromkeys(rules)
+        here = {piece.name for piece in self.pieces}
+        for step in range(max((rule.passes for rule in rules.values()), default=0)):
+            tallies = {name: Tally() for name, rule in rules.items() if step < rule.passes}
+            for piece in self.pieces:
+                if piece.name not in tallies:
+                    continue
+                for place in self.places(piece):
+                    block = Block(rows(place.start - self.start, place.stop - self.start), None, place.offset, place.index)
+                    tallies[piece.name].add(place.index, rules[piece.name].measure(step, block, states[piece.name]))
+            self._join([name for name in self.shared if name in tallies], tallies)
+            for name in tallies.keys() & here:
+                states[name] = rules[name].settle(step, tallies[name], states[name])
+        return states
+
+    def merge(self, rules: dict[str, Rule], states: dict[str, Any], rows: Rows, out: Tensor) -> None:
+        """Merge every block that lies here. ``out`` has the places of ``rows``, and may be one of them."""
+        for piece in self.pieces:
+            for place in self.places(piece):
+                block = Block(rows(place.start - self.start, place.stop - self.start), None, place.offset, place.index)
+                out[place.start - self.start : place.stop - self.start] = rules[piece.name].merge(block, states[piece.name])
+
+    def _spans(self, piece: Piece) -> Iterator[tuple[int, int, int]]:
+        for start, stop in piece.spans(self.unit(piece.name)):
+            yield start, stop, piece.first + start - piece.start
+
+    def _is_torn(self, piece: Piece, numel: int) -> bool:
+        unit, last = self.unit(piece.name), piece.first + piece.stop - piece.start
+        return piece.first % unit != 0 or (last % unit != 0 and last != numel)
+
+    def _join(self, names: list[str], tallies: dict[str, Tally]) -> None:
+        """Complete the tallies of tensors that several ranks hold."""
+        if not names:
+            return
+        here = {piece.name for piece in self.pieces}
+        own = {name: tallies[name] for name in names if name in here}
+        for name in own:
+            tallies[name] = Tally()
+        for theirs in self._gathered(own):
+            for name, tally in theirs.items():
+                tallies[name].join(tally)
+
+    def _gathered(self, own: Any) -> list[Any]:
+        """What every holder has to say, in the order of their ranks."""
+        said = [own]
+        for index, group in enumerate(self.groups):
+            size = dist.get_world_size(group)
+            if index == 0:
+                self.ledger.exchange(len(pickle.dumps(said)) * (size - 1))
+            answers: list[Any] = [None] * size
+            dist.all_gather_object(answers, said, group=group)
+            said = [one for answer in answers for one in answer]
+        return said

@@ -1,0 +1,215 @@
+"""A rule of the catalogue over the workers' deltas.
+
+What concerns one member alone, such as trimming, is done by its sender, who has the whole of it. What crosses members runs at
+the owners of an exchange's shares, on ``[M, n / M]``, as it runs on disk. The members are the workers that count: one of
+weight 0 is left out, and where too few are left for the rule the mean is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distmerge.config import mergers
+from distmerge.finite import finite
+from distmerge.rules import catalogue
+from distmerge.rules.protocol import Rule, Target
+from distmerge.theta.flat import FlatParameters, Slot
+from distmerge.workers.codec import pieces as cached_pieces
+from distmerge.workers.divergence import Divergence
+from distmerge.workers.exchange import Reduce, weighted_mean
+from distmerge.workers.fragments import Bucket
+from distmerge.workers.group import WorkerGroup
+from distmerge.workers.holding import Holding
+from distmerge.workers.shares import Piece, Shares, aligned_shares, equal_shares
+
+FORM = {"elect": "before", "divide": "weights", "rescale": "inverse", "on_tie": "keep", "on_cancel": "zero", "trim": "tensor"}
+"""The papers' forms, but for a trim by tensor: a mean of what survives, whose ties are kept, so that no order is asked for."""
+
+
+EMBEDDINGS = ("embed", "wte", "wpe", "lm_head")
+"""Parts of the names of embeddings and heads, whose rows are tensors of their own."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which rule the workers' deltas are merged by.
+
+    Attributes:
+        name: in the catalogue.
+        parameters: its own, such as a density.
+        above: with a number, the rule is taken where the deltas' correlation is at most that, and the mean above (``auto``).
+        seed: of random masks.
+        raises: whether a worker that is not finite makes the merge fail on all workers.
+    """
+
+    name: str
+    parameters: dict[str, Any]
+    above: float | None = None
+    seed: int = 0
+    raises: bool = True
+
+
+class WorkerRule:
+    """The rule, on the buckets of this rank's vector. One bucket holds all of a fragment, and so all of each of its tensors
+    that lies here. Made by all workers together."""
+
+    def __init__(self, choice: Choice, flat: FlatParameters, peers: WorkerGroup):
+        self.choice, self.flat, self.peers = choice, flat, peers
+        self.slots = {slot.name: slot for slot in flat.layout}
+        self.inside = [flat.inside] if flat.inside is not None else []
+        self._own: dict[int, Holding] = {}
+        self._owned: dict[int, Holding] = {}
+        whole = {name: self.rule_of(slot, [1.0] * peers.size, 0) for name, slot in self.slots.items()}
+        self.split = choice.above is None and any(rule.parts is not None for rule in whole.values())
+        across = {name: self._across(rule) for name, rule in whole.items()}
+        self.elementwise = all(rule.passes == 0 and rule.unit == 1 for rule in across.values())
+        self.least = max((rule.least for rule in across.values()), default=1)
+        self._units = {name: rule.unit for name, rule in (whole if not self.split else across).items()}
+        self._each_units = {name: rule.unit for name, rule in whole.items()}
+
+    def shares(self, bucket: Bucket) -> Shares:
+        """How a bucket is dealt out to the owners. Called once for each bucket, by all workers together."""
+        pieces = list(pieces_of(self.flat, bucket))
+        numel = bucket.numel
+        whole = {name: math.prod(slot.shape) for name, slot in self.slots.items()}
+        if self.elementwise:
+            shares = equal_shares(numel, self.peers.size)
+        else:
+            shares = aligned_shares(pieces, numel, self.peers.size, self._units.__getitem__)
+        start, stop = shares.bounds[self.peers.rank]
+        owned = [part for piece in pieces if (part := piece.within(start, stop))]
+        groups = [self.peers.group, *self.inside]
+        self._own[bucket.index] = Holding(pieces, whole, self._each_units.__getitem__, self.inside, self.peers.ledger)
+        unit_of = (lambda name: 1) if self.elementwise else self._units.__getitem__
+        self._owned[bucket.index] = Holding(owned, whole, unit_of, groups, self.peers.ledger)
+        return shares
+
+    def prepare(self, bucket: Bucket, message: Tensor, weight: float, round: int) -> float:
+        """Do the sender's part to this worker's deltas, in place; the weight to be sent. Where this worker must not be merged,
+        that is NaN, and so is every result: all workers refuse it."""
+        values = message[:-1]
+        if weight > 0 and self.choice.raises and not finite(values):
+            values.zero_()
+            return math.nan
+        if weight > 0 and self.split:
+            holding, rank = self._own[bucket.index], self.peers.rank
+            rules = {piece.name: self._each(self.slots[piece.name], rank, round) for piece in holding.pieces}
+            states = holding.settle(rules, lambda start, stop: [values[start:stop]])
+            holding.merge(rules, states, lambda start, stop: [values[start:stop]], values)
+        return weight
+
+    def at_owner(self, bucket: Bucket, spread: Divergence, round: int) -> Reduce:
+        """What this worker does to its share of a bucket."""
+
+        def reduce(rows: list[Tensor], weights: Tensor, out: Tensor) -> None:
+            given = weights.tolist()
+            if any(math.isnan(weight) for weight in given):
+                out.fill_(math.nan)
+                return
+            alive = [member for member, weight in enumerate(given) if weight > 0]
+            kept, shares = [rows[member] for member in alive], [given[member] for member in alive]
+            if not alive:
+                return
+            own, merged = spread_of(kept, shares)
+            spread.add_rows(own, merged, len(alive))
+            spread.rule = self._decide(own, merged, len(alive))
+            if spread.rule == "mean":
+                weighted_mean(kept, shares, out)
+                return
+            mean_weight = sum(shares) / len(shares)
+            rules = {
+                name: self._across(self.rule_of(self.slots[name], [one / mean_weight for one in shares], round))
+                for name in self._names(bucket)
+            }
+            holding = self._owned[bucket.index]
+            states = holding.settle(rules, lambda a, b: [row[a:b] for row in kept])
+            holding.merge(rules, states, lambda a, b: [row[a:b] for row in kept], out)
+
+        return reduce
+
+    def rule_of(self, slot: Slot, weights: list[float], round: int) -> Rule:
+        """The rule of a tensor, for members of these weights, whose mean is 1."""
+        target = Target(
+            name=slot.name,
+            shape=tuple(slot.shape),
+            each=tuple(self.choice.parameters | {"weight": weight} for weight in weights),
+            shared=self.choice.parameters,
+            variants=FORM,
+            seed=self.choice.seed + (round << 32),
+            embedding=any(word in slot.name for word in EMBEDDINGS),
+        )
+        return catalogue.build(self.choice.name, target)
+
+    def _each(self, slot: Slot, member: int, round: int) -> Rule:
+        parts = self.rule_of(slot, [1.0] * self.peers.size, round).parts
+        assert parts is not None, "a rule is split for all tensors or for none"
+        return parts[0][member]
+
+    def _across(self, rule: Rule) -> Rule:
+        return rule.parts[1] if self.split and rule.parts is not None else rule
+
+    def _decide(self, own: Tensor, merged: Tensor, members: int) -> str:
+        """The rule's name, or "mean" where it has too few members, or where the deltas are so alike that no rule is wanted."""
+        if members < max(2, self.least):
+            return "mean"
+        if self.choice.above is None:
+            return self.choice.name
+        sums = torch.stack([own, merged])
+        for group in (self.peers.group, *self.inside):
+            dist.all_reduce(sums, group=group)
+        self.peers.ledger.all_reduce(sums.numel() * sums.element_size())
+        own, merged = sums
+        correlation = (members * merged / own - 1) / (members - 1) if own > 0 else own
+        return "mean" if correlation > self.choice.above else self.choice.name
+
+    def _names(self, bucket: Bucket) -> list[str]:
+        """All tensors of the bucket, also those of which nothing lies here."""
+        return list(self._owned[bucket.index].starts)
+
+
+def choice_of(settings: mergers.DiLoCo) -> Choice | None:
+    """The rule that a merger's settings ask for; None for a mean, which travels as a sum."""
+    if settings.rule in ("mean", "tokens"):
+        return None
+    parameters = getattr(settings, "parameters", {})
+    return Choice(settings.rule, parameters, raises=settings.nonfinite == "raise")
+
+
+def uses_tokens(settings: mergers.DiLoCo) -> bool:
+    """Whether workers are weighed by the tokens that they trained on."""
+    return settings.rule == "tokens"
+
+
+def pieces_of(flat: FlatParameters, bucket: Bucket) -> Iterator[Piece]:
+    """What the bucket's message holds of each tensor."""
+    at = 0
+    parts = flat.parts()
+    for run in bucket.slices:
+        for part in parts:
+            low, high = max(run.start, part.offset), min(run.stop, part.offset + part.numel)
+            if low < high:
+                place = at + low - run.start
+                yield Piece(part.name, part.first + low - part.offset, place, place + high - low)
+        at += run.stop - run.start
+
+
+def spread_of(rows: list[Tensor], weights: list[float]) -> tuple[Tensor, Tensor]:
+    """``(sum_m w_m |row_m|^2 / sum_m w_m, |mean|^2)`` of the rows of a share, float64 scalars."""
+    total = sum(weights)
+    own = torch.zeros((), dtype=torch.float64, device=rows[0].device)
+    merged = torch.zeros_like(own)
+    for start, stop in cached_pieces(rows[0]):
+        mean = torch.zeros_like(rows[0][start:stop])
+        for row, weight in zip(rows, weights, strict=True):
+            part = row[start:stop]
+            own += torch.dot(part, part).double() * (weight / total)
+            mean.add_(part, alpha=weight / total)
+        merged += torch.dot(mean, mean).double()
+    return own, merged
