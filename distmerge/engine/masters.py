@@ -158,6 +158,8 @@ class ShardedMasters(FlatMasters):
 class PairedMasters(ReplicatedParameters):
     """A float32 master beside each 16-bit parameter, both whole on every rank."""
 
+    has_masters = True
+
     def __init__(self, model: nn.Module, inside: Any, masters: list[list[Tensor]], halves: list[list[nn.Parameter]]):
         flat_masters = [master for group in masters for master in group]
         flat_halves = [half for group in halves for half in group]
@@ -180,6 +182,7 @@ class PublicMasters(ReplicatedParameters):
     """Masters by DeepSpeed's public functions, whole and one by one: for versions whose partitions are not known."""
 
     in_place = False
+    has_masters = True
 
     def __init__(self, model: nn.Module, inside: Any):
         import deepspeed

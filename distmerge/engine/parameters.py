@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,6 +66,11 @@ class CopiedParameters(FlatParameters):
     def stored(self) -> Iterator[Tensor]:
         """Where each slot's part lies: tensors of the slots' sizes, in the layout's order."""
         raise NotImplementedError
+
+    @cached_property
+    def stored_dtypes(self) -> tuple[torch.dtype, ...]:
+        dtypes = tuple(tensor.dtype for tensor in self.stored())
+        return () if set(dtypes) <= {torch.float32} else dtypes
 
     def refresh(self) -> None:
         """After the stored values changed: bring what was made from them up to date. A collective inside the worker."""

@@ -79,6 +79,8 @@ class FlatParameters:
     inside: Any = None
     in_place = True
     """Whether the model's parameters may become views."""
+    has_masters = False
+    """Whether the engine keeps a float32 master of each 16-bit parameter, which is what merges."""
 
     def __init__(self, model: nn.Module):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -104,6 +106,28 @@ class FlatParameters:
         """Bring the model up to date with the vector."""
         if not self._views:
             self._copy(into_model=True)
+
+    def written(self, values: Tensor, part: slice) -> Tensor:
+        """What the model holds of ``values`` after push(), in a part of the vector: rounded to the parameters' own dtype.
+
+        A bfloat16 model without float32 masters moves in steps of one unit in the last place. What it trained since it was
+        given an anchor is its distance to the rounded anchor; to the anchor itself, such a step is mostly rounding.
+        """
+        if len(set(self.stored_dtypes)) <= 1:
+            return values.to(self.stored_dtypes[0]).float() if self.stored_dtypes else values
+        rounded = values.clone()
+        for slot, dtype in zip(self.layout, self.stored_dtypes, strict=True):
+            low, high = max(slot.offset - self.start, part.start), min(slot.stop - self.start, part.stop)
+            if low < high:
+                here = slice(low - part.start, high - part.start)
+                rounded[here] = values[here].to(dtype).float()
+        return rounded
+
+    @cached_property
+    def stored_dtypes(self) -> tuple[torch.dtype, ...]:
+        """In what the model keeps each slot of the layout between merges; () where all is float32."""
+        dtypes = () if self._views or self.has_masters else tuple(parameter.dtype for parameter in self._parameters)
+        return () if set(dtypes) <= {torch.float32} else dtypes
 
     @contextlib.contextmanager
     def borrowed(self) -> Iterator[Tensor]:

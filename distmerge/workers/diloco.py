@@ -110,7 +110,7 @@ class DiLoCo:
         self.progress = Progress(fragments)
         self.flying: PendingFragment | None = None
         self.peers.start_equal(self.flat)
-        self.outer = start_outer(self.settings, self.flat.vector, self.buckets, self.peers)
+        self.outer = start_outer(self.settings, self.flat, self.buckets, self.peers)
         across = None if choice is None else WorkerRule(choice, self.flat, self.peers)
         self.reducer = DeltaReducer(self.settings, self.flat, self.peers, self.buckets, self.outer, across)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distmerge.config import mergers
 from distmerge.rules.outer import outer_step
+from distmerge.theta.flat import FlatParameters
 from distmerge.workers.fragments import Bucket
 from distmerge.workers.group import WorkerGroup
 from distmerge.workers.rule import choice_of
@@ -26,7 +27,16 @@ class OuterState:
         anchor: ``[n]`` float32.
     """
 
-    def __init__(self, start: Tensor, lr: float, momentum: float, nesterov: bool, device: torch.device | str | None = None):
+    def __init__(
+        self,
+        start: Tensor,
+        lr: float,
+        momentum: float,
+        nesterov: bool,
+        device: torch.device | str | None = None,
+        written: Callable[[Tensor, slice], Tensor] | None = None,
+    ):
+        self.written = written or (lambda anchor, part: anchor)
         self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
         self.device = start.device
         pinned = self.device.type == "cuda" and str(device) == "cpu"
@@ -34,8 +44,8 @@ class OuterState:
         self.velocity = torch.zeros_like(self.anchor, pin_memory=pinned) if momentum else None
 
     def delta(self, theta: Tensor, part: slice, out: Tensor) -> Tensor:
-        """``theta - anchor[part]``."""
-        return torch.sub(theta, self.anchor[part].to(self.device, non_blocking=True), out=out)
+        """``theta`` minus what the model was given as the anchor's part."""
+        return torch.sub(theta, self.written(self.anchor[part].to(self.device, non_blocking=True), part), out=out)
 
     def step(self, delta: Tensor, part: slice) -> Tensor:
         """Take the outer step on a part along its merged delta; the part's new anchor, on the parameters' device."""
@@ -65,7 +75,9 @@ class OuterState:
             self.velocity.copy_(state["velocity"])
 
 
-def start_outer(settings: mergers.DiLoCo, theta: Tensor, buckets: Sequence[Bucket], peers: WorkerGroup) -> OuterState | None:
+def start_outer(
+    settings: mergers.DiLoCo, flat: FlatParameters, buckets: Sequence[Bucket], peers: WorkerGroup
+) -> OuterState | None:
     """The outer state at the start of a run; None where theta itself travels and no anchor is needed."""
     # Averaging in float32 sends theta itself. Formats, overlap and mix need the delta, and so the anchor.
     s = settings
@@ -73,8 +85,16 @@ def start_outer(settings: mergers.DiLoCo, theta: Tensor, buckets: Sequence[Bucke
     if s.outer_lr == 1 and s.outer_momentum == 0 and plain:
         return None
     assert s.outer_lr is not None and s.outer_momentum is not None, "a merger's settings are complete"
-    start = own_shares(theta, buckets, peers) if s.outer_sharded else theta
-    return OuterState(start, s.outer_lr, s.outer_momentum, s.nesterov, s.outer_device)
+    start = own_shares(flat.vector, buckets, peers) if s.outer_sharded else flat.vector
+    return OuterState(start, s.outer_lr, s.outer_momentum, s.nesterov, s.outer_device, written_of(flat, s.outer_sharded))
+
+
+def written_of(flat: FlatParameters, sharded: bool) -> Callable[[Tensor, slice], Tensor] | None:
+    """How a part of the anchor is rounded when the model takes it; None where it is not."""
+    if not sharded or len(set(flat.stored_dtypes)) == 0:
+        return flat.written if flat.stored_dtypes else None
+    # A share knows no slots: it is rounded where the whole model has one dtype.
+    return flat.written if len(set(flat.stored_dtypes)) == 1 else None
 
 
 def share_slices(buckets: Sequence[Bucket], peers: int) -> list[slice]:
