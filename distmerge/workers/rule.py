@@ -19,6 +19,7 @@ from torch import Tensor
 from distmerge.config import mergers
 from distmerge.finite import finite
 from distmerge.rules import catalogue
+from distmerge.rules.parameters import PARAMETERS
 from distmerge.rules.protocol import Rule, Target
 from distmerge.theta.flat import FlatParameters, Slot
 from distmerge.workers.codec import pieces as cached_pieces
@@ -28,9 +29,6 @@ from distmerge.workers.fragments import Bucket
 from distmerge.workers.group import WorkerGroup
 from distmerge.workers.holding import Holding
 from distmerge.workers.shares import Piece, Shares, aligned_shares, equal_shares
-
-FORM = {"elect": "before", "divide": "weights", "rescale": "inverse", "on_tie": "keep", "on_cancel": "zero", "trim": "tensor"}
-"""The papers' forms, but for a trim by tensor: a mean of what survives, whose ties are kept, so that no order is asked for."""
 
 
 EMBEDDINGS = ("embed", "wte", "wpe", "lm_head")
@@ -136,12 +134,13 @@ class WorkerRule:
 
     def rule_of(self, slot: Slot, weights: list[float], round: int) -> Rule:
         """The rule of a tensor, for members of these weights, whose mean is 1."""
+        given = self.choice.parameters
+        own = {key: value for key, value in given.items() if PARAMETERS[key].each}
         target = Target(
             name=slot.name,
             shape=tuple(slot.shape),
-            each=tuple(self.choice.parameters | {"weight": weight} for weight in weights),
-            shared=self.choice.parameters,
-            variants=FORM,
+            each=tuple(own | {"weight": weight} for weight in weights),
+            shared={key: value for key, value in given.items() if key not in own},
             seed=self.choice.seed + (round << 32),
             embedding=any(word in slot.name for word in EMBEDDINGS),
         )
