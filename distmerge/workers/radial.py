@@ -7,12 +7,10 @@ from torch import Tensor
 
 from distmerge.rules.radial import radial_mean
 from distmerge.theta.flat import FlatParameters
+from distmerge.theta.layers import has_rows_of_their_own
 from distmerge.workers.fragments import segments
 from distmerge.workers.group import Peers
 from distmerge.workers.pending import weigh
-
-EMBEDDINGS = ("embed", "wte", "wpe", "lm_head")
-"""Parts of the names of embeddings and heads, whose rows are tensors of their own: they are averaged plainly."""
 
 
 class RadialMean:
@@ -33,7 +31,7 @@ class RadialMean:
         start, numel = self.flat.start, self.message.numel() - 1
         here = [list(segments([slot], start, numel)) for slot in self.flat.layout]
         tensors = [runs[0] if runs else slice(0, 0) for runs in here]
-        plain = [any(word in slot.name for word in EMBEDDINGS) for slot in self.flat.layout]
+        plain = [has_rows_of_their_own(slot.name) for slot in self.flat.layout]
         weights = torch.full((1, 1), self.weight, device=self.message.device)
         deltas = self.message[None, :-1]
         self.message[:-1] = radial_mean(deltas, weights, self._total, tensors, plain, self.flat.sum_over_shards)
