@@ -38,7 +38,7 @@ from distmerge.evaluate import evaluate
 from distmerge.launch.ranks import Place
 from distmerge.mesh import Mesh
 from distmerge.model import build_model, load_tokenizer
-from distmerge.schedule import decayed
+from distmerge.rules.decay import DECAYS
 from distmerge.windows.advice import gram_of
 from distmerge.windows.window import Window
 
@@ -118,7 +118,7 @@ class Bench:
         for optimizer, saved in zip(self.engine.optimizers, optimizers, strict=True):
             optimizer.load_state_dict(copy.deepcopy(saved))
         for index in range(length):
-            lr = self.config.optimizer.lr * decayed(curve, (index + 1) / length)
+            lr = self.config.optimizer.lr * DECAYS[curve]((index + 1) / length)
             self.engine.train_step(self.batches.batch(end - length + index), lr)
         return self.loss()
 

@@ -52,8 +52,8 @@ def test_defaults(path: str) -> None:
     assert config.merge[0].kind == "diloco"
     assert config.model_dump()["merge"][0] == {
         "kind": "diloco", "every": 20, "outer_lr": 0.7, "outer_momentum": 0.5, "nesterov": True, "bucket_bytes": 64 * 2**20,
-        "fragments": 1, "fragment_order": "strided", "overlap": 0, "mix": 0.0, "wire": "fp32", "error_feedback": False,
-        "rule": "mean", "outer_sharded": False, "outer_device": None, "nonfinite": "raise",
+        "fragments": 1, "fragment_order": "strided", "fragment_patterns": (), "overlap": 0, "mix": 0.0, "wire": "fp32",
+        "error_feedback": False, "rule": "mean", "outer_sharded": False, "outer_device": None, "nonfinite": "raise",
     }  # fmt: skip
 
 

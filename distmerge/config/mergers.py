@@ -73,6 +73,8 @@ class DiLoCo(Periodic):
     """Parts of the model that merge in turn, staggered over the H steps (Streaming DiLoCo)."""
     fragment_order: Literal["strided", "balanced"] = "strided"
     """strided: blocks dealt out over depth; balanced: by bytes."""
+    fragment_patterns: tuple[str, ...] = ()
+    """A regular expression for each fragment, found in the names of its parameters, in place of an order."""
     overlap: int = Field(default=0, ge=0)
     """Inner steps that go on while a fragment's collectives run (tau); < every / fragments."""
     mix: float = Field(default=0.0, ge=0, le=1)
@@ -97,6 +99,9 @@ class DiLoCo(Periodic):
     def consistent(self) -> DiLoCo:
         if self.every is not None and self.fragments > self.every:
             raise UserError(f"fragments must be <= every = {self.every}, got {self.fragments}")
+        if self.fragment_patterns and len(self.fragment_patterns) != self.fragments:
+            given = len(self.fragment_patterns)
+            raise UserError(f"fragment_patterns must be as many as fragments = {self.fragments}, got {given}")
         if self.every is not None and self.overlap and self.overlap * self.fragments >= self.every:
             raise UserError(f"overlap must be < every / fragments = {self.every / self.fragments:g}, got {self.overlap}")
         if self.error_feedback and self.wire == "fp32":

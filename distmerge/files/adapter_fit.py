@@ -9,8 +9,8 @@ from distmerge.errors import UserError
 from distmerge.files.adapters import CONFIG, Adapter, Change, Factors, pattern_value, scale_of
 from distmerge.files.header import FLOATS
 from distmerge.files.models import Model
+from distmerge.theta.layers import is_token_embedding, role_of
 
-TIED = ("lm_head.weight", "output.weight", "embed_out.weight")
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Architectures whose linear layers are stored as (in, out): there, and only there, fan_in_fan_out must be true."""
 
@@ -26,7 +26,7 @@ def with_adapter(base: Model, reference: str, adapter: Adapter) -> Model:
         changes |= of_parameters(base, reference, adapter, module, held)
     for name, change in [*changes.items(), *adapter.replaced.items()]:
         if name not in base.tensors:
-            tied = "; its embeddings are tied, and an adapter on them cannot be merged" if name in TIED else ""
+            tied = "; its embeddings are tied, and an adapter on them cannot be merged" if role_of(name) == "head" else ""
             raise UserError(f"{reference} changes {name}, which {base.reference} does not have{tied}")
         stored = base.tensors[name]
         if stored.shape != change.shape:
@@ -40,8 +40,9 @@ def with_adapter(base: Model, reference: str, adapter: Adapter) -> Model:
 
 def check_tied(base: Model, reference: str, name: str) -> None:
     """Refuse a change of an embedding that is the output layer, too: the adapter was trained with the one changed alone."""
-    embedding = name.rpartition(".")[0].endswith(("embed_tokens", "wte", "word_embeddings", "embed_in"))
-    if embedding and (base.config.get("tie_word_embeddings") or not any(key in base.tensors for key in TIED)):
+    heads = [key for key in base.tensors if role_of(key) == "head" and key.endswith(".weight")]
+    tied = base.config.get("tie_word_embeddings") or not heads
+    if is_token_embedding(name) and tied:
         raise UserError(
             f"{reference} changes {name} of {base.reference}, whose embeddings are tied: the output layer would change with it"
         )

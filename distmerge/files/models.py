@@ -27,7 +27,6 @@ TOKENIZER_FILES = (
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -210,14 +209,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise UserError(f"{path} must be a JSON table")
     return table
-
-
-def layer_of(name: str) -> tuple[str, int] | None:
-    """``("model.layers.", 3)`` of ``model.layers.3.mlp.up_proj.weight``; None for a tensor of no layer."""
-    match = LAYER.search(name)
-    return (name[: match.start() + 1], int(match.group(1))) if match else None
-
-
-def in_layer(name: str, layer: int) -> str:
-    """The name of the same tensor in another layer."""
-    return LAYER.sub(f".{layer}.", name, count=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from distmerge.errors import UserError
 from distmerge.files.adapters import Factors
-from distmerge.files.models import Model, layer_of
+from distmerge.files.models import Model
 from distmerge.files.sources import Maps
 from distmerge.files.stream import Settings, Stream, in_memory
 from distmerge.merging.diagnosis import Similarity, summarise, table
@@ -21,6 +21,7 @@ from distmerge.merging.pairing import Pairing, check_structure, pair
 from distmerge.merging.recipe import Entry, Recipe, Slice
 from distmerge.quiet import quiet
 from distmerge.rules.similarity import overlap
+from distmerge.theta.layers import place_of
 
 RANK = 8
 
@@ -90,7 +91,7 @@ def diagnose(recipe: Recipe, models: dict[str, Model], settings: Settings, subsp
 
 def overlaps(pairing: Pairing, maps: Maps) -> list[dict[str, Any]]:
     """For a matrix in a layer: how much the leading ``RANK`` left singular directions of each pair of task vectors share."""
-    if len(pairing.shape) != 2 or min(pairing.shape) < 2 * RANK or layer_of(pairing.name) is None or pairing.base is None:
+    if len(pairing.shape) != 2 or min(pairing.shape) < 2 * RANK or place_of(pairing.name) is None or pairing.base is None:
         return []
     base = open_source(pairing.base, maps)
     leading = [leading_factors(open_source(item, maps), base, pairing.shape, RANK)[0] for item in pairing.members]

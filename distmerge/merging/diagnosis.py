@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.files.models import LAYER, layer_of
 from distmerge.files.stream import Job
 from distmerge.rules import similarity
 from distmerge.rules.protocol import Block, Measured, Tally
+from distmerge.theta.layers import in_block, place_of
 
 ALIKE = 0.9
 """Above this mean cosine a plain average is recommended."""
@@ -54,10 +54,10 @@ def summarise(notes: dict[str, Any], models: list[str], origin: str, based: bool
     layers: dict[str, list[Any]] = {}
     kinds: dict[str, list[Any]] = {}
     for name, note in seen.items():
-        place = layer_of(name)
+        place = place_of(name)
         if place is not None:
-            layers.setdefault(f"{place[0]}{place[1]}", []).append(note)
-        kinds.setdefault(LAYER.sub(".*.", name, count=1), []).append(note)
+            layers.setdefault(f"{place.list}{place.index}", []).append(note)
+        kinds.setdefault(in_block(name, "*"), []).append(note)
     whole = added(list(seen.values()))
     return {
         "origin": origin,

@@ -5,19 +5,16 @@ Everything that can be known to fail is refused here, before any tensor is read:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from distmerge.errors import UserError
 from distmerge.files.adapters import Change
 from distmerge.files.header import FLOATS, Stored
-from distmerge.files.models import Model, in_layer, layer_of
+from distmerge.files.models import Model
 from distmerge.merging.methods import METHODS, PARAMETERS, REQUIRED, Method, checked, divisor, method, variants
 from distmerge.merging.recipe import Entry, Place, Recipe, Slice, resolve
-
-FRONT = re.compile(r"embed|wte|wpe")
-"""Of the tensors in no layer, those that stand before the layers: they come from the first slice, the rest from the last."""
+from distmerge.theta.layers import has_rows_of_their_own, in_block, place_of, role_of
 
 
 class Input(NamedTuple):
@@ -126,12 +123,12 @@ def whole_models(recipe: Recipe, models: dict[str, Model]) -> Iterator[Site]:
     donor = models[recipe.donor]
     counts: dict[str, int] = {}
     for name in donor.tensors:
-        if place := layer_of(name):
+        if place := place_of(name):
             counts[place[0]] = max(counts.get(place[0], 0), place[1] + 1)
     for reference in recipe.references:
         same_names(donor, models[reference])
     for name in donor.tensors:
-        place = layer_of(name)
+        place = place_of(name)
         yield Site(name, slice, (name,) * len(slice.entries), depth_of(place[1], counts[place[0]]) if place else 0.0)
 
 
@@ -140,7 +137,7 @@ def same_names(donor: Model, other: Model) -> None:
     for one, two in ((donor, other), (other, donor)):
         for name in one.tensors:
             if name not in two.tensors:
-                tied = "; are its embeddings tied?" if "lm_head" in name or "embed" in name else ""
+                tied = "; are its embeddings tied?" if has_rows_of_their_own(name) else ""
                 raise UserError(f"{two.reference} has no tensor {name}, which {one.reference} has{tied}")
 
 
@@ -154,7 +151,7 @@ def stacked_layers(recipe: Recipe, models: dict[str, Model]) -> Iterator[Site]:
     named = {entry.model for slice in recipe.slices for entry in slice.entries}
     stacks = {name: layer_stack(models[name])[0] for name in named}
     for name in loose:
-        if FRONT.search(name):
+        if role_of(name) == "embedding":
             yield Site(name, recipe.slices[0], (name,) * len(recipe.slices[0].entries), 0.0)
     out = 0
     for slice in recipe.slices:
@@ -164,7 +161,7 @@ def stacked_layers(recipe: Recipe, models: dict[str, Model]) -> Iterator[Site]:
             yield from one_layer(slice, [start + index for start, _ in ranges], out, depth_of(index, count), stacks)
             out += 1
     for name in loose:
-        if not FRONT.search(name):
+        if role_of(name) != "embedding":
             yield Site(name, recipe.slices[-1], (name,) * len(recipe.slices[-1].entries), 0.0)
 
 
@@ -173,13 +170,13 @@ def layer_stack(model: Model) -> tuple[dict[int, list[str]], list[str]]:
     layers: dict[int, list[str]] = {}
     stacks: set[str] = set()
     for name in model.tensors:
-        if place := layer_of(name):
+        if place := place_of(name):
             stacks.add(place[0])
             layers.setdefault(place[1], []).append(name)
     if len(stacks) != 1:
         names = ", ".join(sorted(stacks)) or "none"
         raise UserError(f"slices need a model with one stack of layers, {model.reference} has {names}")
-    return layers, [name for name in model.tensors if layer_of(name) is None]
+    return layers, [name for name in model.tensors if place_of(name) is None]
 
 
 def one_layer(
@@ -190,7 +187,7 @@ def one_layer(
         if layer not in stacks[entry.model]:
             raise UserError(f"{entry.model} has {len(stacks[entry.model])} layers, the recipe asks for layer {layer}")
     for name in stacks[slice.entries[0].model][layers[0]]:
-        yield Site(in_layer(name, out), slice, tuple(in_layer(name, layer) for layer in layers), depth)
+        yield Site(in_block(name, out), slice, tuple(in_block(name, layer) for layer in layers), depth)
 
 
 def joined(recipe: Recipe, form: Method, site: Site, models: dict[str, Model]) -> Pairing:
@@ -244,7 +241,7 @@ def take(model: Model, name: str) -> Input:
 def is_vocabulary(inputs: list[Input], models: dict[str, Model]) -> bool:
     """Whether a tensor's rows are tokens: it is in no layer and has as many rows as the model's config has tokens."""
     return all(
-        layer_of(item.name) is None
+        place_of(item.name) is None
         and len(item.stored.shape) > 0
         and item.stored.shape[0] == models[item.model].config.get("vocab_size")
         for item in inputs

@@ -11,9 +11,10 @@ from typing import Any
 
 from distmerge.errors import UserError
 from distmerge.files.header import FLOATS
-from distmerge.files.models import Model, layer_of
+from distmerge.files.models import Model
 from distmerge.merging.pairing import Pairing
 from distmerge.merging.recipe import Recipe
+from distmerge.theta.layers import place_of
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 INDEX_LISTS = ("moe_layers", "mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "hybrid_layer_ids")
@@ -128,7 +129,7 @@ def prove(config: dict[str, Any], pairings: list[Pairing]) -> None:
     built = parsed(config)
     if count_of(config) > PROVED_LAYERS:
         built = parsed(beginning(config, PROVED_LAYERS))
-        pairings = [item for item in pairings if (layer_of(item.name) or ("", 0))[1] < PROVED_LAYERS]
+        pairings = [item for item in pairings if (place_of(item.name) or ("", 0))[1] < PROVED_LAYERS]
     named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
     kind: Any = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
     kinds = {True: torch.float32, False: torch.int64}

@@ -20,15 +20,13 @@ from __future__ import annotations
 import cmath
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
 
 from distmerge.errors import UserError
-
-Decay = Callable[[float], float]
-"""The share of the peak learning rate at x in [0, 1], the share of the window's tokens that are behind."""
+from distmerge.rules.decay import DECAYS, Decay, Table, with_floor
 
 Curve = str | Decay | Sequence[tuple[float, float]]
 """A name, a function, or a table of points (x, d) with straight lines between them."""
@@ -38,28 +36,7 @@ Quadrature = Literal["endpoint", "mean"]
 of block means then follows d as a chain of straight lines. mean: w_i is the mean of d over the stretch between members i - 1
 and i: members are snapshots, and the n - 1 stretches between them are the whole decay."""
 
-DECAYS: dict[str, Decay] = {
-    "linear": lambda x: 1 - x,
-    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
-    "1-sqrt": lambda x: 1 - math.sqrt(x),
-}
-
 NAMES = ("mean", "wma", *DECAYS, "floor:R", "ema:A", "ema-normalized:A")
-
-
-class Table:
-    """A decay through points, with straight lines between them; what :func:`implied_curve` gives."""
-
-    def __init__(self, points: Sequence[tuple[float, float]]):
-        self.x = np.array([x for x, _ in points], dtype=np.float64)
-        self.d = np.array([d for _, d in points], dtype=np.float64)
-        if len(points) < 2 or np.any(np.diff(self.x) <= 0):
-            raise UserError(f"a curve's table must have at least 2 points of increasing x, got {list(points)}")
-        if self.x[0] != 0 or self.x[-1] > 1:
-            raise UserError(f"a curve's table must begin at x = 0 and end by x = 1, got x from {self.x[0]} to {self.x[-1]}")
-
-    def __call__(self, x: float) -> float:
-        return float(np.interp(x, self.x, self.d))
 
 
 def weights(curve: Curve, shares: Sequence[float], quadrature: Quadrature = "endpoint") -> np.ndarray:
@@ -138,14 +115,13 @@ def find_decay(curve: Curve) -> Decay:
     if callable(curve):
         return curve
     if not isinstance(curve, str):
-        return Table(curve)
+        return table_of(curve)
     if curve in DECAYS:
         return DECAYS[curve]
     if curve.startswith("floor:"):
-        floor = number(curve, curve.partition(":")[2])
-        return lambda x: floor + (1 - floor) * (1 - x)
+        return with_floor(DECAYS["linear"], number(curve, curve.partition(":")[2]))
     if curve.startswith("table:"):
-        return Table(parse_points(curve))
+        return table_of(parse_points(curve))
     raise UserError(f"curve must be one of {', '.join(NAMES)} or table:X=D,X=D,..., got {curve!r}")
 
 
@@ -157,6 +133,13 @@ def number(name: str, parameter: str) -> float:
     if not 0 < value < 1:
         raise UserError(f"curve {name!r} must have a number in (0, 1) after its colon")
     return value
+
+
+def table_of(points: Sequence[tuple[float, float]]) -> Table:
+    try:
+        return Table(points)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def parse_points(curve: str) -> list[tuple[float, float]]:

@@ -49,7 +49,7 @@ class DiLoCo:
         every: inner steps between merges of a parameter (H).
         outer_lr, outer_momentum, nesterov: the outer optimizer; by default 0.7 (1.0 from 4 workers on) and 0.5, Nesterov's. The
             paper's is ``PRESETS["paper-diloco"]``.
-        fragments, fragment_order: parts of theta that merge in turn, "strided" over depth or "balanced" by bytes.
+        fragments, fragment_order, fragment_patterns: parts that merge in turn: "strided", "balanced", or a regex of names each.
         overlap: inner steps between sending and applying (tau), while the collectives run.
         mix: share of a worker's own parameters that it keeps in a merge (alpha).
         wire: the format of the values that travel: "fp32", "bf16", "int8" or "int4".
@@ -81,6 +81,7 @@ class DiLoCo:
         nesterov: bool = True,
         fragments: int = 1,
         fragment_order: str = "strided",
+        fragment_patterns: tuple[str, ...] = (),
         overlap: int = 0,
         mix: float = 0.0,
         wire: str = "fp32",
@@ -104,7 +105,7 @@ class DiLoCo:
         choice = choice_of(self.settings)
         # A rule that is no sum gets all of a fragment at once, so that no bucket cuts a tensor.
         bucket_numel = bucket_bytes // 4 if choice is None else max(1, self.flat.vector.numel())
-        self.fragments = cut_fragments(self.flat, fragments, fragment_order, bucket_numel)
+        self.fragments = cut_fragments(self.flat, fragments, fragment_order, bucket_numel, fragment_patterns)
         self.weight = 1.0
         self.round = 0
         self.progress = Progress(fragments)

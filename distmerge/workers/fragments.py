@@ -2,21 +2,23 @@
 
 Streaming DiLoCo (https://arxiv.org/abs/2501.18512) cuts a transformer into groups of blocks. ``strided`` deals the blocks
 out over depth, so that each fragment has early and late ones; ``balanced`` gives the next largest block to the smallest
-fragment. What stands before the first block (embeddings) goes with the first fragment, what follows the last with the last;
-where they are balanced, each of those parameters is dealt out like a block.
+fragment. The blocks of all lists are dealt out, one list after the other: an encoder's, then a decoder's. Of the other
+parameters, those before the first block (embeddings) go with the first fragment and the rest with the last; where fragments
+are balanced, each of those parameters is dealt out like a block. Patterns of names may say instead what goes where.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from distmerge.errors import UserError
+from distmerge.theta import layers
 from distmerge.theta.flat import FlatParameters, Slot, pieces
 
 
@@ -43,13 +45,23 @@ class Bucket:
                 at += part.stop - part.start
 
 
-def cut_fragments(flat: FlatParameters, count: int, order: str, bucket_numel: int) -> list[list[Bucket]]:
+def cut_fragments(
+    flat: FlatParameters, count: int, order: str, bucket_numel: int, patterns: tuple[str, ...] | None = None
+) -> list[list[Bucket]]:
     """The buckets of each of ``count`` fragments of this rank's vector.
 
+    Args:
+        order: "strided" or "balanced"; patterns go before it.
+        bucket_numel: elements of a bucket, at most.
+        patterns: one regular expression for each fragment, found anywhere in the names of its parameters.
+
     Raises:
-        UserError: when there are fewer blocks than fragments.
+        UserError: when there are fewer blocks than fragments, or a parameter does not match exactly one pattern.
     """
-    groups = [list(flat.layout)] if count == 1 else assign(flat.layout, count, order)
+    if patterns:
+        groups = by_patterns(flat.layout, patterns)
+    else:
+        groups = [list(flat.layout)] if count == 1 else assign(flat.layout, count, order)
     result: list[list[Bucket]] = []
     index = 0
     for slots in groups:
@@ -61,7 +73,7 @@ def cut_fragments(flat: FlatParameters, count: int, order: str, bucket_numel: in
 
 def assign(layout: tuple[Slot, ...], count: int, order: str) -> list[list[Slot]]:
     """The slots of each fragment, in the layout's order."""
-    blocks = block_numbers(layout)
+    blocks = layers.numbered(slot.name for slot in layout)
     depth = len(set(blocks.values()))
     if count > depth:
         raise UserError(f"fragments must be <= the model's {depth} blocks, got {count}")
@@ -75,18 +87,37 @@ def assign(layout: tuple[Slot, ...], count: int, order: str) -> list[list[Slot]]
         chosen = balance(layout, blocks, count)
     else:
         raise UserError(f'fragment_order must be "strided" or "balanced", got "{order}"')
+    return grouped(layout, chosen, count)
+
+
+def grouped(layout: tuple[Slot, ...], chosen: list[int], count: int) -> list[list[Slot]]:
+    """The slots of each fragment, given the fragment of each slot."""
     return [[slot for slot, fragment in zip(layout, chosen, strict=True) if fragment == number] for number in range(count)]
 
 
-def block_numbers(layout: tuple[Slot, ...]) -> dict[str, int]:
-    """The depth of each parameter that lies in the model's longest list of blocks, by name (``layers.3.mlp`` is 3)."""
-    found = {slot.name: match for slot in layout if (match := re.match(r"(.*?)\b(\d+)\.", slot.name))}
-    lists = Counter(prefix for prefix, _ in {(match[1], match[2]) for match in found.values()})
-    if not lists:
-        return {}
-    longest = max(lists, key=lambda prefix: lists[prefix])
-    numbers = sorted({int(match[2]) for match in found.values() if match[1] == longest})
-    return {name: numbers.index(int(match[2])) for name, match in found.items() if match[1] == longest}
+def by_patterns(layout: tuple[Slot, ...], patterns: tuple[str, ...]) -> list[list[Slot]]:
+    """The slots whose names match each pattern, in the layout's order.
+
+    Raises:
+        UserError: for a pattern that is no regular expression or matches nothing, and for a parameter that matches none or two.
+    """
+    compiled: list[re.Pattern[str]] = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise UserError(f"fragment_patterns must be regular expressions, got {pattern!r}: {error}") from None
+    chosen: list[int] = []
+    for slot in layout:
+        matching = [number for number, pattern in enumerate(compiled) if pattern.search(slot.name)]
+        if len(matching) != 1:
+            found = " and ".join(repr(patterns[number]) for number in matching) or "none"
+            raise UserError(f"parameter {slot.name} must match exactly one of fragment_patterns, it matches {found}")
+        chosen += matching
+    for number, pattern in enumerate(patterns):
+        if number not in chosen:
+            raise UserError(f"fragment_patterns: {pattern!r} matches no parameter")
+    return grouped(layout, chosen, len(patterns))
 
 
 def balance(layout: tuple[Slot, ...], blocks: dict[str, int], count: int) -> list[int]:

@@ -22,6 +22,7 @@ from distmerge.rules import catalogue
 from distmerge.rules.parameters import PARAMETERS
 from distmerge.rules.protocol import Rule, Target
 from distmerge.theta.flat import FlatParameters, Slot
+from distmerge.theta.layers import has_rows_of_their_own
 from distmerge.workers.codec import pieces as cached_pieces
 from distmerge.workers.divergence import Divergence
 from distmerge.workers.exchange import Reduce, weighted_mean
@@ -29,10 +30,6 @@ from distmerge.workers.fragments import Bucket
 from distmerge.workers.group import WorkerGroup
 from distmerge.workers.holding import Holding
 from distmerge.workers.shares import Piece, Shares, aligned_shares, equal_shares
-
-
-EMBEDDINGS = ("embed", "wte", "wpe", "lm_head")
-"""Parts of the names of embeddings and heads, whose rows are tensors of their own."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +139,7 @@ class WorkerRule:
             each=tuple(own | {"weight": weight} for weight in weights),
             shared={key: value for key, value in given.items() if key not in own},
             seed=self.choice.seed + (round << 32),
-            embedding=any(word in slot.name for word in EMBEDDINGS),
+            embedding=has_rows_of_their_own(slot.name),
         )
         return catalogue.build(self.choice.name, target)
 
