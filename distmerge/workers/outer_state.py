@@ -64,7 +64,7 @@ class OuterState:
             self.velocity.copy_(state["velocity"])
 
 
-def start_outer(settings: mergers.DiLoCo, theta: Tensor, buckets: Sequence[Bucket], peers: Peers) -> OuterState | None:
+def start_outer(settings: mergers.DiLoCoSettings, theta: Tensor, buckets: Sequence[Bucket], peers: Peers) -> OuterState | None:
     """The outer state at the start of a run; None where theta itself travels and no anchor is needed."""
     # Averaging in float32 sends theta itself. Formats, overlap and mix need the delta, and so the anchor.
     s = settings

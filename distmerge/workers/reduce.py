@@ -32,7 +32,12 @@ class Sender:
     """
 
     def __init__(
-        self, settings: mergers.DiLoCo, flat: FlatParameters, peers: Peers, buckets: list[Bucket], outer: OuterState | None
+        self,
+        settings: mergers.DiLoCoSettings,
+        flat: FlatParameters,
+        peers: Peers,
+        buckets: list[Bucket],
+        outer: OuterState | None,
     ):
         self.settings, self.flat, self.peers, self.outer = settings, flat, peers, outer
         self.wire = WIRES[settings.wire]
