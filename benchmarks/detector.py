@@ -33,7 +33,7 @@ from detector_traces import FAULT_AT as REAL_FAULT_AT
 from detector_traces import clean_runs, record, recorded, sick_runs
 from report import RECORDS, Report, parser
 
-from distmerge.config.checkpoints import Recovery
+from distmerge.config.checkpoints import RecoverySettings
 from distmerge.recovery.detector import LIMIT, Detector, Verdict
 
 TRACES = RECORDS / "detector-traces.npz"
@@ -50,7 +50,7 @@ REAL_DIVERGENCES = ("random for good", "rate ramp")
 
 def watch(losses: Iterable[float], norms: Iterable[float], until_diverged: bool = False) -> list[Verdict]:
     """The verdicts on a run, to its end or to the first "diverged"."""
-    section = Recovery()
+    section = RecoverySettings()
     detector, verdicts = Detector(section.window, section.threshold), []
     for loss, norm in zip(losses, norms, strict=True):
         verdicts.append(detector.check(loss, norm))
@@ -146,7 +146,7 @@ def real(report: Report) -> None:
     rows = {name: tally([verdicts]) for name, verdicts in watched.items()}
     together = tally(list(watched.values()))
     runs = {name.rpartition(".")[0] for name in clean}
-    attempts = Recovery().attempts
+    attempts = RecoverySettings().attempts
     report.data["real"] = {"runs": len(runs), "together": together, "each": rows}
     report.say(
         f"{len(runs)} clean runs: {together['alarms']} alarms in {together['steps']} steps, "

@@ -67,7 +67,7 @@ def measure(rank: int, ranks: int, port: int, repetitions: int, device: str) -> 
     dist.destroy_process_group()  # the mesh makes its own
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), LOCAL_RANK=str(rank))  # deepspeed asks for it
     place = Place(rank, ranks, rank, ranks)
-    mesh = Mesh(sections.Mesh(workers=2, device=device, timeout_seconds=120), place, threads=1)  # pyright: ignore
+    mesh = Mesh(sections.MeshSettings(workers=2, device=device, timeout_seconds=120), place, threads=1)  # pyright: ignore
     engines: dict[str, Engine] = {}
     mergers: dict[str, dm.DiLoCo] = {}
     for name, engine in ENGINES.items():

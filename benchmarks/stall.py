@@ -18,8 +18,8 @@ from report import Report, parser, spread
 from torch import nn
 
 from distmerge.checkpoints.store import Store
-from distmerge.config.checkpoints import Window as WindowSection
-from distmerge.config.train import Mesh as MeshSection
+from distmerge.config.checkpoints import WindowSettings
+from distmerge.config.train import MeshSettings
 from distmerge.launch.ranks import Place
 from distmerge.mesh import Mesh
 from distmerge.model import load_tokenizer
@@ -39,7 +39,7 @@ def main() -> None:
     options = parser(__doc__).parse_args()
     report = Report("stall", options)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
-    mesh = Mesh(MeshSection(device="cpu"), Place(0, 1, 0, 1), threads=1)
+    mesh = Mesh(MeshSettings(device="cpu"), Place(0, 1, 0, 1), threads=1)
     width, layers = (512, 16) if options.small else (1024, 24)
     flat = FlatParameters(nn.ModuleList([nn.Linear(width, width) for _ in range(layers)]))
     report.data |= {"parameters": flat.vector.numel(), "state_bytes": 12 * flat.vector.numel()}
@@ -82,7 +82,7 @@ def checkpoint(report: Report, flat: FlatParameters, mesh: Mesh) -> None:
 
 
 def block(report: Report, flat: FlatParameters, mesh: Mesh) -> None:
-    section = WindowSection(every=10**9, store="memory")
+    section = WindowSettings(every=10**9, store="memory")
     window = Window(section, Path("unused"), flat, [], mesh, 1, load_tokenizer("bytes"), lambda *told: None)
     mean, loss = torch.zeros_like(flat.vector), torch.tensor(1.0)
     updates, lerps = [], []

@@ -30,7 +30,7 @@ from torch import Tensor
 from window_shares import ANNEALS, Size, advised, best_share, errors, shares, told
 
 from distmerge.config import toml
-from distmerge.config.checkpoints import Window as WindowSection
+from distmerge.config.checkpoints import WindowSettings
 from distmerge.config.train import TrainConfig
 from distmerge.data.packed import IndexedBatches, open_corpus, sampled
 from distmerge.engine.torch import TorchEngine
@@ -88,7 +88,7 @@ class Bench:
         self.losses: dict[int, float] = {}
         self.windows = {}
         for kind in ("mean", "snapshot"):
-            section = WindowSection(every=size.every, blocks=0, kind=kind, store="memory")
+            section = WindowSettings(every=size.every, blocks=0, kind=kind, store="memory")
             flat = self.engine.parameters
             self.windows[kind] = Window(section, Path("unused"), flat, [], mesh, tokens, tokenizer, lambda *told: None)
 

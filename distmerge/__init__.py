@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from distmerge.workers.compose import compose
     from distmerge.workers.diloco import DiLoCo
     from distmerge.workers.divergence import MergeReport
+    from distmerge.workers.merger import Merger
     from distmerge.workers.sparta import SPARTA
 
 __all__ = [
-    "PRESETS", "SPARTA", "DiLoCo", "FlatParameters", "MergeReport", "UserError", "WorkerRanks", "compose", "flatten",
+    "PRESETS", "SPARTA", "DiLoCo", "FlatParameters", "MergeReport", "Merger", "UserError", "WorkerRanks", "compose", "flatten",
 ]  # fmt: skip
 
 ROOMS = {
@@ -35,6 +36,7 @@ ROOMS = {
     "WorkerRanks": "distmerge.engine.deepspeed",
     "PRESETS": "distmerge.config.presets",
     "MergeReport": "distmerge.workers.divergence",
+    "Merger": "distmerge.workers.merger",
     "FlatParameters": "distmerge.theta.flat",
     "flatten": "distmerge.engine.flatten",
     "UserError": "distmerge.errors",

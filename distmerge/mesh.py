@@ -43,7 +43,7 @@ class Mesh:
         crowding: what the ranks share, in words, where there are more of them than devices.
     """
 
-    def __init__(self, section: config.Mesh, place: Place, threads: int | None):
+    def __init__(self, section: config.MeshSettings, place: Place, threads: int | None):
         check_world(section.workers, place.world)
         self.rank, self.world, self.local_rank = place.rank, place.world, place.local_rank
         self.workers, self.shards = section.workers, place.world // section.workers

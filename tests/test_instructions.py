@@ -82,9 +82,10 @@ def test_the_loss_is_that_of_the_completions_one_by_one(tmp_path: Path) -> None:
 def test_micro_steps_weigh_by_their_tokens() -> None:
     batch = torch.randint(0, 9, (3, 2, 10))
     batch[0, :, :8], batch[1, 0] = ~batch[0, :, :8], ~batch[1, 0]
-    weights = micro_weights(batch, None)
+    weights, tokens = micro_weights(batch, None)
     counts = torch.stack([predicted(micro) for micro in batch]).float()
     assert counts.tolist() == [4, 9, 18]
+    assert tokens.item() == 31
     losses = torch.rand(3)
     torch.testing.assert_close((losses * weights).mean(), (losses * counts).sum() / counts.sum())
 

@@ -77,12 +77,7 @@ def tied_to_layout(config: TrainConfig) -> list[str]:
     if config.window is not None:
         reasons.append("the blocks of a [window] are kept by rank")
     for index, entry in enumerate(config.merge):
-        if entry.kind == "sparta":
-            reasons.append(f"merge[{index}] of kind sparta draws its indices from a rank's part of the model")
-        if getattr(entry, "outer_sharded", False):
-            reasons.append(f"merge[{index}].outer_sharded cuts the anchor by rank")
-        if getattr(entry, "error_feedback", False):
-            reasons.append(f"merge[{index}].error_feedback remembers what each rank's messages lost")
+        reasons += [f"merge[{index}]{reason}" for reason in entry.tied_to_layout()]
     return reasons
 
 

@@ -28,7 +28,7 @@ class Checkpoint(Section):
     Adapters are written in float32, and so is all that a resume goes on from."""
 
 
-class Window(Section):
+class WindowSettings(Section):
     """Blocks of a constant-rate stretch, kept to be merged in place of a decay. Given at all, the run has one."""
 
     every: int | None = Field(default=None, ge=1)
@@ -49,7 +49,7 @@ class Window(Section):
     """disk: model directories in RUN_DIR/window; memory: vectors in the run's state, for previews only."""
 
     @model_validator(mode="after")
-    def one_length(self) -> Window:
+    def one_length(self) -> WindowSettings:
         if (self.every is None) == (self.every_tokens is None):
             raise UserError("every must be given exactly when every_tokens is not, got " + given(self.every, self.every_tokens))
         if self.every is not None and self.stride > self.every:
@@ -57,7 +57,7 @@ class Window(Section):
         return self
 
 
-class Preview(Section):
+class PreviewSettings(Section):
     """Evaluations of the merged window while training goes on. Given at all, the run has them."""
 
     every: int = Field(default=100, ge=1)
@@ -69,7 +69,7 @@ class Preview(Section):
     """Newest blocks to merge; as many as there are, from two on."""
 
 
-class Recovery(Section):
+class RecoverySettings(Section):
     enabled: bool = False
     """Watch for spikes, and go back before one. Reads the loss of each step, for which a GPU must be waited, and the sum of
     the parameters after it, which shows whether they are finite. The start is kept as a checkpoint, too."""

@@ -12,7 +12,7 @@ from distmerge.config.section import Section
 from distmerge.errors import UserError
 
 
-class Engine(Section):
+class EngineSettings(Section):
     kind: Literal["torch", "fsdp", "deepspeed"] = "torch"
     """How one worker computes and stores its parameters. torch: a replica on each rank, with DDP where there are several;
     fsdp: FSDP2 over the worker's ranks; deepspeed: ZeRO 0 to 3 over them."""
@@ -30,7 +30,7 @@ class Engine(Section):
         return values
 
     @model_validator(mode="after")
-    def consistent(self) -> Engine:
+    def consistent(self) -> EngineSettings:
         if self.config and self.kind != "deepspeed":
             raise UserError(
                 f'config must not be given where kind is not "deepspeed", got {sorted(self.config)} with {self.kind}'

@@ -8,11 +8,12 @@ from typing import get_args
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from distmerge.config.train import Merge, Section, TrainConfig
+from distmerge.config.mergers import OURS, OutsideSettings
+from distmerge.config.section import Section
+from distmerge.config.train import TrainConfig
 
-MERGE_KINDS: dict[str, type[Section]] = {
-    kind: entry for entry in get_args(get_args(Merge)[0]) for kind in get_args(entry.model_fields["kind"].annotation)
-}
+MERGE_SECTIONS: dict[str, type[Section]] = {section.__name__: section for section in (*OURS.values(), OutsideSettings)}
+"""Those of [[merge]], by the names that stand for them in an error's location."""
 
 
 def section_at(location: list[str] | tuple[str | int, ...]) -> type[Section] | None:
@@ -21,8 +22,8 @@ def section_at(location: list[str] | tuple[str | int, ...]) -> type[Section] | N
     for name in location:
         if section is TrainConfig and name == "merge":
             section = None
-        elif section is None and name in MERGE_KINDS:
-            section = MERGE_KINDS[str(name)]
+        elif section is None and name in MERGE_SECTIONS:
+            section = MERGE_SECTIONS[str(name)]
         elif section is not None:
             field = fields_of(section).get(str(name))
             inner = [field.annotation, *get_args(field.annotation)] if field else []
@@ -51,7 +52,7 @@ def explain(error: ErrorDetails) -> str:
         near = near or difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         return f"{key} is not a known key; " + (f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tags = ", ".join(f"'{name}'" for name in MERGE_KINDS)
+        tags = ", ".join(f"'{name}'" for name in OURS)
         said = f"got {context['tag']!r}" if "tag" in context else "and is not given"
         return f"{key}.kind must be one of {tags}, {said}"
     if kind not in ALLOWED:
@@ -61,7 +62,7 @@ def explain(error: ErrorDetails) -> str:
 
 
 def name_of(location: tuple[str | int, ...]) -> str:
-    parts = [part for index, part in enumerate(location) if not (index == 2 and location[0] == "merge" and part in MERGE_KINDS)]
+    parts = [part for part in location if part not in MERGE_SECTIONS]
     return "config" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
 
 

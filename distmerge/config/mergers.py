@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from distmerge.config.presets import PRESETS, every_of, outer_of
 from distmerge.config.section import Section
@@ -15,7 +15,7 @@ FEW_MERGES = 30
 """With fewer merges than this in a run, the loss that merging costs is several percent whatever the settings."""
 
 
-class Merger(Section):
+class MergerSettings(Section):
     """What every entry can do: become complete, and say what it warns of."""
 
     def completed(self, workers: int, steps: int | None = None) -> Self:
@@ -26,8 +26,13 @@ class Merger(Section):
         """What a user should know before a run of so many steps."""
         return None
 
+    def tied_to_layout(self) -> list[str]:
+        """Why this merger's state can't be carried over to another number of ranks per worker, if it can't; each follows the
+        entry's name."""
+        return []
 
-class Periodic(Merger):
+
+class PeriodicSettings(MergerSettings):
     """A merger of all parameters in turn."""
 
     every: int | None = Field(default=None, ge=1)
@@ -56,9 +61,10 @@ class Periodic(Merger):
 
 Wire = Literal["fp32", "bf16", "int8", "int4"]
 Nonfinite = Literal["raise", "leave-out"]
+LOST_BY_RANK = ".error_feedback remembers what each rank's messages lost"
 
 
-class DiLoCo(Periodic):
+class DiLoCoSettings(PeriodicSettings):
     kind: Literal["diloco"] = "diloco"
     every: int | None = Field(default=None, ge=1)
     """Inner steps between merges of a parameter (H). By default steps / 100, but at least 10 and at most 100: the number of
@@ -96,7 +102,7 @@ class DiLoCo(Periodic):
     counts for nothing in the merge and takes the others' values (its optimizer's moments stay: see [recovery])."""
 
     @model_validator(mode="after")
-    def consistent(self) -> DiLoCo:
+    def consistent(self) -> DiLoCoSettings:
         if self.every is not None and self.fragments > self.every:
             raise UserError(f"fragments must be <= every = {self.every}, got {self.fragments}")
         if self.fragment_patterns and len(self.fragment_patterns) != self.fragments:
@@ -120,12 +126,16 @@ class DiLoCo(Periodic):
     def least_every(self) -> int:
         return self.fragments * (self.overlap + 1)
 
+    def tied_to_layout(self) -> list[str]:
+        reasons = [".outer_sharded cuts the anchor by rank"] if self.outer_sharded else []
+        return reasons + ([LOST_BY_RANK] if self.error_feedback else [])
+
     def completed(self, workers: int, steps: int | None = None) -> Self:
         chosen = {key: value for key, value in outer_of(workers).items() if getattr(self, key) is None}
         return super().completed(workers, steps).model_copy(update=chosen)
 
 
-class PaperDiLoCo(DiLoCo):
+class PaperDiLoCoSettings(DiLoCoSettings):
     """DiLoCo with its paper's outer optimizer; any key can be set. The paper merges every 500 steps."""
 
     kind: Literal["paper-diloco"] = "paper-diloco"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -135,7 +145,7 @@ class PaperDiLoCo(DiLoCo):
     """Outer momentum."""
 
 
-class StreamingDiLoCo(DiLoCo):
+class StreamingDiLoCoSettings(DiLoCoSettings):
     """DiLoCo with the settings of its streaming form; any of them can be set."""
 
     kind: Literal["streaming-diloco"] = "streaming-diloco"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -155,7 +165,7 @@ class StreamingDiLoCo(DiLoCo):
     """Add what the wire's rounding lost to the next message."""
 
 
-class Average(Periodic):
+class AverageSettings(PeriodicSettings):
     kind: Literal["average", "local-sgd"] = "average"
     """Plain averaging of the parameters: DiLoCo with outer rate 1 and no momentum."""
     every: int | None = Field(default=None, ge=1)
@@ -170,8 +180,11 @@ class Average(Periodic):
     """What becomes of NaN and infinity. raise: a merge that would take them in ends the run; leave-out: a worker that has them
     counts for nothing in the merge and takes the others' values (its optimizer's moments stay: see [recovery])."""
 
+    def tied_to_layout(self) -> list[str]:
+        return [LOST_BY_RANK] if self.error_feedback else []
 
-class SPARTA(Merger):
+
+class SPARTASettings(MergerSettings):
     kind: Literal["sparta"] = "sparta"
     fraction: float = Field(default=0.005, gt=0, le=1)
     """Share of the parameters that is averaged in a round (p)."""
@@ -190,7 +203,7 @@ class SPARTA(Merger):
     counts for nothing in the merge and takes the others' values (its optimizer's moments stay: see [recovery])."""
 
     @model_validator(mode="after")
-    def lands_in_time(self) -> SPARTA:
+    def lands_in_time(self) -> SPARTASettings:
         cycle = math.ceil(1 / self.fraction) * self.every
         if self.selector != "random" and self.delay > cycle:
             raise UserError(
@@ -199,10 +212,65 @@ class SPARTA(Merger):
             )
         return self
 
+    def tied_to_layout(self) -> list[str]:
+        return [" of kind sparta draws its indices from a rank's part of the model"]
 
-class NoMerge(Merger):
+
+class NoMergeSettings(MergerSettings):
     kind: Literal["none"] = "none"
     """Workers never talk; they are averaged once, at the end."""
 
 
-Merge = Annotated[DiLoCo | PaperDiLoCo | StreamingDiLoCo | Average | SPARTA | NoMerge, Field(discriminator="kind")]
+class OutsideSettings(MergerSettings):
+    """A merger from outside of this package. All keys but its kind are its constructor's arguments."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """``module:Class``."""
+
+    @property
+    def module(self) -> str:
+        return self.kind.partition(":")[0]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    def tied_to_layout(self) -> list[str]:
+        return [f' of kind "{self.kind}" says nothing of other layouts']
+
+
+OURS: dict[str, type[MergerSettings]] = {
+    kind: section
+    for section in (
+        DiLoCoSettings,
+        PaperDiLoCoSettings,
+        StreamingDiLoCoSettings,
+        AverageSettings,
+        SPARTASettings,
+        NoMergeSettings,
+    )
+    for kind in get_args(section.model_fields["kind"].annotation)
+}
+"""The sections of this package's mergers by their kinds."""
+
+
+def tag_of(entry: Any) -> str | None:
+    """Which member of :data:`Merge` an entry is of; None where it does not say its kind."""
+    kind = entry.get("kind") if isinstance(entry, dict) else getattr(entry, "kind", None)
+    if not isinstance(kind, str):
+        return None
+    return OURS[kind].__name__ if kind in OURS else OutsideSettings.__name__ if ":" in kind else kind
+
+
+Merge = Annotated[
+    Annotated[DiLoCoSettings, Tag("DiLoCoSettings")]
+    | Annotated[PaperDiLoCoSettings, Tag("PaperDiLoCoSettings")]
+    | Annotated[StreamingDiLoCoSettings, Tag("StreamingDiLoCoSettings")]
+    | Annotated[AverageSettings, Tag("AverageSettings")]
+    | Annotated[SPARTASettings, Tag("SPARTASettings")]
+    | Annotated[NoMergeSettings, Tag("NoMergeSettings")]
+    | Annotated[OutsideSettings, Tag("OutsideSettings")],
+    Discriminator(tag_of),
+]

@@ -11,8 +11,10 @@ from typing import Any, TypeVar, get_origin
 import tomli_w
 from pydantic import ValidationError
 
+from distmerge.config import plugins
 from distmerge.config.errors import explain, fields_of, section_at
-from distmerge.config.train import Section, TrainConfig
+from distmerge.config.section import STORED, Section
+from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
 
 S = TypeVar("S", bound=Section)
@@ -22,6 +24,7 @@ LAYOUT = ("engine.kind", "engine.reshard_after_forward", "train.batch_size", "tr
 
 MAY_CHANGE = (
     "run_dir",
+    "plugins",
     "steps",
     "mesh.timeout_seconds",
     "mesh.watchdog_seconds",
@@ -43,11 +46,24 @@ DEEPEST = 32
 
 
 def read(path: str, overrides: list[str]) -> TrainConfig:
-    """The configuration in the TOML file ``path`` with command line overrides such as ``["--mesh.workers", "4"]``."""
+    """The user's configuration in the TOML file ``path`` with command line overrides such as ``["--mesh.workers", "4"]``.
+
+    Modules that it names are imported (:mod:`distmerge.config.plugins`); of a file in a run directory, only those that the
+    overrides name.
+    """
     table = read_table(path)
-    for key, values in parse_overrides(overrides):
+    given = parse_overrides(overrides)
+    for key, values in given:
         put(table, key, values)
+    if plugins.in_run_directory(path):
+        plugins.refuse_stored(path, table, {module for key, values in given if key == "plugins" for module in values})
     return validate(table)
+
+
+def read_stored(path: str) -> TrainConfig:
+    """The configuration that a run keeps of itself. Nothing is imported for it: rules and mergers from outside that are not
+    loaded are taken as they are written."""
+    return validate_as(TrainConfig, read_table(path), stored=True)
 
 
 def read_table(path: str) -> dict[str, Any]:
@@ -73,6 +89,8 @@ def parse(text: str, what: str) -> dict[str, Any]:
 
 
 def validate(table: dict[str, Any]) -> TrainConfig:
+    """A table of the user's own as a configuration."""
+    plugins.load(table)
     return validate_as(TrainConfig, with_settled(table))
 
 
@@ -97,11 +115,15 @@ def settled(entry: Any, before: dict[str, Any]) -> Any:
     return {key: before[key] for key in ("every", "outer_lr", "outer_momentum") if key in before} | entry
 
 
-def validate_as(section: type[S], table: dict[str, Any]) -> S:
-    """The table as a configuration of another kind than a run's, such as an experiment's."""
+def validate_as(section: type[S], table: dict[str, Any], stored: bool = False) -> S:
+    """The table as a configuration, of a run or of another kind, such as an experiment's.
+
+    Args:
+        stored: whether a run directory keeps it, so that nothing may be imported for it.
+    """
     check_texts(table, "config")
     try:
-        return section.model_validate(table)
+        return section.model_validate(table, context={STORED: stored})
     except ValidationError as error:
         raise UserError(explain(error.errors()[0])) from None
 
@@ -172,7 +194,8 @@ def put(table: dict[str, Any], key: str, values: list[str]) -> None:
     if not isinstance(place, dict):
         descend(place, last, key)
         raise UserError(f"--{key} does not lead to a key of the configuration")
-    place[last] = coerce(parents, last, key, values)
+    free = place.get("kind", "") if parents[:1] == ["merge"] else ""
+    place[last] = literal(values) if ":" in str(free) and last != "kind" else coerce(parents, last, key, values)
 
 
 def descend(place: Any, name: str, key: str) -> Any:
@@ -192,11 +215,7 @@ def descend(place: Any, name: str, key: str) -> Any:
 def coerce(parents: list[str], last: str, key: str, values: list[str]) -> Any:
     """Strings are left to the schema; only lists and the model's free table need a hand."""
     if parents[:2] in (["model", "config"], ["engine", "config"]):
-        value = " ".join(values)
-        try:
-            return tomllib.loads(f"value = {value}")["value"]
-        except (ValueError, RecursionError):
-            return value
+        return literal(values)
     section = section_at(parents)
     field = fields_of(section).get(last) if section else None
     if field is not None and get_origin(field.annotation) in (list, tuple):
@@ -210,3 +229,12 @@ def coerce(parents: list[str], last: str, key: str, values: list[str]) -> Any:
     if len(values) > 1:
         raise UserError(f"--{key} takes one value, got {' '.join(values)}")
     return values[0]
+
+
+def literal(values: list[str]) -> Any:
+    """A value of a free table as TOML would read it; what TOML can't read is a string."""
+    value = " ".join(values)
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except (ValueError, RecursionError):
+        return value

@@ -10,16 +10,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from distmerge.config.checkpoints import Checkpoint, Preview, Recovery, Window
+from distmerge.config.checkpoints import Checkpoint, PreviewSettings, RecoverySettings, WindowSettings
 from distmerge.config.data import Data
-from distmerge.config.engine import Engine, check_engine
+from distmerge.config.engine import EngineSettings, check_engine
 from distmerge.config.experts import Examples, Expert, Stopping
-from distmerge.config.mergers import DiLoCo, Merge, NoMerge
+from distmerge.config.mergers import DiLoCoSettings, Merge, NoMergeSettings
 from distmerge.config.section import Section, given
 from distmerge.errors import UserError
 
 
-class Mesh(Section):
+class MeshSettings(Section):
     workers: int = Field(default=1, ge=1)
     """Replicas that train alone between merges. Ranks per worker = world size / workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -117,11 +117,14 @@ class TrainConfig(Section):
 
     run_dir: str = Field(min_length=1)
     """Where everything that the run writes lies. Started again on it, the run resumes."""
+    plugins: tuple[str, ...] = ()
+    """Modules to import for the rules that they define, from the working directory too. A run directory's config.toml imports
+    nothing."""
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     """Seed of the weights, the order of the data and dropout."""
     steps: int = Field(default=400, ge=1)
     """Inner steps of each worker."""
-    mesh: Mesh = Mesh()
+    mesh: MeshSettings = MeshSettings()
     model: Model
     data: Data = Data()
     train: Train = Train()
@@ -129,12 +132,12 @@ class TrainConfig(Section):
     schedule: Schedule = Schedule()
     merge: tuple[Merge, ...] = ()
     """The mergers, in the order in which they act at a step. None at all, with one worker, is data parallelism."""
-    engine: Engine = Engine()
+    engine: EngineSettings = EngineSettings()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
-    window: Window | None = None
-    preview: Preview | None = None
-    recovery: Recovery = Recovery()
+    window: WindowSettings | None = None
+    preview: PreviewSettings | None = None
+    recovery: RecoverySettings = RecoverySettings()
     log: Log = Log()
     expert: Expert | None = None
     stopping: Stopping = Stopping()
@@ -175,13 +178,13 @@ class TrainConfig(Section):
 
     def consistent_mergers(self) -> None:
         """Refuse mergers that undo each other: an anchor must hold what the workers last agreed on."""
-        outer = [index for index, entry in enumerate(self.merge) if isinstance(entry, DiLoCo)]
+        outer = [index for index, entry in enumerate(self.merge) if isinstance(entry, DiLoCoSettings)]
         if len(outer) > 1:
             raise UserError(
                 f"merge must have at most one entry of kind diloco or streaming-diloco, whose outer steps would undo each "
                 f"other's, got entries {', '.join(map(str, outer))}"
             )
-        if len(self.merge) > 1 and any(isinstance(entry, NoMerge) for entry in self.merge):
+        if len(self.merge) > 1 and any(isinstance(entry, NoMergeSettings) for entry in self.merge):
             raise UserError('merge must have no other entry beside kind "none", which is for workers that never merge')
 
     def consistent_expert(self) -> None:

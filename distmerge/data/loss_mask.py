@@ -24,9 +24,11 @@ def predicted(batch: Tensor) -> Tensor:
     return (batch[..., 1:] >= 0).sum()
 
 
-def micro_weights(batch: Tensor, inside: dist.ProcessGroup | None) -> Tensor:
-    """``[micro_steps]``: factors that make the mean of the micro steps' mean losses, over a worker's ranks too, the mean over
-    all tokens that count.
+def micro_weights(batch: Tensor, inside: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """What makes the mean of the micro steps' mean losses, over a worker's ranks too, the mean over all tokens that count.
+
+    Returns:
+        the micro steps' factors ``[micro_steps]``, and how many tokens count in all, a float64 scalar on the batch's device.
 
     Args:
         batch: ``[micro_steps, batch, length]``.
@@ -36,4 +38,4 @@ def micro_weights(batch: Tensor, inside: dist.ProcessGroup | None) -> Tensor:
     total = torch.stack([counts.sum(), torch.tensor(float(len(counts)), dtype=torch.float64, device=batch.device)])
     if inside is not None:
         dist.all_reduce(total, group=inside)
-    return (counts * total[1] / total[0].clamp(min=1)).float()
+    return (counts * total[1] / total[0].clamp(min=1)).float(), total[0]

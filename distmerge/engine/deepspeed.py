@@ -84,7 +84,8 @@ class ZeroEngine(Engine):
             loss += micro_loss.detach().float() / len(batch)
         if grad_norm is None:
             grad_norm = self.engine.get_global_grad_norm()
-        return self.of_worker(loss, torch.as_tensor(grad_norm, dtype=torch.float32, device=self.mesh.device))
+        grad_norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=self.mesh.device)
+        return self.of_worker(loss, grad_norm, self.tokens_of(batch))
 
     def _begin_step(self, lr: float) -> None:
         optimizer: Any = self.engine.basic_optimizer

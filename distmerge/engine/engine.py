@@ -23,10 +23,16 @@ Read = Callable[[str], Any]
 
 
 class StepResult(NamedTuple):
-    """What a worker's step did, the same on all of its ranks, as scalars on the device: reading them waits for it."""
+    """What a worker's step did, the same on all of its ranks, as scalars on the device: reading them waits for it.
+
+    Attributes:
+        tokens: how many tokens counted in the loss, over all micro steps and ranks of the worker. A plain number where it is
+            the same at every step.
+    """
 
     loss: Tensor
     grad_norm: Tensor
+    tokens: Tensor | float = 1.0
 
 
 class Engine:
@@ -52,17 +58,24 @@ class Engine:
         count."""
         raise NotImplementedError
 
-    def of_worker(self, loss: Tensor, grad_norm: Tensor) -> StepResult:
+    def of_worker(self, loss: Tensor, grad_norm: Tensor, tokens: Tensor | float) -> StepResult:
         """A step's result from this rank's part of it; a collective inside the worker.
 
         Args:
             loss: the mean over this rank's micro steps, weighted so that the mean over the ranks is one over tokens.
+            tokens: of the whole worker, that counted in the loss.
         """
         seen = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         if self.mesh.shards > 1:
             dist.all_reduce(seen, group=self.mesh.inside)
             seen /= self.mesh.shards
-        return StepResult(seen[0], seen[1])
+        return StepResult(seen[0], seen[1], tokens)
+
+    def tokens_of(self, batch: Tensor) -> float:
+        """Tokens of the whole worker that count in the loss of ``[micro_steps, batch, length]`` ids, where every token does but
+        the first of each sequence."""
+        micro_steps, rows, length = batch.shape
+        return float(micro_steps * rows * (length - 1) * self.mesh.shards)
 
     def optimizer_state(self) -> Any:
         """The moments of this rank's parts, for torch.save."""

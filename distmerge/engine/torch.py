@@ -42,7 +42,7 @@ class TorchEngine(Engine):
         self.model.train()
         batch = batch.to(self.mesh.device, non_blocking=True)
         loss = torch.zeros((), device=self.mesh.device)
-        weights = self._weights(batch)
+        weights, tokens = self._weights(batch)
         for index, micro_batch in enumerate(batch):
             with self._reducing(index == len(batch) - 1):
                 micro_loss = self._loss(micro_batch) / len(batch)
@@ -55,12 +55,13 @@ class TorchEngine(Engine):
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return self.of_worker(loss, grad_norm)
+        return self.of_worker(loss, grad_norm, tokens)
 
-    def _weights(self, batch: Tensor) -> Tensor | None:
-        """What makes a mean over micro steps and ranks one over tokens, where examples have different numbers of them."""
+    def _weights(self, batch: Tensor) -> tuple[Tensor | None, Tensor | float]:
+        """What makes a mean over micro steps and ranks one over tokens, where examples have different numbers of them; and the
+        number of tokens of the whole worker."""
         if not self.uneven:
-            return None
+            return None, self.tokens_of(batch)
         return micro_weights(batch, self.mesh.inside if self.mesh.shards > 1 else None)
 
     def _loss_of(self, batch: Tensor) -> Tensor:

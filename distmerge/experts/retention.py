@@ -42,7 +42,7 @@ def report(run_dir: Path, merged: str, judge: str | None) -> dict[str, Any]:
     """
     if not (run_dir / FILE).exists():
         raise UserError(f"RUN_DIR must be a finished run with examples.track = true, got {run_dir}")
-    config = toml.read(str(run_dir / "config.toml"), [])
+    config = toml.read_stored(str(run_dir / "config.toml"))
     if config.expert is None or config.model.path is None:
         raise UserError(f"RUN_DIR must be an expert's run, got {run_dir}")
     known = Known(**load_file(run_dir / FILE))

@@ -54,7 +54,7 @@ class Recovery:
         owed: whether a checkpoint was due while they were.
     """
 
-    def __init__(self, section: config.Recovery, run: Recoverable):
+    def __init__(self, section: config.RecoverySettings, run: Recoverable):
         self.section, self.run, self.mesh = section, run, run.mesh
         self.detector = Detector(section.window, section.threshold)
         self.back = RollBack(section, run)

@@ -23,6 +23,7 @@ from distmerge.recovery import optimizer_state
 from distmerge.recovery.plan import Plan, batch_index, finish_tainting, read_plan, skip_around, write_plan
 from distmerge.windows.blocks import accumulate, stable_blocks
 from distmerge.windows.window import Window
+from distmerge.workers.merger import Merger
 
 
 class Recoverable(Protocol):
@@ -32,7 +33,7 @@ class Recoverable(Protocol):
     step: int
     mesh: Mesh
     engine: Engine
-    mergers: list[Any]
+    mergers: list[Merger]
     store: Store
     window: Window | None
     path: Path
@@ -57,7 +58,7 @@ class Sickness(NamedTuple):
 class RollBack:
     """Goes back, and remembers what it tried: its state is not gone back to."""
 
-    def __init__(self, section: config.Recovery, run: Recoverable):
+    def __init__(self, section: config.RecoverySettings, run: Recoverable):
         self.section, self.run, self.mesh = section, run, run.mesh
         self.attempts = 0
         self.skipped: list[tuple[int, int]] = []

@@ -55,7 +55,7 @@ class RunDirectory:
         if not self.claimed:
             return
         try:
-            stored = toml.read(str(self.config), [])
+            stored = toml.read_stored(str(self.config))
         except UserError as error:
             raise UserError(
                 f"{self.config}, from an earlier version: {error}; change it there or take another --run-dir"

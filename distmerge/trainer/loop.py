@@ -85,7 +85,7 @@ def loop(run: Run) -> bool:
         if recovery.needed(run.step + 1, result) and recovery.roll_back(run.step + 1):
             continue  # before a merge or a block could take in sick values
         run.mesh.watchdog.mark(f"the training of step {run.step + 1}")
-        merges = [report for merger in run.mergers if (report := merger.step())]  # across workers
+        merges = [report for merger in run.mergers if (report := merger.step(result.tokens))]  # across workers
         run.step += 1
         recovery.cure(run.step)
         if run.window is not None:

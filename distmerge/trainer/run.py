@@ -1,4 +1,4 @@
-"""A run: its parts, its state, and what it shows. The loop is train.py's."""
+"""A run: its parts, its state, and what it shows. The loop itself is in :mod:`distmerge.trainer.loop`."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ from distmerge.trainer.metrics import Meter, MetricsLog
 from distmerge.windows.preview import Preview
 from distmerge.windows.window import Window
 from distmerge.workers.build import build_mergers, notes
-from distmerge.workers.diloco import DiLoCo
-from distmerge.workers.sparta import SPARTA
+from distmerge.workers.merger import Merger
 
 
 class Run:
@@ -60,7 +59,7 @@ class Run:
         mesh.check_same("the parameters that they start from", torch.stack([fingerprint(p) for p in model.parameters()]).sum())
         self.engine = build_engine(model, config, mesh)
         with mesh.together():
-            self.mergers: list[DiLoCo | SPARTA] = build_mergers(config, self.engine.parameters, mesh)
+            self.mergers: list[Merger] = build_mergers(config, self.engine.parameters, mesh)
         torch.manual_seed((config.seed * 1_000_003 + mesh.rank) % 2**64)  # dropout draws apart on each rank
         section, layout = config.checkpoint, reshard.layout(config, mesh)
         self.claim = Claim(directory, config, mesh, command)
@@ -204,7 +203,7 @@ class Run:
         sent = {
             "merge/bytes_sent": self.bytes_sent,
             "merge/bytes_per_token": self.bytes_sent * self.mesh.world / line["tokens"] if self.step else None,
-            "merge/collectives": sum(merger.peers.ledger.collectives for merger in self.mergers),
+            "merge/collectives": sum(merger.collectives for merger in self.mergers),
         }
         seen = self.meter.read()
         if self.log is not None:

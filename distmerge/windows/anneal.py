@@ -49,7 +49,7 @@ def begin(run_dir: Path, step: int, decay_steps: int, curve: str, siblings: list
 def configuration_of(run_dir: Path) -> TrainConfig:
     if not (run_dir / "config.toml").is_file():
         raise UserError(f"RUN_DIR must be a run's directory, got {run_dir}")
-    return toml.read(str(run_dir / "config.toml"), [])
+    return toml.read_stored(str(run_dir / "config.toml"))
 
 
 def check_sibling(sibling: Path, config: TrainConfig) -> None:
@@ -88,7 +88,7 @@ def fork_config(run_dir: Path, config: TrainConfig, step: int, decay_steps: int,
     table["schedule"] |= {"name": "wsd", "decay": decay_steps, "curve": curve}
     table.pop("window", None)
     table.pop("preview", None)
-    return toml.validate(table)
+    return toml.validate_as(TrainConfig, table, stored=True)
 
 
 def prepare(fork: Path, config: TrainConfig, checkpoint: Path, parent: Identity | None) -> None:

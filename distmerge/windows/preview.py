@@ -29,7 +29,7 @@ class Preview:
         UserError: for an unknown curve.
     """
 
-    def __init__(self, section: config.Preview, window: Window, flat: FlatParameters, evaluate: Callable[[], float]):
+    def __init__(self, section: config.PreviewSettings, window: Window, flat: FlatParameters, evaluate: Callable[[], float]):
         self.section, self.window, self.flat, self.evaluate = section, window, flat, evaluate
         try:
             weights(section.curve, [0.0, 0.5])

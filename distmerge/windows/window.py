@@ -8,7 +8,7 @@ merges inside it, which all workers have. A block never spans a change of the le
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from distmerge.windows.blocks import (
     published_blocks,
 )
 from distmerge.workers.group import WorkerGroup
+from distmerge.workers.merger import Merger
 
 Tell = Callable[[int, str, dict[str, Any]], None]
 """``tell(step, event, facts)``: a line of events.jsonl, from the rank that writes them."""
@@ -59,10 +60,10 @@ class Window:
 
     def __init__(
         self,
-        section: config.Window,
+        section: config.WindowSettings,
         root: Path,
         flat: FlatParameters,
-        mergers: list[Any],
+        mergers: Sequence[Merger],
         mesh: Mesh,
         tokens_per_step: int,
         tokenizer: PreTrainedTokenizerBase,
@@ -73,9 +74,9 @@ class Window:
         self.tokens_per_step, self.tokenizer, self.tell, self.identity = tokens_per_step, tokenizer, tell, identity
         self.every = steps_per_block(section, tokens_per_step)
         self.anchored = next((merger for merger in mergers if merger.anchor is not None), None)
-        if self.anchored is not None and self.every < self.anchored.settings.every:
+        if self.anchored is not None and self.every < self.anchored.every:
             raise UserError(
-                f"config.window.every must be >= {self.anchored.settings.every}, the merge interval of a merger that keeps an "
+                f"config.window.every must be >= {self.anchored.every}, the merge interval of a merger that keeps an "
                 f"anchor, got {self.every}: a block would hold no merge"
             )
         self.peers = WorkerGroup(mesh.peers)
@@ -91,11 +92,10 @@ class Window:
         self.kept: list[Tensor] = []  # store "memory": the blocks' vectors
 
     def open(self, step: int) -> None:
-        """Clear away what an interrupted job left, and blocks of a future that the run did not resume from.
+        """Clear away what an interrupted job left, and blocks newer than the checkpoint that the run resumed from.
 
-        Blocks of its past that are no more, or no more legible, since the state was saved are forgotten; a mark that they
-        were given since then is heeded.
-        """
+        Older blocks that have gone, or can't be read, since the state was saved are forgotten; marks that they were given
+        since then are heeded."""
         if self.section.store == "memory":
             return
         with self.mesh.together():
@@ -126,7 +126,9 @@ class Window:
         self.losses += torch.stack([loss.nan_to_num(0.0, 0.0, 0.0), loss.isfinite()])
         if self._due(step):
             self.flat.pull()
-            self._take(self.flat.vector if self.anchored is None else self.anchored.anchor)
+            theta = self.flat.vector if self.anchored is None else self.anchored.anchor
+            assert theta is not None, "a merger that has an anchor keeps it"
+            self._take(theta)
         return self._end(step, suspicious) if step % self.every == 0 else None
 
     def taint(self) -> None:
@@ -173,10 +175,8 @@ class Window:
     def _take(self, theta: Tensor) -> None:
         """One lerp: mean += (theta - mean) / count."""
         self.count += 1
-        if self.count == 1 or self.section.kind == "snapshot":
-            self.mean.copy_(theta)
-        else:
-            self.mean.lerp_(theta.to(self.mean.device), 1 / self.count)
+        first = self.count == 1 or self.section.kind == "snapshot"
+        self.mean.copy_(theta) if first else self.mean.lerp_(theta.to(self.mean.device), 1 / self.count)
 
     def _begin(self) -> None:
         self.count, self.tainted = 0, False
@@ -292,7 +292,7 @@ class Window:
             setattr(self, name, state[name])
 
 
-def steps_per_block(section: config.Window, tokens_per_step: int) -> int:
+def steps_per_block(section: config.WindowSettings, tokens_per_step: int) -> int:
     """A block's length in steps; from every_tokens, rounded to whole steps."""
     if section.every is not None:
         return section.every

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from distmerge.errors import UserError
-from distmerge.workers.diloco import DiLoCo
 from distmerge.workers.divergence import MergeReport
-from distmerge.workers.sparta import SPARTA
+from distmerge.workers.merger import Merger
 
 
 class Composed:
@@ -17,10 +18,10 @@ class Composed:
         mergers: in the order in which they act.
     """
 
-    def __init__(self, mergers: tuple[DiLoCo | SPARTA, ...]):
+    def __init__(self, mergers: tuple[Merger, ...]):
         self.mergers = mergers
 
-    def step(self, tokens: float = 1.0) -> list[MergeReport]:
+    def step(self, tokens: float | Tensor = 1.0) -> list[MergeReport]:
         """Count one inner step; the merges that were due."""
         return [report for merger in self.mergers if (report := merger.step(tokens))]
 
@@ -46,7 +47,7 @@ class Composed:
             merger.load_state_dict(theirs)
 
 
-def compose(*mergers: DiLoCo | SPARTA) -> Composed:
+def compose(*mergers: Merger) -> Composed:
     """Join mergers of one model: few parameters often and all of them seldom, say.
 
         merger = dm.compose(dm.SPARTA(model, fraction=0.005), dm.DiLoCo(model, every=200))

@@ -18,13 +18,13 @@ With outer rate 1 and no momentum this is parameter averaging (local SGD), and o
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmerge.config import mergers
+from distmerge.config.mergers import DiLoCoSettings, Nonfinite, Wire
 from distmerge.config.toml import checked
 from distmerge.engine.flatten import check_peers, flatten
 from distmerge.rules.mean import token_weight
@@ -80,22 +80,26 @@ class DiLoCo:
         outer_momentum: float | None = None,
         nesterov: bool = True,
         fragments: int = 1,
-        fragment_order: str = "strided",
+        fragment_order: Literal["strided", "balanced"] = "strided",
         fragment_patterns: tuple[str, ...] = (),
         overlap: int = 0,
         mix: float = 0.0,
-        wire: str = "fp32",
+        wire: Wire = "fp32",
         error_feedback: bool = False,
         rule: str = "mean",
         outer_sharded: bool = False,
-        outer_device: str | None = None,
+        outer_device: Literal["cpu"] | None = None,
         group: dist.ProcessGroup | None = None,
         bucket_bytes: int = 64 * 2**20,
-        nonfinite: str = "raise",
+        nonfinite: Nonfinite = "raise",
         buffers: dict[str, Policy] | None = None,
     ):
-        values = {name: value for name, value in locals().items() if name in mergers.DiLoCo.model_fields}
-        settings = checked(mergers.DiLoCo, **values)
+        settings = checked(
+            DiLoCoSettings, every=every, outer_lr=outer_lr, outer_momentum=outer_momentum, nesterov=nesterov,
+            fragments=fragments, fragment_order=fragment_order, fragment_patterns=fragment_patterns, overlap=overlap, mix=mix, wire=wire,
+            error_feedback=error_feedback, rule=rule, outer_sharded=outer_sharded, outer_device=outer_device,
+            bucket_bytes=bucket_bytes, nonfinite=nonfinite,
+        )  # fmt: skip
         self.peers = WorkerGroup(group)
         self.settings = settings.completed(self.peers.size)
         self.every = every
@@ -115,7 +119,7 @@ class DiLoCo:
         across = None if choice is None else WorkerRule(choice, self.flat, self.peers)
         self.reducer = DeltaReducer(self.settings, self.flat, self.peers, self.buckets, self.outer, across)
 
-    def step(self, tokens: float = 1.0) -> MergeReport | None:
+    def step(self, tokens: float | Tensor = 1.0) -> MergeReport | None:
         """Count one inner step, on ``tokens`` tokens, and merge what is due."""
         self.progress.count(tokens)
         report = self._fly() if self.flying else None
@@ -282,6 +286,11 @@ class DiLoCo:
     def bytes_sent(self) -> float:
         """Bytes that left this rank for merging since the start, a resumed run's earlier part included."""
         return self.peers.ledger.bytes_sent
+
+    @property
+    def collectives(self) -> int:
+        """Collective operations for merging since the start, a resumed run's earlier part included."""
+        return self.peers.ledger.collectives
 
     def state_dict(self) -> dict[str, Any]:
         """All that later merges depend on, besides the parameters. The tensors are not copies.

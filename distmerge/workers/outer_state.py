@@ -76,7 +76,7 @@ class OuterState:
 
 
 def start_outer(
-    settings: mergers.DiLoCo, flat: FlatParameters, buckets: Sequence[Bucket], peers: WorkerGroup
+    settings: mergers.DiLoCoSettings, flat: FlatParameters, buckets: Sequence[Bucket], peers: WorkerGroup
 ) -> OuterState | None:
     """The outer state at the start of a run; None where theta itself travels and no anchor is needed."""
     # Averaging in float32 sends theta itself. Formats, overlap and mix need the delta, and so the anchor.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 
 class Progress:
     """Counts since the start of the run.
@@ -15,12 +17,13 @@ class Progress:
     """
 
     def __init__(self, fragments: int):
-        self.steps, self.tokens = 0, 0.0
+        self.steps = 0
+        self.tokens: float | Tensor = 0.0
         self.sent: list[tuple[int, float]] = [(0, 0.0)] * fragments
         self.equal_at = 0
 
-    def count(self, tokens: float) -> None:
-        """One more inner step, on ``tokens`` tokens."""
+    def count(self, tokens: float | Tensor) -> None:
+        """One more inner step, on ``tokens`` tokens. A scalar on the device stays there: reading it would wait for the step."""
         self.steps += 1
         self.tokens += tokens
 
@@ -31,6 +34,7 @@ class Progress:
     def send(self, number: int) -> tuple[int, float]:
         """Steps and tokens since a fragment was last sent; it is sent now."""
         steps, tokens = self.sent[number]
+        self.tokens = float(self.tokens)
         self.sent[number] = (self.steps, self.tokens)
         return self.steps - steps, self.tokens - tokens
 
@@ -40,7 +44,7 @@ class Progress:
             self.equal_at = self.steps
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "tokens": self.tokens, "sent": self.sent, "equal_at": self.equal_at}
+        return {"steps": self.steps, "tokens": float(self.tokens), "sent": self.sent, "equal_at": self.equal_at}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.tokens, self.equal_at = state["steps"], state["tokens"], state["equal_at"]

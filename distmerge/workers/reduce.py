@@ -36,7 +36,7 @@ class DeltaReducer:
 
     def __init__(
         self,
-        settings: mergers.DiLoCo,
+        settings: mergers.DiLoCoSettings,
         flat: FlatParameters,
         peers: WorkerGroup,
         buckets: list[Bucket],

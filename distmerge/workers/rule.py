@@ -170,7 +170,7 @@ class WorkerRule:
         return list(self._owned[bucket.index].starts)
 
 
-def choice_of(settings: mergers.DiLoCo) -> Choice | None:
+def choice_of(settings: mergers.DiLoCoSettings) -> Choice | None:
     """The rule that a merger's settings ask for; None for a mean, which travels as a sum."""
     if settings.rule in ("mean", "tokens"):
         return None
@@ -178,7 +178,7 @@ def choice_of(settings: mergers.DiLoCo) -> Choice | None:
     return Choice(settings.rule, parameters, raises=settings.nonfinite == "raise")
 
 
-def uses_tokens(settings: mergers.DiLoCo) -> bool:
+def uses_tokens(settings: mergers.DiLoCoSettings) -> bool:
     """Whether workers are weighed by the tokens that they trained on."""
     return settings.rule == "tokens"
 

@@ -18,13 +18,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmerge.config import mergers
+from distmerge.config.mergers import Nonfinite, SPARTASettings, Wire
 from distmerge.config.toml import checked
 from distmerge.engine.flatten import flatten
 from distmerge.finite import nonfinite
@@ -77,24 +77,27 @@ class SPARTA:
         weight: this worker's weight in the next rounds; at 0 it takes part and does not count.
     """
 
-    anchor = None
+    anchor: Tensor | None = None
 
     def __init__(
         self,
         model: nn.Module | FlatParameters,
         fraction: float = 0.005,
         every: int = 1,
-        selector: str = "partitioned",
+        selector: Literal["random", "shuffled", "partitioned"] = "partitioned",
         delay: int = 0,
         ema: float = 0.0,
-        wire: str = "fp32",
+        wire: Wire = "fp32",
         seed: int = 0,
-        nonfinite: str = "raise",
+        nonfinite: Nonfinite = "raise",
         group: dist.ProcessGroup | None = None,
         buffers: dict[str, Policy] | None = None,
     ):
-        values = {name: value for name, value in locals().items() if name in mergers.SPARTA.model_fields}
-        self.settings = checked(mergers.SPARTA, **values)
+        self.settings = checked(
+            SPARTASettings, fraction=fraction, every=every, selector=selector, delay=delay, ema=ema, wire=wire,
+            nonfinite=nonfinite,
+        )  # fmt: skip
+        self.every = every
         self.flat = flatten(model)
         # The final model is a full average, which is DiLoCo with outer rate 1, never due before the end.
         self.average = DiLoCo(
@@ -115,7 +118,7 @@ class SPARTA:
         return self.average.steps
 
     @torch.no_grad()
-    def step(self, tokens: float = 1.0) -> MergeReport | None:
+    def step(self, tokens: float | Tensor = 1.0) -> MergeReport | None:
         """Count one inner step; begin a round and apply an earlier one where they are due."""
         self.average.step(tokens)
         began = time.perf_counter()
@@ -244,6 +247,11 @@ class SPARTA:
     def bytes_sent(self) -> float:
         """Bytes that left this rank for merging since the start."""
         return self.peers.ledger.bytes_sent
+
+    @property
+    def collectives(self) -> int:
+        """Collective operations for merging since the start."""
+        return self.peers.ledger.collectives
 
     def state_dict(self) -> dict[str, Any]:
         """All that later rounds depend on. Rounds in flight are drained, by all workers together, and applied in time."""

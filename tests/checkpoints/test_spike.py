@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from distmerge.config.checkpoints import Recovery
+from distmerge.config.checkpoints import RecoverySettings
 from distmerge.recovery.detector import LIMIT, PATIENCE, Detector, Verdict
 
 START, END = 5.5, 2.0
@@ -21,7 +21,7 @@ BASE = 2.0 + 3.5 * math.exp(-4)
 
 
 def detector() -> Detector:
-    return Detector(Recovery().window, Recovery().threshold)
+    return Detector(RecoverySettings().window, RecoverySettings().threshold)
 
 
 def level(step: int) -> float:

@@ -29,7 +29,7 @@ from tests.ranks import Ranks
 def opened(root: Path, workers: int = 1, keep: int = 3) -> Iterator[Store]:
     """A store in a rank, among all of them."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    mesh = Mesh(config.Mesh(workers=workers, timeout_seconds=600), Place(rank, world, rank, world), threads=1)
+    mesh = Mesh(config.MeshSettings(workers=workers, timeout_seconds=600), Place(rank, world, rank, world), threads=1)
     with contextlib.closing(mesh):
         store = Store(root, mesh, keep)
         store.open()

@@ -162,6 +162,6 @@ def first_step(mesh: Mesh, engine: dict[str, Any], uneven: bool) -> tuple[int, f
 def many(cases: list[tuple[Callable[..., Any], tuple]]) -> list[Any]:
     """``function(mesh, *arguments)`` for several cases in the same groups, of two workers."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    mesh = Mesh(sections.Mesh(workers=2, device="cpu", timeout_seconds=600), Place(rank, world, rank, world), threads=1)
+    mesh = Mesh(sections.MeshSettings(workers=2, device="cpu", timeout_seconds=600), Place(rank, world, rank, world), threads=1)
     with contextlib.closing(mesh):
         return [function(mesh, *arguments) for function, arguments in cases]

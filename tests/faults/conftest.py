@@ -19,7 +19,7 @@ def mesh() -> Iterator[Mesh]:
         patch.setenv("MASTER_PORT", "0")
         patch.setenv("RANK", "0")
         patch.setenv("WORLD_SIZE", "1")
-        alone = Mesh(config.Mesh(device="cpu"), Place(0, 1, 0, 1), threads=None)
+        alone = Mesh(config.MeshSettings(device="cpu"), Place(0, 1, 0, 1), threads=None)
         yield alone
         alone.close()
 

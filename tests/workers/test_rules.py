@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from distmerge.rules.parameters import PARAMETERS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import distmerge as dm
 from distmerge.rules import catalogue
-from distmerge.rules.parameters import PARAMETERS
 from distmerge.rules.protocol import Rule, Target, run
 from distmerge.workers.shares import CUT, Piece, aligned_shares
 from tests.ranks import Ranks
@@ -54,7 +54,9 @@ def noise(worker: int, name: str) -> Tensor:
     return (x * 64).round() / 64  # so that magnitudes are equal now and then
 
 
-def one_merge(settings: dict[str, Any], weights: list[float], shards: int) -> tuple[dict[str, list[tuple[int, Tensor]]], str, float]:
+def one_merge(
+    settings: dict[str, Any], weights: list[float], shards: int
+) -> tuple[dict[str, list[tuple[int, Tensor]]], str, float]:
     """What this rank holds of the merged delta: per tensor, (first element, elements); which rule was taken; the bytes sent."""
     mesh = init_device_mesh("cpu", (dist.get_world_size() // shards, shards), mesh_dim_names=("workers", "shards"))
     worker, model = mesh.get_local_rank("workers"), Zeros()
@@ -63,7 +65,9 @@ def one_merge(settings: dict[str, Any], weights: list[float], shards: int) -> tu
     merger = dm.DiLoCo(model, every=1, outer_lr=1.0, outer_momentum=0.0, mix=1e-9, group=mesh.get_group("workers"), **settings)
     flat = merger.flat
     for part in flat.parts():
-        flat.vector[part.offset : part.offset + part.numel] = noise(worker, part.name).flatten()[part.first : part.first + part.numel]
+        flat.vector[part.offset : part.offset + part.numel] = noise(worker, part.name).flatten()[
+            part.first : part.first + part.numel
+        ]
     flat.push()
     merger.weight = weights[worker]
     report = merger.step()

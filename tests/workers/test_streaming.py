@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmerge as dm
-from distmerge.config.mergers import DiLoCo
+from distmerge.config.mergers import DiLoCoSettings
 from distmerge.config.toml import checked
 from distmerge.rules.mean import token_weight
 from distmerge.theta.flat import fingerprint
@@ -281,7 +281,7 @@ def test_divergence_and_correlation(ranks: Ranks, settings: dict) -> None:
 )  # fmt: skip
 def test_settings_that_contradict_each_other_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(dm.UserError) as error:
-        checked(DiLoCo, **settings)
+        checked(DiLoCoSettings, **settings)
     assert str(error.value) == message
 
 

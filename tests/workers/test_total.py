@@ -248,7 +248,7 @@ def two_by_two(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     from distmerge.mesh import Mesh
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    mesh = Mesh(config.Mesh(workers=2, timeout_seconds=600), Place(rank, world, rank, world), threads=1)
+    mesh = Mesh(config.MeshSettings(workers=2, timeout_seconds=600), Place(rank, world, rank, world), threads=1)
     torch.manual_seed(mesh.worker)
     model = build(kind)
     merger = dm.DiLoCo(ReplicatedParameters(model, mesh.inside), **options, group=mesh.peers)
