@@ -96,8 +96,8 @@ class DiLoCo:
     ):
         settings = checked(
             DiLoCoSettings, every=every, outer_lr=outer_lr, outer_momentum=outer_momentum, nesterov=nesterov,
-            fragments=fragments, fragment_order=fragment_order, fragment_patterns=fragment_patterns, overlap=overlap, mix=mix, wire=wire,
-            error_feedback=error_feedback, rule=rule, outer_sharded=outer_sharded, outer_device=outer_device,
+            fragments=fragments, fragment_order=fragment_order, fragment_patterns=fragment_patterns, overlap=overlap, mix=mix,
+            wire=wire, error_feedback=error_feedback, rule=rule, outer_sharded=outer_sharded, outer_device=outer_device,
             bucket_bytes=bucket_bytes, nonfinite=nonfinite,
         )  # fmt: skip
         self.peers = WorkerGroup(group)

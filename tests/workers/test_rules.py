@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distmerge.rules.parameters import PARAMETERS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import distmerge as dm
 from distmerge.rules import catalogue
+from distmerge.rules.parameters import PARAMETERS
 from distmerge.rules.protocol import Rule, Target, run
 from distmerge.workers.shares import CUT, Piece, aligned_shares
 from tests.ranks import Ranks
@@ -54,9 +54,10 @@ def noise(worker: int, name: str) -> Tensor:
     return (x * 64).round() / 64  # so that magnitudes are equal now and then
 
 
-def one_merge(
-    settings: dict[str, Any], weights: list[float], shards: int
-) -> tuple[dict[str, list[tuple[int, Tensor]]], str, float]:
+Found = dict[str, list[tuple[int, Tensor]]]
+
+
+def one_merge(settings: dict[str, Any], weights: list[float], shards: int) -> tuple[Found, str, float]:
     """What this rank holds of the merged delta: per tensor, (first element, elements); which rule was taken; the bytes sent."""
     mesh = init_device_mesh("cpu", (dist.get_world_size() // shards, shards), mesh_dim_names=("workers", "shards"))
     worker, model = mesh.get_local_rank("workers"), Zeros()
@@ -72,7 +73,7 @@ def one_merge(
     merger.weight = weights[worker]
     report = merger.step()
     assert report is not None and merger.anchor is not None
-    found: dict[str, list[tuple[int, Tensor]]] = {}
+    found: Found = {}
     for part in flat.parts():
         found.setdefault(part.name, []).append((part.first, merger.anchor[part.offset : part.offset + part.numel].clone()))
     return found, report.rule, report.bytes_sent
@@ -141,8 +142,7 @@ def test_where_one_member_is_left_the_mean_is_taken_and_said(ranks: Ranks) -> No
 
 
 def correlation_decides(above: float) -> str:
-    found, rule, _ = one_merge({"rule": "auto", "auto_rule": "ties", "auto_above": above, "density": 0.3}, [1.0, 1.0], 1)
-    return rule
+    return one_merge({"rule": "auto", "auto_rule": "ties", "auto_above": above, "density": 0.3}, [1.0, 1.0], 1)[1]
 
 
 def test_auto_takes_the_mean_of_deltas_that_are_alike(ranks: Ranks) -> None:
