@@ -24,7 +24,7 @@ import distmerge as dm
 NUMEL = 30_000_000
 STREAMS = 9
 BUCKET_BYTES = 64 * 2**20
-LIMIT = 1.4
+LIMIT = 1.25
 
 
 class Vector(nn.Module):
