@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from distmerge.engine.deepspeed import WorkerRanks
     from distmerge.engine.flatten import flatten
     from distmerge.errors import UserError
+    from distmerge.rules.custom import rule
+    from distmerge.rules.protocol import Block, Rule, Target
     from distmerge.theta.flat import FlatParameters
     from distmerge.workers.compose import compose
     from distmerge.workers.diloco import DiLoCo
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     from distmerge.workers.sparta import SPARTA
 
 __all__ = [
-    "PRESETS", "SPARTA", "DiLoCo", "FlatParameters", "MergeReport", "Merger", "UserError", "WorkerRanks", "compose", "flatten",
+    "PRESETS", "SPARTA", "Block", "DiLoCo", "FlatParameters", "MergeReport", "Merger", "Rule", "Target", "UserError",
+    "WorkerRanks", "compose", "flatten", "rule",
 ]  # fmt: skip
 
 ROOMS = {
@@ -40,6 +43,10 @@ ROOMS = {
     "FlatParameters": "distmerge.theta.flat",
     "flatten": "distmerge.engine.flatten",
     "UserError": "distmerge.errors",
+    "rule": "distmerge.rules.custom",
+    "Rule": "distmerge.rules.protocol",
+    "Target": "distmerge.rules.protocol",
+    "Block": "distmerge.rules.protocol",
 }
 
 

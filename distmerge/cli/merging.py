@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from distmerge.errors import UserError
-from distmerge.merging.methods import METHODS, PARAMETERS, VARIANTS
 from distmerge.merging.recipe import SHARD_SIZE, Recipe
 from distmerge.plotting import require_matplotlib
+from distmerge.rules import catalogue
+from distmerge.rules.parameters import PARAMETERS, VARIANTS
 
-PARAMETER_FLAGS = [key for key, parameter in PARAMETERS.items() if key != "weight" and parameter.holds is not None]
+PARAMETER_FLAGS = [
+    key for key, parameter in PARAMETERS.items() if key != "weight" and parameter.holds is not None and key not in VARIANTS
+]
 SWITCHES = [key for key, parameter in PARAMETERS.items() if parameter.holds is None and key != "rescale"]
 
 
@@ -57,7 +60,8 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     flags = parser.add_argument_group("a recipe in flags")
     flags.add_argument(
-        "--method", help=f"one of {', '.join(METHODS)}, or auto (what diagnose recommends), or for LoRA cat, svd, extract"
+        "--method",
+        help=f"one of {', '.join(catalogue.names())}, or auto (what diagnose recommends), or for LoRA cat, svd, extract",
     )
     flags.add_argument("--base", metavar="MODEL", help="what the others were trained from")
     flags.add_argument("--general", metavar="MODEL", help="ptm: what the skills are added to")
@@ -67,7 +71,9 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     for key in SWITCHES:
         flags.add_argument(f"--{key.replace('_', '-')}", choices=("true", "false"))
     for key, values in VARIANTS.items():
-        flags.add_argument(f"--{key.replace('_', '-')}", choices=values)
+        numeric = key in PARAMETERS and PARAMETERS[key].holds is not None  # a share to trim, or where the threshold counts
+        more: dict[str, Any] = {"metavar": f"X|{'|'.join(values)}"} if numeric else {"choices": values}
+        flags.add_argument(f"--{key.replace('_', '-')}", **more)
     flags.add_argument("--rank", type=int, help="of the adapter that svd and extract make")
     flags.add_argument("--dtype", help="round the inputs to it first")
     flags.add_argument("--out-dtype", help="of the output")
@@ -168,6 +174,8 @@ def with_overrides(recipe: Recipe, options: argparse.Namespace) -> Recipe:
         if getattr(options, key) is not None:
             raise UserError(f"--{key.replace('_', '-')} belongs to a recipe in flags; write it into {options.recipe}")
     chosen = {key: getattr(options, key) for key in VARIANTS if getattr(options, key) is not None}
+    if "trim" in chosen and chosen["trim"] not in VARIANTS["trim"]:
+        raise UserError(f"--trim {chosen['trim']} belongs to a recipe in flags; write it into {options.recipe}")
     return replace(
         recipe,
         variants=recipe.variants | chosen,
@@ -194,7 +202,8 @@ def table_of(options: argparse.Namespace) -> dict[str, Any]:
     table: dict[str, Any] = {key: getattr(options, key) for key in ("method", "base", "general", "compat", "seed")}
     table |= {key: getattr(options, key) for key in ("dtype", "out_dtype", "tokenizer", *PARAMETER_FLAGS, *VARIANTS)}
     table |= {key: getattr(options, key) == "true" for key in SWITCHES if getattr(options, key) is not None}
-    own = METHODS[options.method].parameters if options.method in METHODS else ("weight",)
+    known = catalogue.canonical(options.method) in catalogue.names()
+    own = catalogue.entry(options.method).parameters if known else ("weight",)
     factor = "omega" if "omega" in own else "weight"
     table["model"] = []
     for item in options.model:

@@ -105,7 +105,7 @@ def recommend(whole: dict[str, Any]) -> dict[str, Any]:
     said = f"the mean cosine between task vectors is {alike:.3f}"
     if alike > ALIKE:
         reasons = [f"{said}, above {ALIKE}: they point the same way, and averaging loses nothing"]
-        return {"method": "linear", "parameters": {}, "reasons": reasons}
+        return {"method": "mean", "parameters": {}, "reasons": reasons}
     reasons = [f"{said}, not above {ALIKE}: a plain average would shrink what they do not share"]
     reasons.append(
         f"{whole['conflict_count']:.0%} of the elements have both signs, {whole['conflict_mass']:.0%} of the mass cancels: "

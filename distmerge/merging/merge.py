@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from contextlib import closing
@@ -12,11 +11,12 @@ from pathlib import Path
 
 from distmerge.errors import UserError
 from distmerge.files.digests import Digests
-from distmerge.files.models import Model, recorded_files
+from distmerge.files.models import recorded_files
 from distmerge.files.output import refuse_existing
 from distmerge.merging.models import open_all
+from distmerge.merging.omegas import with_omegas
 from distmerge.merging.pairing import check_structure, pair
-from distmerge.merging.recipe import Entry, Recipe, Slice
+from distmerge.merging.recipe import Recipe
 from distmerge.merging.record import identity, out_config, small_files
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)?", re.IGNORECASE)
@@ -79,43 +79,6 @@ def recommended(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     chosen = diagnose(bare, open_all(bare, options.allow_pickle), settings_of(options))["recommendation"]
     print(f"method auto takes {chosen['method']}:", *(f"- {why}" for why in chosen["reasons"]), sep="\n")
     return replace(recipe, method=chosen["method"], parameters=chosen["parameters"] | recipe.parameters)
-
-
-def with_omegas(recipe: Recipe, models: dict[str, Model]) -> Recipe:
-    """For ptm, an omega for every skill that has none: its training tokens over the general model's, at most 1.
-
-    Source: the heuristic |D| / |G| of https://arxiv.org/abs/2410.12937, for when there is no validation set.
-    """
-    if recipe.method != "ptm" or "omega" in recipe.parameters:
-        return recipe
-    slices = []
-    for slice in recipe.slices:
-        entries: list[Entry] = []
-        for entry in slice.entries:
-            if "omega" in entry.parameters or entry.model in (recipe.general, recipe.base):
-                entries.append(entry)
-                continue
-            omega = omega_of(models[entry.model], models[str(recipe.general)])
-            entries.append(replace(entry, parameters=entry.parameters | {"omega": omega}))
-        slices.append(Slice(tuple(entries), slice.base, slice.parameters))
-    return replace(recipe, slices=tuple(slices))
-
-
-def omega_of(skill: Model, general: Model) -> float:
-    counts = []
-    for model in (skill, general):
-        path = (model.adapter or model.directory) / "training.json"
-        try:
-            tokens = json.loads(path.read_bytes())["tokens"]
-        except (OSError, ValueError, KeyError, TypeError):
-            tokens = None
-        if type(tokens) is not int or tokens <= 0:
-            raise UserError(f"omega must be given for {skill.reference}: {path} does not say the tokens of its training")
-        counts.append(tokens)
-    omega = counts[0] / counts[1]
-    said = f"omega of {skill.reference}: {counts[0]} / {counts[1]} training tokens = {omega:.4g}"
-    print(said + (", taken as 1" if omega > 1 else ""))
-    return min(1.0, omega)
 
 
 def parse_size(text: str) -> int:

@@ -28,13 +28,14 @@ from distmerge.files.stream import Job, Stream, in_memory
 from distmerge.merging import recipe_toml
 from distmerge.merging.execute import settings_of, survey_of
 from distmerge.merging.jobs import build
-from distmerge.merging.merge import merge, with_omegas
-from distmerge.merging.methods import PARAMETERS
+from distmerge.merging.merge import merge
 from distmerge.merging.models import open_all, open_any
+from distmerge.merging.omegas import with_omegas
 from distmerge.merging.pairing import check_structure, pair
-from distmerge.merging.recipe import Entry, Recipe, Slice, is_number
+from distmerge.merging.recipe import Entry, Recipe, Slice
 from distmerge.model import check_fits, load_model, load_tokenizer
 from distmerge.quiet import quiet
+from distmerge.rules.parameters import PARAMETERS, is_number
 from distmerge.rules.task import GlobalTrim, TaskArithmetic, TaskVectors
 
 SOUP = "greedy_soup"
@@ -119,7 +120,7 @@ def run(table: dict[str, Any], skills: dict[str, list[str]], options: argparse.N
     if options.out:
         refuse_existing(Path(options.out))
     soup = options.method == SOUP
-    recipe = recipe_toml.from_table(table | ({"method": "linear"} if soup else {}), "")
+    recipe = recipe_toml.from_table(table | ({"method": "mean"} if soup else {}), "")
     with quiet():
         points = greedy(recipe, skills, options) if soup else over_grid(recipe, skills, options)
     for point in points:
@@ -173,7 +174,7 @@ def greedy(recipe: Recipe, skills: dict[str, list[str]], options: argparse.Names
     judge = Judge(entries[0].model, skills, options)
 
     def mean(chosen: list[Entry]) -> tuple[Recipe, dict[str, float]]:
-        mixed = Recipe(method="linear", slices=(Slice(tuple(chosen)),), out_dtype=recipe.out_dtype)
+        mixed = Recipe(method="mean", slices=(Slice(tuple(chosen)),), out_dtype=recipe.out_dtype)
         judge.put(mixed)
         return mixed, judge.losses()
 

@@ -7,14 +7,50 @@ for each tensor: ``d = (sum w|v| / sum w) * phi(sum w phi(v) / sum w)`` with ``p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from distmerge.rules.mean import Total, weighted_mean
+from distmerge.rules.mean import Total, weighted_mean, weighted_sum
+from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, onto
 
 DEGENERATE = 1e-6
 """A mean direction shorter than this has none: the members cancel out."""
+
+
+class Radial(Rule):
+    """The radial-directional mean of one tensor's deltas.
+
+    The first pass measures each member's norm; the second the norm of the mean direction, from which follows what each member
+    is multiplied by. Where the mean direction is degenerate that is its share of the weight: the plain mean.
+    """
+
+    passes = 2
+    exact = False
+
+    def __init__(self, weights: list[float], dtype: torch.dtype = torch.float32):
+        self.weights, self.dtype = torch.tensor(weights, dtype=torch.float64), dtype
+
+    def measure(self, step: int, block: Block, state: Any) -> Measured:
+        _, delta = deltas(block, self.dtype)
+        if step == 0:
+            return Measured(kept={"squares": delta.double().square().sum(1)})
+        direction = weighted_sum(list(delta), state[0].to(self.dtype))
+        return Measured(kept={"square": direction.double().square().sum()})
+
+    def settle(self, step: int, tally: Tally, state: Any) -> Any:
+        share = self.weights / self.weights.sum()
+        if step == 0:
+            norms = tally.total("squares").sqrt()
+            return torch.where(norms > 0, share / torch.where(norms > 0, norms, 1), norms), share @ norms
+        towards, length = state
+        found = tally.total("square").sqrt()
+        return share if bool(found < DEGENERATE) else towards * (length / found)
+
+    def merge(self, block: Block, state: Any) -> Tensor:
+        base, delta = deltas(block, self.dtype)
+        return onto(base, weighted_sum(list(delta), state.to(self.dtype)))
 
 
 def radial_mean(

@@ -26,7 +26,8 @@ from distmerge.files.output import RECORD, refuse_existing
 from distmerge.files.publish import Report, write_model
 from distmerge.files.sources import Maps, OnDisk
 from distmerge.files.stream import Job, Settings, Stream
-from distmerge.rules.linear import Linear, Same, Scaled
+from distmerge.rules.mean import WeightedMean
+from distmerge.rules.passthrough import Same, Scaled
 from distmerge.rundir.identity import read_identity, stranger
 from distmerge.theta.buffers import POLICIES
 from distmerge.windows import advice
@@ -184,7 +185,7 @@ def job_of(name: str, members: list[Member], c: list[float], maps: Maps, dtype: 
     kinds = {entry.dtype for entry in entries}
     if kinds <= set(FLOATS):
         out = dtype or (kinds.pop() if len(kinds) == 1 else "F32")
-        return Job(name, entries[0].shape, out, Linear(c, normalize=False), sources)
+        return Job(name, entries[0].shape, out, WeightedMean(c, normalize=False), sources)
     if len(kinds) > 1:
         raise UserError(f"{name} is {' and '.join(sorted(kinds))} in different members")
     policy = POLICIES.get(name.rpartition(".")[2])
