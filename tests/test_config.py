@@ -53,7 +53,8 @@ def test_defaults(path: str) -> None:
     assert config.model_dump()["merge"][0] == {
         "kind": "diloco", "every": 20, "outer_lr": 0.7, "outer_momentum": 0.5, "nesterov": True, "bucket_bytes": 64 * 2**20,
         "fragments": 1, "fragment_order": "strided", "fragment_patterns": (), "overlap": 0, "mix": 0.0, "wire": "fp32",
-        "error_feedback": False, "rule": "mean", "outer_sharded": False, "outer_device": None, "nonfinite": "raise",
+        "error_feedback": False, "rule": "mean", "weights": "equal", "auto_rule": "ties", "auto_above": 0.9,
+        "outer_sharded": False, "outer_device": None, "nonfinite": "raise",
     }  # fmt: skip
 
 
@@ -281,8 +282,8 @@ def test_a_resume_keeps_what_its_run_chose(tmp_path: Path) -> None:
 
 
 def test_a_run_of_few_merges_is_told_so_in_one_line(tmp_path: Path) -> None:
-    few, many = merges(tmp_path, steps=400, entry="every = 20").merge[0], merges(tmp_path, steps=400).merge[0]
-    assert many.warning(400) is None
+    few = merges(tmp_path, steps=400, entry="every = 20").merge[0]
+    assert merges(tmp_path, steps=400).merge[0].warning(400) is None
     assert few.warning(400) == (
         "400 steps with every = 20 are 20 merges; with fewer than 30 or so, merging costs several percent of the loss: "
         "lower every, or train for longer"

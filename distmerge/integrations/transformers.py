@@ -7,6 +7,7 @@
     trainer.train()
 
 Each rank is a worker with a Trainer of its own: the Trainer itself would reduce gradients over all ranks at each step.
+The merger is told how many tokens each step was trained on, counted in the forward passes of its micro steps.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from distmerge.data.loss_mask import IGNORED
 from distmerge.errors import UserError
+from distmerge.workers.compose import Composed
+from distmerge.workers.divergence import MergeReport
+from distmerge.workers.merger import Merger
 
 STATE = "merger-{rank:05}.pt"
 """The mergers' state, beside the Trainer's own in its checkpoints."""
@@ -42,6 +48,44 @@ def one_worker_per_rank() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+class TokenCount:
+    """Counts the tokens that a model's loss is taken of while it trains: the labels of each forward pass that are not ignored.
+
+    A causal language model predicts all labels of a sequence but the first. Where the Trainer keeps the labels to itself, as
+    label smoothing does, what counts is the attention mask, or without one every token.
+
+    Args:
+        model: whose forward passes are seen.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.tokens: float | Tensor = 0.0
+        # As the Trainer itself finds out whether the loss shifts the labels.
+        causal = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
+        self.shifts = causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self.hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def take(self) -> float | Tensor:
+        """The tokens since the last call; on the model's device, since reading them there would wait for the step."""
+        tokens, self.tokens = self.tokens, 0.0
+        return tokens
+
+    def _see(self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if model.training:
+            self.tokens = self.tokens + self._counted(keywords)
+
+    def _counted(self, keywords: dict[str, Any]) -> float | Tensor:
+        shifted, labels = keywords.get("shift_labels"), keywords.get("labels")
+        if shifted is not None:
+            return (shifted != IGNORED).sum().double()
+        if labels is not None:
+            return ((labels[..., 1:] if self.shifts else labels) != IGNORED).sum().double()
+        mask, ids = keywords.get("attention_mask"), keywords.get("input_ids")
+        if mask is not None:
+            return mask.sum().double()
+        return float(ids.numel()) if ids is not None else 1.0
+
+
 class MergeCallback(TrainerCallback):
     """Merges the model that a Trainer trains with those of the other ranks.
 
@@ -51,20 +95,25 @@ class MergeCallback(TrainerCallback):
         make: the merger, or several of them composed, of the model that the Trainer has prepared.
 
     Attributes:
-        merger: what ``make`` made, once training has begun.
         reports: of all merges so far.
     """
 
-    def __init__(self, make: Callable[[nn.Module], Any]):
+    def __init__(self, make: Callable[[nn.Module], Merger | Composed]):
         self.make = make
-        self.merger: Any = None
-        self.reports: list[Any] = []
+        self.made: tuple[Merger | Composed, TokenCount] | None = None
+        self.reports: list[MergeReport] = []
+
+    @property
+    def merger(self) -> Merger | Composed:
+        """What ``make`` made, once training has begun."""
+        assert self.made is not None, "training has begun"
+        return self.made[0]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         own = [p.detach().clone() for p in model.parameters()]
-        self.merger = self.make(model)
+        self.made = self.make(model), TokenCount(model)
         if state.global_step == 0:
             return
         with torch.no_grad():  # a new merger gave all workers the first one's weights; a resumed one has its own
@@ -73,14 +122,17 @@ class MergeCallback(TrainerCallback):
         self.merger.load_state_dict(torch.load(self._path(args, state), weights_only=True))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        report = self.merger.step()
+        assert self.made is not None, "training has begun"
+        report = self.merger.step(self.made[1].take())
         self.reports += report if isinstance(report, list) else [report] if report is not None else []
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         torch.save(self.merger.state_dict(), self._path(args, state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self.made is not None, "training has begun"
         self.merger.finish()
+        self.made[1].hook.remove()
 
     def _path(self, args: TrainingArguments, state: TrainerState) -> Path:
         return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / STATE.format(rank=dist.get_rank())

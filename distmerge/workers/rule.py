@@ -171,16 +171,12 @@ class WorkerRule:
 
 
 def choice_of(settings: mergers.DiLoCoSettings) -> Choice | None:
-    """The rule that a merger's settings ask for; None for a mean, which travels as a sum."""
-    if settings.rule in ("mean", "tokens"):
+    """The rule that a merger's settings ask for; None for a plain weighted mean, which travels as a sum."""
+    if settings.rule == "mean" and not settings.parameters:
         return None
-    parameters = getattr(settings, "parameters", {})
-    return Choice(settings.rule, parameters, raises=settings.nonfinite == "raise")
-
-
-def uses_tokens(settings: mergers.DiLoCoSettings) -> bool:
-    """Whether workers are weighed by the tokens that they trained on."""
-    return settings.rule == "tokens"
+    name, key = settings.named_rule
+    above = settings.auto_above if key == "auto_rule" else None
+    return Choice(name, settings.parameters, above, raises=settings.nonfinite == "raise")
 
 
 def pieces_of(flat: FlatParameters, bucket: Bucket) -> Iterator[Piece]:

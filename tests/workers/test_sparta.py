@@ -63,7 +63,7 @@ def test_random_covers_as_independent_draws_do() -> None:
     assert seen.float().mean().item() == pytest.approx(1 - (1 - fraction) ** rounds, abs=0.01)
 
 
-def whole_is_average(selector: str) -> tuple[Tensor, Tensor]:
+def whole_is_average(selector: Any) -> tuple[Tensor, Tensor]:
     """p = 1 is averaging."""
     vectors = []
     for make in (
@@ -84,7 +84,7 @@ def test_the_whole_as_a_fraction_is_averaging(ranks: Ranks, world: int, selector
         torch.testing.assert_close(sparse, averaged, rtol=1e-6, atol=1e-7)
 
 
-def one_round(fraction: float, wire: str) -> tuple[Tensor, Tensor, Tensor, Any]:
+def one_round(fraction: float, wire: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
     model = build("blocks")
     merger = dm.SPARTA(model, fraction=fraction, wire=wire)
     vector = merger.flat.vector
