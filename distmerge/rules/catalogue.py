@@ -153,7 +153,7 @@ def check(
         raise UserError(f"{said} needs whole tensors, which are cut into shards here; elementwise rules do not")
     if members is not None and not found.least <= members <= (found.most or members):
         count = f"at least {found.least}" if found.most is None else f"{found.least}"
-        raise UserError(f"{said} takes {count} members, got {members}")
+        raise UserError(f"{said} takes {count} member{'s' if count != '1' else ''}, got {members}")
     missing = [key for key in found.parameters if key != "weight" and found.default(key) is REQUIRED]
     for key in missing if given is not None else ():
         if given is not None and key not in given:
