@@ -36,7 +36,7 @@ ENTRIES: dict[str, Entry] = {
         DECOUPLED, BUILDERS + "mean", ("weight", "normalize"), base="none", linear=True, elementwise=True, normalize=True,
         by_tokens=True,
     ),
-    "radial": Entry(DECOUPLED, BUILDERS + "radial", ("weight",), base="allowed", normalize=True),
+    "radial": Entry(DECOUPLED, BUILDERS + "radial", ("weight",), {"weight": 1.0}, "allowed", normalize=True),
     "median": Entry(ROBUST, BUILDERS + "median", base="none", elementwise=True),
     "trimmed_mean": Entry(ROBUST, BUILDERS + "trimmed_mean", ("trim",), base="none", elementwise=True),
     "slerp": Entry(
