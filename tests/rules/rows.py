@@ -6,7 +6,7 @@ together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class Row:
     def target(self, count: int, shape: tuple[int, ...] = SHAPE, seed: int = 0, name: str = "tensor", **more: Any) -> Target:
         """``more``: of ``Target``; ``variants`` in place of the row's own."""
         each, shared = catalogue.spread(self.name, count, self.given)
-        return Target(name, shape, each, shared, **({"variants": self.variants} | more), seed=seed)
+        return replace(Target(name, shape, each, shared, self.variants, seed=seed), **more)
 
     def build(self, count: int, seed: int = 0, **more: Any) -> Rule:
         return catalogue.build(self.name, self.target(count, seed=seed, **more))
