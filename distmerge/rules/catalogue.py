@@ -36,7 +36,7 @@ ENTRIES: dict[str, Entry] = {
         DECOUPLED, BUILDERS + "mean", ("weight", "normalize"), base="none", linear=True, elementwise=True, normalize=True,
         by_tokens=True,
     ),
-    "radial": Entry(DECOUPLED, BUILDERS + "radial", ("weight",), base="allowed", normalize=True),
+    "radial": Entry(DECOUPLED, BUILDERS + "radial", ("weight",), {"weight": 1.0}, "allowed", normalize=True),
     "median": Entry(ROBUST, BUILDERS + "median", base="none", elementwise=True),
     "trimmed_mean": Entry(ROBUST, BUILDERS + "trimmed_mean", ("trim",), base="none", elementwise=True),
     "slerp": Entry(
@@ -153,7 +153,7 @@ def check(
         raise UserError(f"{said} needs whole tensors, which are cut into shards here; elementwise rules do not")
     if members is not None and not found.least <= members <= (found.most or members):
         count = f"at least {found.least}" if found.most is None else f"{found.least}"
-        raise UserError(f"{said} takes {count} members, got {members}")
+        raise UserError(f"{said} takes {count} member{'s' if count != '1' else ''}, got {members}")
     missing = [key for key in found.parameters if key != "weight" and found.default(key) is REQUIRED]
     for key in missing if given is not None else ():
         if given is not None and key not in given:

@@ -73,17 +73,18 @@ def rule(
 
     def made(of: Made) -> Made:
         given: Any = of
+        defaults = {"weight": 1.0} | (parameters or {})
         takes = ("weight", *(key for key in parameters or {} if key != "weight"))
         if isinstance(given, type) and issubclass(given, Rule):
             # What an instance decides, as a property, may need whole tensors.
             whole = given.passes == 0 and given.unit == 1
             entry = Entry(
-                source, given, takes, dict(parameters or {}), "needed" if given.needs_base else "allowed", given.least,
+                source, given, takes, defaults, "needed" if given.needs_base else "allowed", given.least,
                 given.most, linear=given.linear, elementwise=whole,
             )  # fmt: skip
         elif callable(given):
             builder = partial(FunctionRule, name, cast(Formula, given), elementwise)
-            entry = Entry(source, builder, takes, dict(parameters or {}), "allowed", elementwise=elementwise)
+            entry = Entry(source, builder, takes, defaults, "allowed", elementwise=elementwise)
         else:
             raise UserError(f"rule {name} must be a subclass of Rule or a function of (delta, weight), got {given!r}")
         register(name, entry)

@@ -179,20 +179,31 @@ def spans(numel: int, unit: int, block: int = BLOCK) -> Iterator[tuple[int, int]
         yield start, min(start + size, numel)
 
 
-def run(rule: Rule, members: list[Tensor], base: Tensor | None = None, block: int = BLOCK) -> Tensor:
-    """The rule on tensors in memory: ``members`` and ``base`` of one shape, which is the result's."""
+def cut(rule: Rule, members: list[Tensor], base: Tensor | None = None, block: int = BLOCK) -> list[Block]:
+    """The blocks of tensors in memory, all of one shape, as the rule may have them."""
     flat = [member.reshape(-1) for member in members]
     origin = base.reshape(-1) if base is not None else None
-    blocks = [
+    return [
         Block([member[a:b] for member in flat], origin[a:b] if origin is not None else None, a, index)
         for index, (a, b) in enumerate(spans(flat[0].numel(), rule.unit, block))
     ]
+
+
+def settled_state(rule: Rule, blocks: list[Block]) -> Any:
+    """The state after the rule's passes over all blocks of a tensor."""
     state = None
     for step in range(rule.passes):
         tally = Tally()
         for part in blocks:
             tally.add(part.index, rule.measure(step, part, state))
         state = rule.settle(step, tally, state)
+    return state
+
+
+def run(rule: Rule, members: list[Tensor], base: Tensor | None = None, block: int = BLOCK) -> Tensor:
+    """The rule on tensors in memory: ``members`` and ``base`` of one shape, which is the result's."""
+    blocks = cut(rule, members, base, block)
+    state = settled_state(rule, blocks)
     merged = [rule.merge(part, state) for part in blocks]
     return torch.cat(merged).view(members[0].shape) if merged else members[0].clone()
 

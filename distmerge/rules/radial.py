@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from distmerge.rules.mean import Total, weighted_mean, weighted_sum
-from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, onto
+from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, onto, total_norm
 
 DEGENERATE = 1e-6
 """A mean direction shorter than this has none: the members cancel out."""
+
+PIECE = 4096
+"""Elements whose squares are added up in single precision."""
 
 
 class Radial(Rule):
@@ -33,24 +36,37 @@ class Radial(Rule):
         self.weights, self.dtype = torch.tensor(weights, dtype=torch.float64), dtype
 
     def measure(self, step: int, block: Block, state: Any) -> Measured:
-        _, delta = deltas(block, self.dtype)
+        _, rows = self.rows(block)
         if step == 0:
-            return Measured(kept={"squares": delta.double().square().sum(1)})
-        direction = weighted_sum(list(delta), state[0].to(self.dtype))
-        return Measured(kept={"square": direction.double().square().sum()})
+            return Measured(kept={"norms": torch.stack([norm(row) for row in rows])})
+        return Measured(kept={"norm": norm(weighted_sum(rows, state[0].to(self.dtype)))})
 
     def settle(self, step: int, tally: Tally, state: Any) -> Any:
         share = self.weights / self.weights.sum()
         if step == 0:
-            norms = tally.total("squares").sqrt()
+            norms = total_norm(tally, "norms")
             return torch.where(norms > 0, share / torch.where(norms > 0, norms, 1), norms), share @ norms
         towards, length = state
-        found = tally.total("square").sqrt()
+        found = total_norm(tally, "norm")
         return share if bool(found < DEGENERATE) else towards * (length / found)
 
     def merge(self, block: Block, state: Any) -> Tensor:
+        base, rows = self.rows(block)
+        return onto(base, weighted_sum(rows, state.to(self.dtype)))
+
+    def rows(self, block: Block) -> tuple[Tensor | None, list[Tensor]]:
+        """The base and the deltas ``[n]``, which are only read."""
+        if block.base is None:
+            return None, [member.to(self.dtype) for member in block.members]
         base, delta = deltas(block, self.dtype)
-        return onto(base, weighted_sum(list(delta), state.to(self.dtype)))
+        return base, list(delta)
+
+
+def norm(x: Tensor) -> Tensor:
+    """The norm of ``x [n]``, float64; summed in its own dtype over short pieces only."""
+    whole = len(x) - len(x) % PIECE
+    pieces = [torch.linalg.vector_norm(x[:whole].view(-1, PIECE), dim=1), torch.linalg.vector_norm(x[whole:]).view(1)]
+    return torch.linalg.vector_norm(torch.cat(pieces).double())
 
 
 def radial_mean(
