@@ -22,6 +22,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distmerge.errors import UserError
+from distmerge.files.directories import replace_file
 
 STATE = "merger-{rank:05}.pt"
 """The mergers' state, beside the Trainer's own in its checkpoints."""
@@ -77,7 +78,7 @@ class MergeCallback(TrainerCallback):
         self.reports += report if isinstance(report, list) else [report] if report is not None else []
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        torch.save(self.merger.state_dict(), self._path(args, state))
+        replace_file(self._path(args, state), self.merger.state_dict())
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.merger.finish()
