@@ -32,7 +32,7 @@ FLOORS: dict[str, int] = {
     "experts": 5, "recovery": 5,
     "windows": 4, "merging": 4,
     "checkpoints": 4, "integrations": 4,
-    "workers": 3, "engine": 3, "evaluate": 3, "rundir": 3,
+    "workers": 3, "engine": 3, "evaluate": 3, "judge": 3, "rundir": 3,
     "mesh": 2, "launch": 2, "model": 2, "data": 2, "files": 2,
     "theta": 1, "rules": 1, "config": 1, "schedule": 1,
     "finite": 0, "errors": 0, "quiet": 0, "plotting": 0,

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from distmerge.config.experts import Lora
 from distmerge.errors import UserError
+from distmerge.files.directories import write_file
 from distmerge.files.header import FLOATS
 from distmerge.files.models import open_model
 from distmerge.files.sources import DTYPES
@@ -72,11 +73,10 @@ def save_expert(
         save_model(model, tokenizer, directory, None if dtype == "float32" else dtype, whole)
         return
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
     found: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)  # pyright: ignore[reportArgumentType]
-    save_file({name: value.detach().cpu().clone() for name, value in found.items()}, directory / "adapter_model.safetensors")
+    write_file(directory / "adapter_model.safetensors", dict(sorted(found.items())))
     config: Any = model.peft_config["default"]  # pyright: ignore
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -20,9 +20,9 @@ from distmerge.data.packed import open_corpus
 from distmerge.errors import UserError
 from distmerge.experts.adapt import Theta
 from distmerge.experts.examples import IGNORED, Known, look, predictions, rows_of, scores_of, token_scores, tracked_rows
+from distmerge.files.atomic import write_atomically
 from distmerge.merging.in_memory import read_model
 from distmerge.model import load_model
-from distmerge.rundir.layout import write_atomically
 from distmerge.theta.flat import FlatParameters
 
 FILE = "examples.safetensors"

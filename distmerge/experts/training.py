@@ -24,12 +24,12 @@ from distmerge.data.packed import IndexedBatches, open_corpus, sampled
 from distmerge.data.streaming import StreamBatches
 from distmerge.engine.engine import Engine
 from distmerge.engine.health import sickness
-from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import Theta, dtype_of, save_expert
 from distmerge.experts.examples import Known, look, nothing_known, observe, tracked_rows
 from distmerge.experts.stopping import Peak, Plateau, member_at
 from distmerge.files.atomic import write_atomically
 from distmerge.files.directories import guarded, publish_directory
+from distmerge.judge import Judge
 from distmerge.merging.in_memory import merge, read_model
 from distmerge.mesh import Mesh
 from distmerge.rules import catalogue
@@ -205,9 +205,9 @@ class ExpertTraining:
         general_first = catalogue.entry(section.method).first == "general"
         models = [*others, own] if general_first else [own, *others]
         merged = merge(section.method, self.base, models, section.scale, section.density, self.config.seed)
-        with self.theta.holding(merged):
-            texts = {self.config.expert.skill: self.run.held_out} | self.texts
-            return {name: self.loss(text) for name, text in texts.items()}, members
+        texts = {self.config.expert.skill: self.run.held_out} | self.texts
+        judge = Judge(self.run.engine.model, texts, self.config.train.batch_size, mesh.rank, mesh.world)
+        return judge.losses_of(self.theta.holding(merged)), members
 
     def _members(self, step: int) -> list[str]:
         return [str(member_at(name, step, self.patience_seconds)) for name in self.section.merge_with]
@@ -215,10 +215,6 @@ class ExpertTraining:
     def _vector(self, reference: str) -> Tensor:
         """Another model of this base as a vector."""
         return self.theta.of(read_model(reference, self.origin))
-
-    def loss(self, text: Any) -> float:
-        mesh = self.run.mesh
-        return evaluate(self.run.engine.model, text, self.config.train.batch_size, mesh.rank, mesh.world).loss
 
     # ---- the end, and the state
 

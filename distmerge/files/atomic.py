@@ -98,6 +98,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     if os.path.lexists(temporary):  # an earlier process died while it wrote it
         os.unlink(temporary)
     write_bytes(temporary, content.encode() if isinstance(content, str) else content)
+    replace_name(temporary, path)
+
+
+def replace_name(temporary: Path, path: Path) -> None:
+    """Let a file whose bytes are durable be found under its name from now on, in place of an older one."""
     os.rename(temporary, path)
     sync_directory(path.parent)
 
@@ -129,10 +134,14 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def give_name(temporary: Path, published: Path) -> None:
-    """Let a directory, whose files are durable, be found under its name from now on, in place of an older one."""
+def give_name(temporary: Path, published: Path, replace: bool = True) -> None:
+    """Let a directory, whose files are durable, be found under its name from now on.
+
+    Args:
+        replace: take the place of an older one; without it, an older one that is not empty is an OSError.
+    """
     sync_directory(temporary)
-    if not os.path.lexists(published):
+    if not replace or not os.path.lexists(published):
         os.rename(temporary, published)
         sync_directory(published.parent)
         return

@@ -50,26 +50,18 @@ def as_safetensors(path: Path, allow_pickle: bool) -> Path:
         return converted
     if not allow_pickle:
         raise UserError(f"{path} is a DCP or DeepSpeed checkpoint, pickles that can run code; allow it by --allow-pickle")
-    from distmerge.files.directories import guarded
+    from distmerge.files.directories import publish_directory, write_file
 
     tensors = read_dcp(path) if is_dcp(path) else read_zero(path)
-    guarded(converted, lambda: keep(path, tensors, converted))
+
+    def write(directory: Path) -> None:
+        write_file(directory / "model.safetensors", tensors)
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            if (path / name).is_file():
+                shutil.copyfile(path / name, directory / name)
+
+    publish_directory(converted, {}, write)
     return converted
-
-
-def keep(path: Path, tensors: dict[str, Tensor], converted: Path) -> None:
-    """Write ``tensors``, with the small files beside the checkpoint in ``path``, as ``converted``."""
-    from distmerge.files.atomic import give_name, write_bytes
-    from distmerge.files.directories import write_file
-
-    temporary = path.with_name(f".{path.name}{SUFFIX}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    write_file(temporary / "model.safetensors", tensors)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        if (path / name).is_file():
-            write_bytes(temporary / name, (path / name).read_bytes())
-    give_name(temporary, converted)
 
 
 def read_dcp(path: Path) -> dict[str, Tensor]:

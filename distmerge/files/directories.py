@@ -22,22 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distmerge.errors import UserError
-from distmerge.files.atomic import DurableFile, delete, give_name, make_directory, sync_directory, sync_file
+from distmerge.files.atomic import DurableFile, delete, give_name, make_directory, replace_name, sync_directory, sync_file
+from distmerge.files.header import encode_header
 from distmerge.files.manifest import HASH_NAMES, HASHES, MANIFEST, as_json, entry_of, read_manifest, sealed
-
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""safetensors' names of dtypes."""
+from distmerge.files.sources import NAMES
 
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:
@@ -58,17 +46,18 @@ def write_file(path: Path, content: Any) -> dict[str, Any]:
 
 def write_tensors(file: DurableFile, tensors: dict[str, Tensor]) -> None:
     """The safetensors format, tensor by tensor, without a copy of the whole."""
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    header, _ = encode_header({name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()})
+    file.write(header)
     for tensor in tensors.values():
         file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def replace_file(path: Path, content: Any) -> None:
+    """Write a file of any of the formats so that a reader, or a crash, finds the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    delete(temporary)  # an earlier process died while it wrote it
+    write_file(temporary, content)
+    replace_name(temporary, path)
 
 
 def read_file(path: Path) -> Any:

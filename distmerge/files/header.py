@@ -146,9 +146,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def encode_header(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+def encode_header(
+    tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
     """The first bytes of a file that holds ``tensors`` (name -> dtype, shape) end to end, and where each one's data starts."""
-    table: dict[str, Any] = {"__metadata__": metadata}
+    table: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     at = 0
     offsets: dict[str, int] = {}
     for name, (dtype, shape) in tensors.items():

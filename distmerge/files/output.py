@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distmerge.errors import UserError
-from distmerge.files.atomic import delete, make_directory, sync_directory, write_bytes
+from distmerge.files.atomic import delete, give_name, make_directory, sync_directory, write_bytes
 from distmerge.files.layout import Shard
 
 JOURNAL = "journal.jsonl"
@@ -100,13 +100,11 @@ class Output:
             for descriptor in self.files.values():
                 os.close(descriptor)
             (self.path / JOURNAL).unlink()
-            sync_directory(self.path)
             refuse_existing(self.out)
-            self.path.rename(self.out)
-        with disk_errors(self.out, "it is whole, but for a file lock"):
+        with disk_errors(self.out, published=self.out):
+            give_name(self.path, self.out, replace=False)
             (self.out / LOCK).unlink()  # not before: whoever takes the lock clears the directory
             sync_directory(self.out)
-            sync_directory(self.out.parent)
         self._lock.close()
 
     def discard(self) -> None:
@@ -164,11 +162,13 @@ def refuse_existing(out: Path) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path, state: str = "nothing was published") -> Iterator[None]:
-    """A disk that is full or not writable is the user's error; ``state`` is what there is of the output."""
+def disk_errors(path: Path, published: Path | None = None) -> Iterator[None]:
+    """A disk that is full or not writable is the user's error; ``published`` may have got its name before it."""
     try:
         yield
     except OSError as error:
         if error.errno not in (*DISK_ERRORS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG):
             raise
+        named = published is not None and published.exists()
+        state = "it is whole, but for a file lock" if named else "nothing was published"
         raise UserError(f"cannot write {error.filename or path}: {error.strerror}; {state}") from None

@@ -28,6 +28,7 @@ from distmerge.errors import UserError
 from distmerge.workers.compose import Composed
 from distmerge.workers.divergence import MergeReport
 from distmerge.workers.merger import Merger
+from distmerge.files.directories import replace_file
 
 STATE = "merger-{rank:05}.pt"
 """The mergers' state, beside the Trainer's own in its checkpoints."""
@@ -127,7 +128,7 @@ class MergeCallback(TrainerCallback):
         self.reports += report if isinstance(report, list) else [report] if report is not None else []
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        torch.save(self.merger.state_dict(), self._path(args, state))
+        replace_file(self._path(args, state), self.merger.state_dict())
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.made is not None, "training has begun"

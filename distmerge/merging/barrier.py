@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from distmerge.config.train import Data
-from distmerge.data.packed import packed_text, sampled
-from distmerge.errors import UserError
-from distmerge.evaluate import evaluate
+from distmerge.judge import Judge, holding, texts_of, tokenizer_of
 from distmerge.model import check_fits, load_model, load_tokenizer
 
 STEPS = (0.25, 0.5, 0.75)
+TEXT = "files"
+"""The name of the one text that all is measured on."""
 
 
 def on_data(models: list[str], files: list[str], sequence_length: int, sequences: int) -> dict[str, Any]:
@@ -23,26 +22,21 @@ def on_data(models: list[str], files: list[str], sequence_length: int, sequences
     Args:
         models: the base, whose tokenizer is taken, and the experts. Pairs are indices into the experts.
     """
-    from transformers import ByT5Tokenizer
-
-    tokenizer = load_tokenizer(models[0])
-    kind = "bytes" if isinstance(tokenizer, ByT5Tokenizer) else models[0]
-    text = sampled(packed_text(Data(tokenizer=kind, sequence_length=sequence_length, source="files", files=files)), sequences)
-    if len(text) == 0:
-        raise UserError(f"--files must hold at least one sequence of {sequence_length} tokens")
+    texts = texts_of({TEXT: files}, tokenizer_of(models[0]), sequence_length, sequences, "--files")
     experts = [load_model(path) for path in models[1:]]
-    check_fits(experts[0], tokenizer, sequence_length)
-    states = [{key: value.clone() for key, value in expert.state_dict().items()} for expert in experts]
-    losses = [evaluate(expert, text, 8).loss for expert in experts]
+    check_fits(experts[0], load_tokenizer(models[0]), sequence_length)
+    states = [expert.state_dict() for expert in experts]
+    losses = [Judge(expert, texts).losses()[TEXT] for expert in experts]
     found: dict[str, Any] = {"losses": losses, "barriers": [], "divergences": []}
-    line = load_model(models[1])
+    judge = Judge(load_model(models[1]), texts)
     for i, j in itertools.combinations(range(len(experts)), 2):
         heights = []
         for share in STEPS:
-            line.load_state_dict({key: torch.lerp(states[i][key], states[j][key], share) for key in states[i]})
-            heights.append(evaluate(line, text, 8).loss - (1 - share) * losses[i] - share * losses[j])
+            between = {key: torch.lerp(states[i][key], states[j][key], share) for key in states[i]}
+            loss = judge.losses_of(holding(judge.model, between))[TEXT]
+            heights.append(loss - (1 - share) * losses[i] - share * losses[j])
         found["barriers"].append({"pair": [i, j], "value": max(0.0, *heights)})
-        found["divergences"].append({"pair": [i, j], "value": divergence(experts[i], experts[j], text)})
+        found["divergences"].append({"pair": [i, j], "value": divergence(experts[i], experts[j], texts[TEXT])})
     return found
 
 

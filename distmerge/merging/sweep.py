@@ -16,15 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from distmerge.config.train import Data
-from distmerge.data.packed import packed_text, sampled
 from distmerge.errors import UserError
-from distmerge.evaluate import evaluate
 from distmerge.files.output import refuse_existing
 from distmerge.files.sources import DTYPES, InMemory, Maps
 from distmerge.files.stream import Job, Stream, in_memory
+from distmerge.judge import Judge, texts_of, tokenizer_of
 from distmerge.merging import recipe_toml
 from distmerge.merging.execute import settings_of, survey_of
 from distmerge.merging.jobs import build
@@ -45,37 +43,22 @@ FROM_TASK_VECTORS = (TaskArithmetic, TaskVectors, GlobalTrim)
 """Rules whose result is the base plus something that depends on the task vectors alone."""
 
 
-class Judge:
+class RecipeJudge(Judge):
     """The loss of merged models, which are built in memory inside one model of the same shape.
 
     Task vectors are computed once, for the first of the recipes that ask for them, and kept in float32.
     """
 
     def __init__(self, donor: str, skills: dict[str, list[str]], options: argparse.Namespace):
-        from transformers import ByT5Tokenizer
-
         donor = str(open_any(donor, options.allow_pickle).directory)
-        kind = "bytes" if isinstance(load_tokenizer(donor), ByT5Tokenizer) else donor
         length = options.sequence_length
-        self.texts = {
-            name: sampled(
-                packed_text(Data(tokenizer=kind, sequence_length=length, source="files", files=files)), options.sequences
-            )
-            for name, files in skills.items()
-        }
-        for name, text in self.texts.items():
-            if len(text) == 0:
-                raise UserError(f"--skill {name} must hold at least one sequence of {length} tokens")
-        self.model: nn.Module = load_model(donor)
+        texts = texts_of(skills, tokenizer_of(donor), length, options.sequences)
+        super().__init__(load_model(donor), texts)
         check_fits(self.model, load_tokenizer(donor), length)
         self.settings, self.allow_pickle = settings_of(options), options.allow_pickle
         self.places = {name: value.view(-1) for name, value in self.model.state_dict().items()}
         self._vectors: dict[str, tuple[InMemory, ...]] = {}
         self._bases: dict[str, Tensor] = {}
-
-    def losses(self) -> dict[str, float]:
-        """The loss on every skill of what is in the model now."""
-        return {name: evaluate(self.model, text, 8).loss for name, text in self.texts.items()}
 
     def put(self, recipe: Recipe) -> None:
         """Merge the recipe into the model. All recipes of one judge have the same base and members, in one order."""
@@ -160,7 +143,7 @@ def over_grid(recipe: Recipe, skills: dict[str, list[str]], options: argparse.Na
     """A point for each value."""
     key, values = grid_of(options.grid)
     recipes = [replace(recipe, parameters=recipe.parameters | {key: value}) for value in values]
-    judge = Judge(recipe.donor, skills, options)
+    judge = RecipeJudge(recipe.donor, skills, options)
     points = []
     for value, one in zip(values, recipes, strict=True):
         judge.put(one)
@@ -171,7 +154,7 @@ def over_grid(recipe: Recipe, skills: dict[str, list[str]], options: argparse.Na
 def greedy(recipe: Recipe, skills: dict[str, list[str]], options: argparse.Namespace) -> list[dict[str, Any]]:
     """A point for each model that was tried, in the order of their own losses."""
     entries = [Entry(entry.model, {"weight": 1.0}) for entry in recipe.slices[0].entries]
-    judge = Judge(entries[0].model, skills, options)
+    judge = RecipeJudge(entries[0].model, skills, options)
 
     def mean(chosen: list[Entry]) -> tuple[Recipe, dict[str, float]]:
         mixed = Recipe(method="mean", slices=(Slice(tuple(chosen)),), out_dtype=recipe.out_dtype)

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmerge.config.train import Data
-from distmerge.data.packed import packed_text, sampled
-from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import Theta
+from distmerge.judge import Judge, texts_of
 from distmerge.merging.in_memory import compare, diagnose, line, merge, read_model
 from distmerge.merging.omegas import token_ratio, trained_tokens
 from distmerge.model import load_model
@@ -31,24 +29,16 @@ class Bench:
         self.origin = base
         model = load_model(base)
         self.theta = Theta(model, FlatParameters(model))
-        self.texts = {
-            name: sampled(
-                packed_text(
-                    Data(source="files", files=[file], tokenizer=config.tokenizer, sequence_length=config.sequence_length)
-                ),
-                config.eval_sequences,
-            )
-            for name, file in texts.tests.items()
-        }
+        files = {name: [file] for name, file in texts.tests.items()}
+        tests = texts_of(files, config.tokenizer, config.sequence_length, config.eval_sequences, "the test text {name}")
+        self.judge = Judge(model, tests, BATCH)
 
     def vector(self, directory: str) -> Tensor:
         return self.theta.of(read_model(directory, self.origin))
 
     def losses(self, theta: Tensor, names: list[str] | None = None) -> dict[str, float]:
         """The loss on the named test texts, by default all; nats per token."""
-        with self.theta.holding(theta):
-            chosen = names or list(self.texts)
-            return {name: evaluate(self.theta.model, self.texts[name], BATCH).loss for name in chosen}
+        return self.judge.losses_of(self.theta.holding(theta), names)
 
 
 def measure(config: PtmConfig, seed: int, texts: Texts, runs: Runs) -> dict[str, Any]:

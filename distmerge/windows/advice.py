@@ -1,10 +1,21 @@
-"""The gate: whether merging a window should help, which part of it and by which curve, from one Gram matrix.
+"""Merge advice: whether merging a window should help, which part of it and by which curve, from one Gram matrix.
 
-Blocks are taken as a drift plus noise of their own: E|theta_i - theta_j|^2 = 2 s^2 + v^2 (x_i - x_j)^2, fitted by least
-squares to the measured distances. A merge with weights c then lies v^2 (x_last - sum c x)^2 behind the newest block and holds
-s^2 sum c^2 of noise; the newest block alone holds s^2. The advice is the curve and length with the least sum. Plain
-distances count all directions alike, though the drift's are mostly flat and the noise's steep, so they lean to short windows;
-weighed by the curvature's diagonal they are what a quadratic loss would see. Either way it is a reason to look, no verdict.
+Members are taken as points of a smooth path, each with independent noise of its own, s^2 = E|noise|^2. The two are told apart
+by the differences of successive members: noise makes neighbouring ones oppose each other and leaves all others alone,
+
+    E<delta_i, delta_i+1> = <d_i, d_i+1> - s^2,      E<delta_i-1, delta_i+1> = <d_i-1, d_i+1>,
+
+while the steps d of a drift agree with their neighbours as with the next but one. So s^2 is by how much the latter exceed the
+former; a drift that is straight, slows down or turns adds nothing to it, and neither does a random walk. A merge with weights
+c, the last of them c_n, then lies
+
+    |sum c theta - theta_n|^2 + s^2 (2 c_n - 1)
+
+from where the newest member would be without its noise: Stein's unbiased estimate of risk (Stein 1981,
+https://doi.org/10.1214/aos/1176345632), which takes the drift as it was, of whatever form. The newest member alone lies s^2
+away. The advice is the curve and length with the least estimate. Plain distances count all directions alike, though the
+drift's are mostly flat and the noise's steep, so they lean to short windows; weighed by the curvature's diagonal they are what
+a quadratic loss would see. Either way it is a reason to look, no verdict.
 
 Source of drift against noise: PMA, https://arxiv.org/abs/2505.12082.
 """
@@ -31,7 +42,7 @@ class Advice:
     gain: the share of the newest block's squared noise that the merge is expected to take away.
     ratio: |theta_n - theta_1|^2 / sum |delta_i|^2 of the window; about 1/(n-1) for noise, n-1 for a straight line.
     cosines: of successive deltas; -1/2 for independent noise, 1 for a straight line.
-    noise, drift: s^2, and v^2 over the whole window.
+    noise, drift: s^2; the squared length of the path over the whole window, as far as the first and the last member tell.
     effective: N_eff of the advised weights.
     """
 
@@ -84,12 +95,13 @@ def advise(gram: np.ndarray, starts: list[float], end: float | None = None) -> A
     x = token_shares(starts, end)
     squared = distances(gram)
     steps = np.array([squared[i, i + 1] for i in range(n - 1)])
-    noise, drift = fit(squared, x)
+    noise = noise_of(gram, x)
+    drift = max(0.0, float(squared[0, -1]) - 2 * noise) / float(x[-1]) ** 2
     best = ("linear", 1, noise)
     for count in range(2, n + 1):
         shares = token_shares(starts[-count:], end)
         for curve in CURVES:
-            cost = expected(weights(curve, shares.tolist()), x[-count:], noise, drift)
+            cost = risk(weights(curve, shares.tolist()), gram, noise)
             if cost < best[2]:
                 best = (curve, count, cost)
     curve, count, cost = best
@@ -107,24 +119,42 @@ def advise(gram: np.ndarray, starts: list[float], end: float | None = None) -> A
     )
 
 
-def fit(squared: np.ndarray, x: np.ndarray) -> tuple[float, float]:
-    """s^2 and v^2, neither negative, by least squares over all pairs."""
-    upper = np.triu_indices(len(x), 1)
-    apart = (x[:, None] - x[None, :])[upper] ** 2
-    design = np.stack([np.full_like(apart, 2.0), apart], axis=1)
-    measured = squared[upper]
-    noise, drift = np.linalg.lstsq(design, measured, rcond=None)[0]
-    if drift < 0:
-        noise, drift = measured.mean() / 2, 0.0
-    if noise < 0:
-        noise, drift = 0.0, float((measured * apart).sum() / max(np.square(apart).sum(), 1e-300))
-    return float(noise), float(drift)
+def noise_of(gram: np.ndarray, x: np.ndarray) -> float:
+    """s^2, from differences of successive members; 0 where nothing speaks for any.
+
+    With steps of the lengths h_1, h_2, h_3, of three successive differences
+
+        <delta_1, delta_3> / h_1 h_3 - (<delta_1, delta_2> / h_1 h_2 + <delta_2, delta_3> / h_2 h_3) / 2
+
+    has the mean s^2 (1 / h_1 h_2 + 1 / h_2 h_3) / 2, whatever a straight drift adds. Of three members there is one pair of
+    differences: their opposition alone is a lower bound. Two members tell nothing.
+
+    Args:
+        gram: ``[n, n]`` inner products of the members.
+        x: ``[n]`` their positions, increasing.
+    """
+    h = np.diff(x)
+    products = np.diff(np.diff(gram, axis=0), axis=1)  # [n - 1, n - 1], of the differences
+    if len(h) < 2:
+        return 0.0
+    if len(h) == 2:
+        return max(0.0, -float(products[0, 1]))
+    speeds = products / np.outer(h, h)
+    apart, near = np.diag(speeds, 2), np.diag(speeds, 1)
+    scale = 1 / (h[:-1] * h[1:])
+    excess = apart - (near[:-1] + near[1:]) / 2
+    return max(0.0, float(excess.sum() / ((scale[:-1] + scale[1:]) / 2).sum()))
 
 
-def expected(c: np.ndarray, x: np.ndarray, noise: float, drift: float) -> float:
-    """The squared distance of a merge from where the newest block would be without its noise."""
-    behind = float(x[-1] - c @ x)
-    return drift * behind**2 + noise * float(np.square(c).sum())
+def risk(c: np.ndarray, gram: np.ndarray, noise: float) -> float:
+    """The squared distance of a merge of the newest members from where the newest one would be without its noise.
+
+    It is at least what is left of the noise, ``s^2 sum c^2``, of which the estimate could fall short by chance.
+    """
+    away = np.zeros(len(gram))
+    away[-len(c) :] = c
+    away[-1] -= 1
+    return max(float(away @ gram @ away) + noise * (2 * float(c[-1]) - 1), noise * float(np.square(c).sum()))
 
 
 def cosines(squared: np.ndarray) -> list[float]:

@@ -15,7 +15,7 @@ from distmerge.checkpoints.store import published_checkpoints, step_of
 from distmerge.config import toml
 from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
-from distmerge.files.atomic import write_atomically
+from distmerge.files.atomic import give_name, make_directory, write_atomically
 from distmerge.files.directories import guarded, verify
 from distmerge.rundir.identity import Identity, read_identity
 from distmerge.windows.prediction import predict
@@ -99,7 +99,10 @@ def prepare(fork: Path, config: TrainConfig, checkpoint: Path, parent: Identity 
     def make() -> None:
         shutil.rmtree(fork, ignore_errors=True)
         target = fork / "checkpoints" / checkpoint.name
-        shutil.copytree(checkpoint, target, copy_function=os.link)  # published files never change: links are copies
+        temporary = target.with_name(f".{target.name}")
+        make_directory(target.parent)
+        shutil.copytree(checkpoint, temporary, copy_function=os.link)  # published files never change: links are copies
+        give_name(temporary, target)
         if parent is not None:
             write_atomically(fork / "environment.json", json.dumps(parent.fork().record(), indent=2) + "\n")
         write_atomically(fork / "config.toml", toml.dump(config))

@@ -88,7 +88,7 @@ def merged_loss(run_dir: Path, config: TrainConfig, blocks: list[Block], curve: 
     import torch
 
     from distmerge.data.packed import open_corpus, sampled
-    from distmerge.evaluate import evaluate
+    from distmerge.judge import Judge
     from distmerge.model import load_model
 
     if config.data.streaming:
@@ -100,4 +100,5 @@ def merged_loss(run_dir: Path, config: TrainConfig, blocks: list[Block], curve: 
             view.zero_()
         for block, weight in zip(blocks, block_weights(curve, blocks), strict=True):
             accumulate(run_dir / "window" / block.name, weight, views)
-    return evaluate(model, sampled(open_corpus(config.data).held_out, config.evaluate.sequences), config.train.batch_size).loss
+    held_out = sampled(open_corpus(config.data).held_out, config.evaluate.sequences)
+    return Judge(model, {"held out": held_out}, config.train.batch_size).losses()["held out"]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from distmerge.windows.advice import advise, explain, gram_of, gram_of_chunk
+from distmerge.windows.advice import advise, explain, gram_of, gram_of_chunk, noise_of
+from distmerge.windows.curves import weights
 
 
 def window(n: int, drift: float, noise: float, size: int = 20000) -> list[torch.Tensor]:
@@ -45,3 +46,61 @@ def test_in_between_takes_a_shorter_window() -> None:
     found = advise(gram_of(window(20, 0.4, 0.1)), list(range(20)))
     assert found.merge and 1 < found.count < 20
     assert "should help" in explain(found, [str(i) for i in range(20)])
+
+
+SIZE = 20000
+
+
+def path(kind: str, n: int, length: float) -> torch.Tensor:
+    """``[n, SIZE]``: where members would be without noise; the whole way is about ``length`` for each element."""
+    generator = torch.Generator().manual_seed(1)
+    one, two = torch.randn(2, SIZE, generator=generator)
+    x = torch.arange(n)[:, None] / n
+    match kind:
+        case "none":
+            return torch.zeros(n, SIZE)
+        case "straight":
+            return length * x * one
+        case "slowing":
+            return length * (1 - torch.exp(-3 * x)) * one
+        case "turning":
+            return length * (torch.sin(3 * x) * one + torch.cos(3 * x) * two) / 3
+        case "speeding":
+            return length * x.square() * one
+    return length * torch.randn(n, SIZE, generator=generator).cumsum(0) / n**0.5  # a random walk
+
+
+def gains(kind: str, length: float, noise: float, n: int = 12) -> tuple[float, float, int]:
+    """The gain that is promised, the true one of the merge that is advised, and how many members it takes."""
+    clean = path(kind, n, length)
+    members = clean + noise * torch.randn(n, SIZE, generator=torch.Generator().manual_seed(2))
+    found = advise(gram_of(list(members)), list(range(n)))
+    c = torch.tensor(weights(found.curve, [i / found.count for i in range(found.count)])) if found.count > 1 else torch.ones(1)
+    merged = (c.float()[:, None] * members[-found.count :]).sum(0)
+    alone = (members[-1] - clean[-1]).square().sum()
+    true = 1 - float((merged - clean[-1]).square().sum() / alone) if noise else 0.0
+    return found.gain, true, found.count
+
+
+@pytest.mark.parametrize("kind", ["straight", "slowing", "turning", "speeding", "walk"])
+def test_pure_drift_of_any_form_promises_nothing(kind: str) -> None:
+    promised, _, count = gains(kind, 1.0, 0.0)
+    assert (promised, count) == (0.0, 1)
+
+
+@pytest.mark.parametrize("length", [0.1, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("kind", ["none", "straight", "slowing", "turning", "speeding", "walk"])
+def test_the_gain_that_is_promised_is_the_true_one(kind: str, length: float) -> None:
+    """From noise alone to a drift that goes thirty times as far as the noise reaches; it may say too little, but not too much."""
+    promised, true, _ = gains(kind, length, 0.1)
+    assert true - 0.1 < promised < true + 0.03
+
+
+def test_the_noise_is_found_beside_any_drift_and_at_uneven_steps() -> None:
+    x = np.array([0.0, 1, 3, 4, 7, 8, 9, 12]) / 13
+    one = torch.randn(SIZE, generator=torch.Generator().manual_seed(1))
+    noise = 0.1 * torch.randn(len(x), SIZE, generator=torch.Generator().manual_seed(2))
+    members = list(torch.tensor(x, dtype=torch.float32)[:, None] * one + noise)
+    assert noise_of(gram_of(members), x) == pytest.approx(0.01 * SIZE, rel=0.1)
+    assert noise_of(gram_of(members[:2]), x[:2]) == 0
+    assert 0 < noise_of(gram_of(list(noise[:3])), x[:3]) < 0.012 * SIZE

@@ -18,6 +18,7 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from distmerge.cli import main
 from distmerge.errors import UserError
+from distmerge.files import directories
 from distmerge.windows.blocks import Block, publish_block
 from tests.files.models import family, write
 
@@ -50,6 +51,7 @@ def test_a_dcp_directory(paths, tmp_path):
     expected = merge(base, one, tmp_path / "plain")
     assert same(expected, merge(base, tmp_path / "dcp", tmp_path / "out", "--allow-pickle"))
     assert str(tmp_path / "dcp") in (tmp_path / "out" / "merge.json").read_text()
+    assert directories.verify(tmp_path / "dcp.converted") is None, "what was converted is published with its hashes"
     as_dcp(two, tmp_path / "dcp")  # the directory's next save: what was converted before is stale
     other = merge(base, tmp_path / "dcp", tmp_path / "again", "--allow-pickle")
     assert same(other, merge(base, two, tmp_path / "other")) and not same(other, expected)

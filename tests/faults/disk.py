@@ -39,6 +39,7 @@ class FaultyDisk:
         self.paths: dict[int, str] = {}
         self.synced: dict[int, int] = {}  # file, by its inode -> bytes of it that are on the disk
         self.renames: list[tuple[str, str]] = []
+        self.replaced: dict[str, bytes] = {}  # by the name, what stood there before a rename that may yet be forgotten
         self.swap = atomic.swap
 
     def __enter__(self) -> FaultyDisk:
@@ -65,6 +66,8 @@ class FaultyDisk:
             if path is None or not path.startswith(self.root):
                 return self.real[name](*arguments, **options)
             self._strike(name, path, arguments)
+            if name == "rename" and os.path.isfile(arguments[1]):
+                self.replaced.setdefault(os.fspath(arguments[1]), Path(arguments[1]).read_bytes())
             result = self.real[name](*arguments, **options)
             self._note(name, path, arguments, result)
             return result
@@ -98,6 +101,7 @@ class FaultyDisk:
                 found = os.fstat(arguments[0])
                 self.synced[found.st_ino] = found.st_size
                 self.renames = [(a, b) for a, b in self.renames if os.path.dirname(b) != path]
+                self.replaced = {name: old for name, old in self.replaced.items() if os.path.dirname(name) != path}
             case "close":
                 del self.paths[arguments[0]]
             case "rename":
@@ -125,3 +129,5 @@ class FaultyDisk:
                     self.swap(Path(new), Path(old))
                 elif os.path.exists(new):
                     shutil.move(new, old)
+            for name, content in self.replaced.items():
+                Path(name).write_bytes(content)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distmerge.errors import UserError
-from distmerge.files.directories import clear_leftovers, publish_directory, verify
+from distmerge.files.directories import clear_leftovers, publish_directory, replace_file, verify
 from distmerge.files.layout import lay_out
 from distmerge.files.lines import Lines
 from distmerge.files.manifest import MANIFEST, read_manifest
@@ -159,12 +159,22 @@ def found_output(folder: Path) -> int:
     return sum((folder / f"merged-{number}").exists() for number in (1, 2))
 
 
+def write_state(folder: Path, number: int) -> None:
+    """As a merger's state is kept beside a Trainer's checkpoint, which may be written again."""
+    replace_file(folder / "state.json", {"step": number})
+
+
+def found_state(folder: Path) -> int:
+    return json.loads((folder / "state.json").read_text())["step"]
+
+
 CASES = {
     "a block": Case(write_block, found_block),
     "a step that is published again": Case(write_step, found_step),
     "the final model of a run that went on": Case(write_end, found_end),
     "the record that a checkpoint remembers": Case(write_lines, found_lines),
     "a merge's output": Case(write_output, found_output),
+    "a file that replaces another": Case(write_state, found_state),
 }
 
 

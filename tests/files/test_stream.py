@@ -213,19 +213,18 @@ def test_a_second_merge_of_the_same_name_is_refused(tmp_path):
 def test_the_lock_is_held_until_the_directory_has_its_name(tmp_path, monkeypatch):
     from distmerge.files.output import Output
 
-    rename, tried = Path.rename, []
+    rename, tried = os.rename, []
 
-    def renamed(path: Path, target: Path) -> Path:
+    def renamed(path: Path, target: Path) -> None:
         with pytest.raises(UserError, match="another merge is writing"):
             Output(target, "two", [])
-        moved = rename(path, target)
+        rename(path, target)
         with pytest.raises(UserError, match="must not exist yet"):
             Output(target, "three", [])
         tried.append(target)
-        return moved
 
     first = Output(tmp_path / "out", "one", [])
-    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(os, "rename", renamed)
     first.publish({"config.json": b"{}"})
     assert tried == [tmp_path / "out"] and [path.name for path in tried[0].iterdir()] == ["config.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
