@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 
+from distmerge.config import rules
 from distmerge.config.presets import PRESETS, every_of, outer_of
-from distmerge.config.section import Section
+from distmerge.config.section import STORED, Section
 from distmerge.errors import UserError
 
 FEW_MERGES = 30
@@ -65,6 +66,10 @@ LOST_BY_RANK = ".error_feedback remembers what each rank's messages lost"
 
 
 class DiLoCoSettings(PeriodicSettings):
+    """Keys beside these are parameters of the rule, see :attr:`parameters`."""
+
+    model_config = ConfigDict(extra="allow")
+
     kind: Literal["diloco"] = "diloco"
     every: int | None = Field(default=None, ge=1)
     """Inner steps between merges of a parameter (H). By default steps / 100, but at least 10 and at most 100: the number of
@@ -87,8 +92,16 @@ class DiLoCoSettings(PeriodicSettings):
     """The format of the values that travel; the integer ones in blocks of 64."""
     error_feedback: bool = False
     """Add what the wire's rounding lost to the next message."""
-    rule: Literal["mean", "tokens", "radial"] = "mean"
-    """mean; tokens: weighted by tokens^2 / steps; radial: length and direction averaged apart, for each tensor."""
+    rule: str = "mean"
+    """What becomes of the workers' deltas: mean, radial (length and direction averaged apart), median, ties or any other rule
+    of the catalogue, whose parameters are keys beside it, such as density. tokens: the mean with weights = "tokens". auto: at
+    each merge the mean where the deltas correlate, else auto_rule."""
+    weights: Literal["equal", "tokens"] = "equal"
+    """tokens: workers are weighted by tokens^2 / steps of what they were trained on since the last merge."""
+    auto_rule: str = "ties"
+    """auto's rule where the deltas don't correlate. The rule's parameters are keys beside it."""
+    auto_above: float = Field(default=0.9, ge=-1, le=1)
+    """The mean correlation of two workers' deltas above which auto takes the mean."""
     outer_sharded: bool = False
     """Each worker keeps and steps 1/M of the anchor and velocity. Same traffic, no correlation in the metrics."""
     outer_device: Literal["cpu"] | None = None
@@ -98,6 +111,42 @@ class DiLoCoSettings(PeriodicSettings):
     nonfinite: Nonfinite = "raise"
     """What becomes of NaN and infinity. raise: a merge that would take them in ends the run; leave-out: a worker that has them
     counts for nothing in the merge and takes the others' values (its optimizer's moments stay: see [recovery])."""
+
+    @property
+    def parameters(self) -> dict[str, rules.Value]:
+        """The rule's own parameters by name, or those of auto's rule."""
+        return dict(self.model_extra or {})
+
+    @property
+    def named_rule(self) -> tuple[str, str]:
+        """The rule that the parameters are of, and the key that names it."""
+        return (self.auto_rule, "auto_rule") if self.rule == rules.AUTO else (self.rule, "rule")
+
+    @model_validator(mode="before")
+    @classmethod
+    def by_tokens(cls, values: Any) -> Any:
+        """The short form of the mean with token weights."""
+        short = isinstance(values, dict) and values.get("rule") == "tokens"
+        return values | {"rule": "mean", "weights": "tokens"} if short else values
+
+    @model_validator(mode="after")
+    def of_the_catalogue(self, info: ValidationInfo) -> DiLoCoSettings:
+        """Hold the rule and its parameters against the catalogue, and call it by its one name."""
+        (given, key), stored = self.named_rule, bool(info.context and info.context.get(STORED))
+        if key == "rule" and (self.auto_rule, self.auto_above) != ("ties", 0.9):
+            raise UserError(f'rule must be "auto" where auto_rule or auto_above is given, got "{given}"')
+        name = rules.known_rule(given, stored, key)
+        if name is None:  # from outside, in a run directory's configuration
+            return self
+        entry = rules.catalogue.entry(name)
+        if self.weights == "tokens" and "weight" not in entry.parameters:
+            raise UserError(f'weights must be "equal" for rule "{name}", which takes no weights, got "tokens"')
+        if self.outer_sharded and not (entry.linear and key == "rule"):
+            raise UserError(f'outer_sharded needs a rule that is linear, which "{name}" is not, got true')
+        settled = rules.check_parameters(name, self.parameters, list(type(self).model_fields))
+        object.__setattr__(self, key, name)  # frozen from here on
+        object.__setattr__(self, "__pydantic_extra__", settled)
+        return self
 
     @model_validator(mode="after")
     def consistent(self) -> DiLoCoSettings:
@@ -109,12 +158,6 @@ class DiLoCoSettings(PeriodicSettings):
             raise UserError("error_feedback must be false where wire is fp32, which loses nothing, got true")
         if self.outer_sharded and self.wire != "fp32":
             raise UserError(f"outer_sharded needs wire fp32, since it sends parameters and not deltas, got {self.wire}")
-        if self.rule == "radial":
-            for key, plain in (("fragments", 1), ("overlap", 0), ("wire", "fp32"), ("outer_sharded", False)):
-                if getattr(self, key) != plain:
-                    raise UserError(
-                        f'{key} must be {plain} for rule "radial", which is no running mean, got {getattr(self, key)}'
-                    )
         return self
 
     @property
@@ -126,6 +169,9 @@ class DiLoCoSettings(PeriodicSettings):
         return reasons + ([LOST_BY_RANK] if self.error_feedback else [])
 
     def completed(self, workers: int, steps: int | None = None) -> Self:
+        name, key = self.named_rule
+        if rules.is_loaded(name):
+            rules.check_workers(name, workers, key)
         chosen = {key: value for key, value in outer_of(workers).items() if getattr(self, key) is None}
         return super().completed(workers, steps).model_copy(update=chosen)
 

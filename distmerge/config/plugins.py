@@ -1,20 +1,19 @@
 """Code from outside that a configuration names: rules in ``plugins``, mergers in ``kind = "module:Class"``. Imports no torch.
 
 Naming a module runs it. So modules are imported where the user names them, in a TOML of their own or on the command line, and
-never because the configuration in a run directory does: a directory may come from somebody else. Here alone they are imported;
-whoever needs a class later looks among the modules that are loaded already.
+never because the configuration in a run directory does: a directory may come from somebody else. Whoever needs a class later
+looks among the modules that are loaded already.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from distmerge.errors import UserError
+from distmerge.rules.plugins import load_plugins
 
 
 def in_run_directory(path: str | Path) -> bool:
@@ -45,30 +44,7 @@ def load(table: dict[str, Any]) -> None:
     """
     for key, module in named(table):
         if all(part.isidentifier() for part in module.split(".")):  # else the schema refuses it
-            import_module(key, module)
-
-
-def import_module(key: str, module: str) -> None:
-    """Import ``module``, from the working directory too, as ``python -m`` does.
-
-    Args:
-        key: that names it, for the error.
-    """
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise UserError(f"{key} {module!r} cannot be imported: it needs {error.name}, which is not installed") from error
-        raise UserError(
-            f"{key} must name a module that is installed, lies in the working directory {os.getcwd()} or on PYTHONPATH, "
-            f"got {module!r}"
-        ) from None
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{key} {module!r} cannot be imported: {type(error).__name__}: {error}") from error
+            load_plugins([module], key)
 
 
 def refuse_stored(path: str, table: dict[str, Any], given: set[str]) -> None:

@@ -145,7 +145,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def consistent(self) -> TrainConfig:
-        merge = tuple(entry.completed(self.mesh.workers, self.steps) for entry in self.merge)
+        merge = tuple(self.completed(index, entry) for index, entry in enumerate(self.merge))
         object.__setattr__(self, "merge", merge)  # frozen from here on, with every default that depends on the run
         if self.mesh.workers > 1 and not self.merge:
             raise UserError(
@@ -175,6 +175,12 @@ class TrainConfig(Section):
             raise UserError('schedule.decay must be >= 1 for schedule.name "wsd", got 0')
         self.consistent_expert()
         return self
+
+    def completed(self, index: int, entry: Merge) -> Merge:
+        try:
+            return entry.completed(self.mesh.workers, self.steps)
+        except UserError as error:
+            raise UserError(f"merge[{index}].{error}") from None
 
     def consistent_mergers(self) -> None:
         """Refuse mergers that undo each other: an anchor must hold what the workers last agreed on."""

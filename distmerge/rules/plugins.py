@@ -13,10 +13,13 @@ GROUP = "distmerge.rules"
 """The entry points by which an installed package offers rules: a rule's name, and the module that makes it."""
 
 
-def load_plugins(modules: list[str]) -> None:
+def load_plugins(modules: list[str], where: str = "plugins") -> None:
     """Import the modules that the user's own settings name, each of which registers rules of its own.
 
     They may also lie in the working directory. Each is imported once.
+
+    Args:
+        where: the key that names them, for an error.
 
     Raises:
         UserError: when one cannot be imported.
@@ -32,10 +35,10 @@ def load_plugins(modules: list[str]) -> None:
             raise
         except ModuleNotFoundError as error:
             if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
-                raise UserError(f"plugins: there is no module {module} on Python's path or in {here}") from None
-            raise UserError(f"plugins: {module} imports {error.name}, which is not installed") from None
+                raise UserError(f"{where}: there is no module {module} on Python's path or in {here}") from None
+            raise UserError(f"{where}: {module} imports {error.name}, which is not installed") from None
         except Exception as error:
-            raise UserError(f"plugins: {module} cannot be imported: {type(error).__name__}: {error}") from error
+            raise UserError(f"{where}: {module} cannot be imported: {type(error).__name__}: {error}") from error
         finally:
             if added:
                 sys.path.remove(here)

@@ -46,25 +46,25 @@ class DiLoCo:
     Args:
         model: any module, or parameters already laid out flat.
         every: inner steps between merges of a parameter (H).
-        outer_lr, outer_momentum, nesterov: the outer optimizer; by default 0.7 (1.0 from 4 workers on) and 0.5, Nesterov's. The
-            paper's is ``PRESETS["paper-diloco"]``.
+        outer_lr, outer_momentum, nesterov: the outer optimizer; by default 0.7 (1.0 from 4 workers on), 0.5, Nesterov's.
         fragments, fragment_order: parts of theta that merge in turn, "strided" over depth or "balanced" by bytes.
         overlap: inner steps between sending and applying (tau), while the collectives run.
         mix: share of a worker's own parameters that it keeps in a merge (alpha).
         wire: the format of the values that travel: "fp32", "bf16", "int8" or "int4".
         error_feedback: add what the wire's rounding lost to the next message.
-        rule: "mean", "tokens" (weights tokens^2 / steps) or "radial" (length and direction apart, per tensor).
+        rule: what becomes of the deltas: any rule of the catalogue, such as "mean", "radial" or "ties", or "auto".
+        weights: "equal", or "tokens": tokens^2 / steps since the last merge. ``rule="tokens"`` is the mean with these.
+        auto_rule, auto_above: the rule of "auto" where the deltas' mean correlation is not above so much.
         outer_sharded: each worker keeps and steps 1/M of anchor and velocity.
         outer_device: "cpu" keeps anchor and velocity in host memory.
         group: the peers, one rank of each worker; all ranks by default.
         bucket_bytes: bytes of parameters per collective.
-        nonfinite: what becomes of NaN and infinity: "raise" refuses a mean that holds one, on all workers; "leave-out" gives a
-            worker that has one weight 0.
+        nonfinite: where a mean would hold NaN or infinity: "raise", on all workers, or "leave-out", at weight 0, who has them.
         buffers: policies of buffers that are not known by name, see :mod:`distmerge.theta.buffers`.
+        parameters: of the rule, such as ``density``.
 
     Attributes:
-        weight: this worker's weight in the next merges. At 0 it takes part, does not count, and starts again from what
-            the others share.
+        weight: this worker's weight in the next merges. At 0 it takes part, does not count, and takes what the others share.
 
     Raises:
         UserError: for a value out of range, a buffer without a policy, or before init_process_group; at a merge, for a model
@@ -85,18 +85,23 @@ class DiLoCo:
         wire: Wire = "fp32",
         error_feedback: bool = False,
         rule: str = "mean",
+        weights: Literal["equal", "tokens"] = "equal",
+        auto_rule: str = "ties",
+        auto_above: float = 0.9,
         outer_sharded: bool = False,
         outer_device: Literal["cpu"] | None = None,
         group: dist.ProcessGroup | None = None,
         bucket_bytes: int = 64 * 2**20,
         nonfinite: Nonfinite = "raise",
         buffers: dict[str, Policy] | None = None,
+        **parameters: float | bool | str,
     ):
         settings = checked(
             DiLoCoSettings, every=every, outer_lr=outer_lr, outer_momentum=outer_momentum, nesterov=nesterov,
             fragments=fragments, fragment_order=fragment_order, overlap=overlap, mix=mix, wire=wire,
-            error_feedback=error_feedback, rule=rule, outer_sharded=outer_sharded, outer_device=outer_device,
-            bucket_bytes=bucket_bytes, nonfinite=nonfinite,
+            error_feedback=error_feedback, rule=rule, weights=weights, auto_rule=auto_rule, auto_above=auto_above,
+            outer_sharded=outer_sharded, outer_device=outer_device, bucket_bytes=bucket_bytes, nonfinite=nonfinite,
+            **parameters,
         )  # fmt: skip
         self.peers = Peers(group)
         self.settings = settings.completed(self.peers.size)
@@ -127,16 +132,12 @@ class DiLoCo:
         return report
 
     def finish(self) -> MergeReport | None:
-        """End with the mean of the workers, which all of them then have, bit by bit.
+        """End with the mean of the workers, bit by bit the same on all; None where they were equal already.
 
         The papers' outer step is one for a whole round. Taken for a part of one, or once more for a fragment without new
         steps, it moves the anchor along its momentum and away from what was trained: the mean of the workers is better at
         every length of the tail (``benchmarks/tails.py``). So the last merge is the plain mean, in float32 whatever the
-        wire. A fragment in flight is given up, since the mean holds what its worker has made of it.
-
-        Returns:
-            the merge's report; None where the workers were equal, so that the model is the anchor as it is.
-        """
+        wire. A fragment in flight is given up, since the mean holds what its worker has made of it."""
         if self.flying is not None:
             self.flying.wait()
             self.flying = None
@@ -232,7 +233,7 @@ class DiLoCo:
     def _begin_round(self, number: int) -> tuple[int, float]:
         """Inner steps since this fragment was last sent, and this worker's weight."""
         steps, tokens = self.progress.send(number)
-        by_tokens = self.settings.rule == "tokens" and steps > 0  # a fragment may be closed right after it was sent
+        by_tokens = self.settings.weights == "tokens" and steps > 0  # a fragment may be closed right after it was sent
         well = self.settings.nonfinite == "raise" or is_finite(self.flat, self.fragments[number])
         return steps, well * self.weight * (token_weight(tokens, steps) if by_tokens else 1.0)
 
@@ -246,16 +247,10 @@ class DiLoCo:
         self.round += 1
         collectives, sent = self.peers.ledger.take()
         return MergeReport(
-            round=self.round,
-            steps=merged.steps,
-            divergence=divergence,
-            correlation=correlation,
-            collectives=collectives,
-            bytes_sent=sent,
-            seconds=time.perf_counter() - began,
-            wait_seconds=sum(flight.waited for flight in merged.flights),
-            left_out=weight == 0 and self.weight > 0,
-        )
+            round=self.round, steps=merged.steps, divergence=divergence, correlation=correlation, collectives=collectives,
+            bytes_sent=sent, seconds=time.perf_counter() - began,
+            wait_seconds=sum(flight.waited for flight in merged.flights), left_out=weight == 0 and self.weight > 0,
+        )  # fmt: skip
 
     @property
     def steps(self) -> int:
@@ -282,10 +277,7 @@ class DiLoCo:
         return self.peers.ledger.collectives
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later merges depend on, besides the parameters. The tensors are not copies.
-
-        A fragment in flight is drained, by all workers together, and applied at its step.
-        """
+        """All that later merges depend on, besides the parameters; no copies. All workers drain what is in flight together."""
         return {
             "round": self.round,
             "progress": self.progress.state_dict(),

@@ -68,7 +68,7 @@ def start_outer(settings: mergers.DiLoCoSettings, theta: Tensor, buckets: Sequen
     """The outer state at the start of a run; None where theta itself travels and no anchor is needed."""
     # Averaging in float32 sends theta itself. Formats, overlap and mix need the delta, and so the anchor.
     s = settings
-    plain = s.wire == "fp32" and s.rule != "radial" and s.overlap == s.mix == 0 and not s.outer_sharded
+    plain = s.wire == "fp32" and s.rule == "mean" and not s.parameters and s.overlap == s.mix == 0 and not s.outer_sharded
     if s.outer_lr == 1 and s.outer_momentum == 0 and plain:
         return None
     assert s.outer_lr is not None and s.outer_momentum is not None, "a merger's settings are complete"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distmerge.config import mergers
+from distmerge.errors import UserError
 from distmerge.finite import nonfinite
 from distmerge.theta.flat import FlatParameters
 from distmerge.workers.divergence import Spread
@@ -39,6 +40,7 @@ class Sender:
         buckets: list[Bucket],
         outer: OuterState | None,
     ):
+        refuse_what_cannot_travel(settings)
         self.settings, self.flat, self.peers, self.outer = settings, flat, peers, outer
         self.wire = WIRES[settings.wire]
         self.shares = share_slices(buckets, peers.size) if settings.outer_sharded else []
@@ -97,3 +99,19 @@ class Sender:
             mean.copy_(anchor)
 
         return step
+
+
+def refuse_what_cannot_travel(settings: mergers.DiLoCoSettings) -> None:
+    """Refuse rules that have no way between workers, and the radial mean where its whole vector is not one float32 message.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if settings.rule not in ("mean", "radial") or settings.parameters:
+        raise UserError(f"rule {settings.rule!r} does not run across workers yet")
+    plain: dict[str, tuple[object, object]] = {
+        "fragments": (settings.fragments, 1), "overlap": (settings.overlap, 0), "wire": (settings.wire, "fp32"),
+    }  # fmt: skip
+    for key, (value, wanted) in plain.items() if settings.rule == "radial" else ():
+        if value != wanted:
+            raise UserError(f'{key} must be {wanted} for rule "radial", got {value}')

@@ -274,7 +274,10 @@ def test_divergence_and_correlation(ranks: Ranks, settings: dict) -> None:
             {"outer_sharded": True, "wire": "int8"},
             "outer_sharded needs wire fp32, since it sends parameters and not deltas, got int8",
         ),
-        ({"rule": "radial", "overlap": 1}, 'overlap must be 0 for rule "radial", which is no running mean, got 1'),
+        (
+            {"rule": "radial", "outer_sharded": True},
+            'outer_sharded needs a rule that is linear, which "radial" is not, got true',
+        ),
         ({"outer_momentum": 1.0}, "outer_momentum must be < 1, got 1.0"),
         ({"mix": 1.5}, "mix must be <= 1, got 1.5"),
     ],
