@@ -94,7 +94,8 @@ class Layers(nn.Module):
 def bytes_by_rule(rank: int) -> dict[str, float]:
     """What this rank sends in one merge of 30M parameters, by rule."""
     found = {}
-    for rule, given in (("mean", {}), ("ties", {"density": 0.2})):
+    rules: dict[str, dict[str, Any]] = {"mean": {}, "ties": {"density": 0.2}}
+    for rule, given in rules.items():
         merger = dm.DiLoCo(Layers(), every=1, rule=rule, **given)
         torch.manual_seed(rank)
         drift(merger.flat.vector)

@@ -25,10 +25,10 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from distmerge.data.loss_mask import IGNORED
 from distmerge.errors import UserError
+from distmerge.files.directories import replace_file
 from distmerge.workers.compose import Composed
 from distmerge.workers.divergence import MergeReport
 from distmerge.workers.merger import Merger
-from distmerge.files.directories import replace_file
 
 STATE = "merger-{rank:05}.pt"
 """The mergers' state, beside the Trainer's own in its checkpoints."""

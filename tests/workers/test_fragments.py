@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import distmerge as dm
-from distmerge.config.mergers import DiLoCo
 from distmerge.config.toml import checked
 from distmerge.errors import UserError
 from distmerge.theta.flat import FlatParameters, Slot
