@@ -38,7 +38,7 @@ from distmerge.workers.outer_state import own_shares, start_outer
 from distmerge.workers.pending import PendingFragment, PendingReduce, total_weight
 from distmerge.workers.progress import Progress
 from distmerge.workers.reduce import DeltaReducer
-from distmerge.workers.rule import WorkerRule, choice_of
+from distmerge.workers.rule import choice_of
 
 
 class DiLoCo:
@@ -68,8 +68,7 @@ class DiLoCo:
         weight: this worker's weight in the next merges. At 0 it takes part, does not count, and takes what the others share.
 
     Raises:
-        UserError: for a value out of range, a buffer without a policy, or before init_process_group; at a merge, for a model
-            whose parameters are others than they were, or for a mean that is not finite.
+        UserError: for a wrong setting or buffer, or no process group; at a merge, for other parameters or a mean not finite.
     """
 
     def __init__(
@@ -112,8 +111,7 @@ class DiLoCo:
         check_peers(self.flat, self.peers.group)
         self.policies = buffer_policies(self.flat.model, buffers)
         choice = choice_of(self.settings)
-        # A rule that is no sum gets all of a fragment at once, so that no bucket cuts a tensor.
-        bucket_numel = bucket_bytes // 4 if choice is None else max(1, self.flat.vector.numel())
+        bucket_numel = bucket_bytes // 4 if choice is None else max(1, self.flat.vector.numel())  # a rule wants whole tensors
         self.fragments = cut_fragments(self.flat, fragments, fragment_order, bucket_numel, fragment_patterns)
         self.weight = 1.0
         self.round = 0
@@ -121,8 +119,7 @@ class DiLoCo:
         self.flying: PendingFragment | None = None
         self.peers.start_equal(self.flat)
         self.outer = start_outer(self.settings, self.flat, self.buckets, self.peers)
-        across = None if choice is None else WorkerRule(choice, self.flat, self.peers)
-        self.reducer = DeltaReducer(self.settings, self.flat, self.peers, self.buckets, self.outer, across)
+        self.reducer = DeltaReducer(self.settings, self.flat, self.peers, self.buckets, self.outer, choice)
 
     def step(self, tokens: float | Tensor = 1.0) -> MergeReport | None:
         """Count one inner step, on ``tokens`` tokens, and merge what is due."""
@@ -183,8 +180,7 @@ class DiLoCo:
         steps, weight = self._begin_round(number)
         merged = PendingFragment(number, [], Divergence(self.flat.vector.device), weight, steps)
         for bucket in self.fragments[number]:
-            room = self.reducer.room_for(bucket)
-            flight = self.reducer.send(bucket, room, weight, merged.spread, self.round, plain=closing)
+            flight = self.reducer.send(bucket, None, weight, merged.spread, self.round, plain=closing)
             self._receive(bucket, flight, merged, mix, closing)
             merged.flights.append(flight)
         return self._report(merged, began, mix, closing)

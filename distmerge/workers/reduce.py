@@ -16,7 +16,7 @@ from distmerge.workers.fragments import Bucket
 from distmerge.workers.group import WorkerGroup
 from distmerge.workers.outer_state import OuterState, share_slices
 from distmerge.workers.pending import AllReduce, PendingReduce
-from distmerge.workers.rule import WorkerRule
+from distmerge.workers.rule import Choice, WorkerRule
 from distmerge.workers.scratch import Scratch
 from distmerge.workers.shares import Shares, equal_shares
 from distmerge.workers.wire import WIRES
@@ -28,7 +28,7 @@ class DeltaReducer:
     Args:
         buckets: all of theta's.
         outer: the anchor that deltas are taken from; None where theta itself travels.
-        rule: what the owners of shares run; None for a weighted mean.
+        choice: the rule that the owners of shares run; None for a weighted mean.
 
     Attributes:
         residuals: error feedback's memory, by bucket: of what this worker sends, and of the result that it sends as an owner.
@@ -41,9 +41,10 @@ class DeltaReducer:
         peers: WorkerGroup,
         buckets: list[Bucket],
         outer: OuterState | None,
-        rule: WorkerRule | None = None,
+        choice: Choice | None = None,
     ):
-        self.settings, self.flat, self.peers, self.outer, self.rule = settings, flat, peers, outer, rule
+        self.settings, self.flat, self.peers, self.outer = settings, flat, peers, outer
+        self.rule = None if choice is None else WorkerRule(choice, flat, peers)
         self.wire = WIRES[settings.wire]
         self.sharded = share_slices(buckets, peers.size) if settings.outer_sharded else []
         self.shares = {bucket.index: self._shares_of(bucket) for bucket in buckets}
@@ -56,7 +57,7 @@ class DeltaReducer:
     def _shares_of(self, bucket: Bucket) -> Shares:
         return equal_shares(bucket.numel, self.peers.size) if self.rule is None else self.rule.shares(bucket)
 
-    def room_for(self, bucket: Bucket) -> Tensor:
+    def _room_for(self, bucket: Bucket) -> Tensor:
         """Room for one message, used for one bucket after the other and kept: fresh memory costs as much as a copy."""
         if self._room.numel() <= bucket.numel:
             self._room = self.flat.vector.new_empty(bucket.numel + 1)
@@ -70,15 +71,17 @@ class DeltaReducer:
                 of_mean.zero_()
 
     def send(
-        self, bucket: Bucket, message: Tensor, weight: float, spread: Divergence, round: int, plain: bool = False
+        self, bucket: Bucket, message: Tensor | None, weight: float, spread: Divergence, round: int, plain: bool = False
     ) -> PendingReduce:
         """Begin to reduce a bucket's deltas; the parameters themselves where no whole anchor is at hand.
 
         Args:
+            message: room for it, ``[numel + 1]``; None for one that is used again by the next bucket.
             round: the merger's, on which random masks are keyed.
             plain: send float32 and take the weighted mean, whatever the wire, the rule and the anchor's owner are.
         """
         theta, sharded = self.flat.vector, self.settings.outer_sharded
+        message = self._room_for(bucket) if message is None else message
         if weight > 0:
             for part, place in bucket.parts(theta):
                 if self.outer is None or sharded:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import distmerge as dm
+from distmerge.config.mergers import DiLoCoSettings
 from distmerge.config.toml import checked
 from distmerge.errors import UserError
 from distmerge.theta.flat import FlatParameters, Slot
@@ -106,7 +107,7 @@ def test_patterns_that_do_not_divide_the_model_are_refused(patterns: tuple[str, 
 
 def test_there_are_as_many_patterns_as_fragments() -> None:
     with pytest.raises(UserError, match="fragment_patterns must be as many as fragments = 3, got 2"):
-        checked(DiLoCo, every=10, fragments=3, fragment_patterns=("a", "b"))
+        checked(DiLoCoSettings, every=10, fragments=3, fragment_patterns=("a", "b"))
 
 
 def merged(settings: dict[str, Any]) -> Tensor:

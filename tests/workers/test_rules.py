@@ -101,7 +101,7 @@ def check(results: list, rule: str, weights: list[float]) -> None:
     wanted = on_the_stack(rule, weights)
     exact = all(rule_for(name, rule, weights).exact for name in SHAPES) and rule not in ("mean", "tokens")
     for found, taken, _ in results:
-        assert taken == rule
+        assert taken == catalogue.canonical(rule)
         for name, parts in found.items():
             for first, values in parts:
                 part = wanted[name][first : first + values.numel()]
