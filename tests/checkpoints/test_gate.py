@@ -91,7 +91,7 @@ def test_pure_drift_of_any_form_promises_nothing(kind: str) -> None:
 @pytest.mark.parametrize("length", [0.1, 0.3, 1.0, 3.0])
 @pytest.mark.parametrize("kind", ["none", "straight", "slowing", "turning", "speeding", "walk"])
 def test_the_gain_that_is_promised_is_the_true_one(kind: str, length: float) -> None:
-    """From noise alone to a drift that goes thirty times as far as the noise reaches; it may say too little, but not too much."""
+    """From noise alone to a drift thirty times as far as the noise reaches; it may say too little, but not too much."""
     promised, true, _ = gains(kind, length, 0.1)
     assert true - 0.1 < promised < true + 0.03
 
