@@ -1,7 +1,8 @@
 """Merge advice: whether merging a window should help, which part of it and by which curve, from one Gram matrix.
 
-Members are taken as points of a smooth path, each with independent noise of its own, s^2 = E|noise|^2. The two are told apart
-by the differences of successive members: noise makes neighbouring ones oppose each other and leaves all others alone,
+Members are taken as points of a smooth path, each with noise of its own, s^2 = E|noise|^2, which in training is correlated
+from one to the next, as r^k over k. The two are told apart by the differences of successive members: noise makes neighbouring
+ones oppose each other and leaves others alone, so that with r = 0
 
     E<delta_i, delta_i+1> = <d_i, d_i+1> - s^2,      E<delta_i-1, delta_i+1> = <d_i-1, d_i+1>,
 
@@ -9,7 +10,7 @@ while the steps d of a drift agree with their neighbours as with the next but on
 former; a drift that is straight, slows down or turns adds nothing to it, and neither does a random walk. A merge with weights
 c, the last of them c_n, then lies
 
-    |sum c theta - theta_n|^2 + s^2 (2 c_n - 1)
+    |sum c theta - theta_n|^2 + s^2 (2 sum_j c_j r^(n - j) - 1)
 
 from where the newest member would be without its noise: Stein's unbiased estimate of risk (Stein 1981,
 https://doi.org/10.1214/aos/1176345632), which takes the drift as it was, of whatever form. The newest member alone lies s^2
@@ -22,8 +23,10 @@ Source of drift against noise: PMA, https://arxiv.org/abs/2505.12082.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,6 +58,22 @@ class Advice:
     noise: float
     drift: float
     effective: float
+
+
+MOST_CORRELATED = 0.8
+"""Of the noise of neighbouring members: with more, a few members cannot tell it from a drift."""
+
+
+class Noise(NamedTuple):
+    """The members' own noise.
+
+    Attributes:
+        square: its squared length, s^2.
+        correlation: between neighbouring members, in [0, 1); between members k apart it is the k-th power.
+    """
+
+    square: float
+    correlation: float
 
 
 def gram_of(vectors: list[Tensor]) -> np.ndarray:
@@ -96,8 +115,8 @@ def advise(gram: np.ndarray, starts: list[float], end: float | None = None) -> A
     squared = distances(gram)
     steps = np.array([squared[i, i + 1] for i in range(n - 1)])
     noise = noise_of(gram, x)
-    drift = max(0.0, float(squared[0, -1]) - 2 * noise) / float(x[-1]) ** 2
-    best = ("linear", 1, noise)
+    drift = max(0.0, float(squared[0, -1]) - 2 * noise.square) / float(x[-1]) ** 2
+    best = ("linear", 1, noise.square)
     for count in range(2, n + 1):
         shares = token_shares(starts[-count:], end)
         for curve in CURVES:
@@ -110,51 +129,73 @@ def advise(gram: np.ndarray, starts: list[float], end: float | None = None) -> A
         merge=count > 1,
         curve=curve,
         count=count,
-        gain=1 - cost / noise if noise > 0 else 0.0,
+        gain=1 - cost / noise.square if noise.square > 0 else 0.0,
         ratio=float(squared[0, -1] / steps.sum()) if steps.sum() > 0 else 0.0,
         cosines=cosines(squared),
-        noise=noise,
+        noise=noise.square,
         drift=drift,
         effective=effective_count(c),
     )
 
 
-def noise_of(gram: np.ndarray, x: np.ndarray) -> float:
-    """s^2, from differences of successive members; 0 where nothing speaks for any.
+def noise_of(gram: np.ndarray, x: np.ndarray) -> Noise:
+    """The noise, from differences of members that are 1, 2 or 3 apart; none where nothing speaks for any.
 
     With steps of the lengths h_1, h_2, h_3, of three successive differences
 
         <delta_1, delta_3> / h_1 h_3 - (<delta_1, delta_2> / h_1 h_2 + <delta_2, delta_3> / h_2 h_3) / 2
 
-    has the mean s^2 (1 / h_1 h_2 + 1 / h_2 h_3) / 2, whatever a straight drift adds. Of three members there is one pair of
-    differences: their opposition alone is a lower bound. Two members tell nothing.
+    has the mean s^2 (1 / h_1 h_2 + 1 / h_2 h_3) / 2, whatever a straight drift adds. Noise whose correlation falls as r^k is
+    seen as s^2 (1 - r^k)^3 between members that are k apart: the largest of the three and the first tell s^2 and r. Of three
+    members there is one pair of differences: their opposition alone is a lower bound. Two members tell nothing.
 
     Args:
         gram: ``[n, n]`` inner products of the members.
         x: ``[n]`` their positions, increasing.
     """
-    h = np.diff(x)
-    products = np.diff(np.diff(gram, axis=0), axis=1)  # [n - 1, n - 1], of the differences
-    if len(h) < 2:
-        return 0.0
-    if len(h) == 2:
-        return max(0.0, -float(products[0, 1]))
-    speeds = products / np.outer(h, h)
-    apart, near = np.diag(speeds, 2), np.diag(speeds, 1)
-    scale = 1 / (h[:-1] * h[1:])
-    excess = apart - (near[:-1] + near[1:]) / 2
-    return max(0.0, float(excess.sum() / ((scale[:-1] + scale[1:]) / 2).sum()))
+    if len(x) < 3:
+        return Noise(0.0, 0.0)
+    if len(x) == 3:
+        differences = np.diff(np.diff(gram, axis=0), axis=1)
+        return Noise(max(0.0, -float(differences[0, 1])), 0.0)
+    found = {apart: excess(gram, x, apart) for apart in (1, 2, 3) if len(x) > 3 * apart}
+    apart = max(found, key=lambda apart: found[apart])
+    if found[apart] <= 0:
+        return Noise(0.0, 0.0)
+    root = (max(0.0, found[1]) / found[apart]) ** (1 / 3)  # (1 - r) / (1 - r^k), where r^k is between members k apart
+    r = 1 / max(root, 1e-3) - 1  # = r + ... + r^(k-1)
+    if apart == 3:
+        r = (math.sqrt(1 + 4 * r) - 1) / 2
+    r = min(MOST_CORRELATED, r) if apart > 1 else 0.0
+    return Noise(found[apart] / (1 - r**apart) ** 3, r)
 
 
-def risk(c: np.ndarray, gram: np.ndarray, noise: float) -> float:
+def excess(gram: np.ndarray, x: np.ndarray, apart: int) -> float:
+    """By how much differences of members ``apart`` agree more with the next but one than with their neighbours."""
+    total = scale = 0.0
+    for first in range(len(x) - 3 * apart):
+        at = [first, first + apart, first + 2 * apart, first + 3 * apart]
+        h = np.diff(x[at])
+        products = np.diff(np.diff(gram[np.ix_(at, at)], axis=0), axis=1)
+        speeds = products / np.outer(h, h)
+        total += float(speeds[0, 2] - (speeds[0, 1] + speeds[1, 2]) / 2)
+        scale += float(1 / (h[0] * h[1]) + 1 / (h[1] * h[2])) / 2
+    return total / scale
+
+
+def risk(c: np.ndarray, gram: np.ndarray, noise: Noise) -> float:
     """The squared distance of a merge of the newest members from where the newest one would be without its noise.
 
-    It is at least what is left of the noise, ``s^2 sum c^2``, of which the estimate could fall short by chance.
+    It is at least what is left of the noise, ``c^T N c`` with its covariances N, of which the estimate could fall short by
+    chance.
     """
     away = np.zeros(len(gram))
     away[-len(c) :] = c
     away[-1] -= 1
-    return max(float(away @ gram @ away) + noise * (2 * float(c[-1]) - 1), noise * float(np.square(c).sum()))
+    ages = np.arange(len(c) - 1, -1, -1)
+    covariances = noise.square * noise.correlation ** np.abs(ages[:, None] - ages[None, :])
+    measured = float(away @ gram @ away) + 2 * float(c @ covariances[:, -1]) - noise.square
+    return max(measured, float(c @ covariances @ c))
 
 
 def cosines(squared: np.ndarray) -> list[float]:

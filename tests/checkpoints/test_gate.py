@@ -101,6 +101,21 @@ def test_the_noise_is_found_beside_any_drift_and_at_uneven_steps() -> None:
     one = torch.randn(SIZE, generator=torch.Generator().manual_seed(1))
     noise = 0.1 * torch.randn(len(x), SIZE, generator=torch.Generator().manual_seed(2))
     members = list(torch.tensor(x, dtype=torch.float32)[:, None] * one + noise)
-    assert noise_of(gram_of(members), x) == pytest.approx(0.01 * SIZE, rel=0.1)
-    assert noise_of(gram_of(members[:2]), x[:2]) == 0
-    assert 0 < noise_of(gram_of(list(noise[:3])), x[:3]) < 0.012 * SIZE
+    assert noise_of(gram_of(members), x).square == pytest.approx(0.01 * SIZE, rel=0.1)
+    assert noise_of(gram_of(members[:2]), x[:2]).square == 0
+    assert 0 < noise_of(gram_of(list(noise[:3])), x[:3]).square < 0.012 * SIZE
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.3])
+def test_noise_that_is_correlated_promises_less(drift: float) -> None:
+    """Twelve members of noise that is correlated by a half are not twelve independent ones."""
+    n, generator = 12, torch.Generator().manual_seed(2)
+    noise = [torch.randn(SIZE, generator=generator)]
+    for _ in range(n - 1):
+        noise.append(0.5 * noise[-1] + 0.75**0.5 * torch.randn(SIZE, generator=generator))
+    members = list(path("straight", n, drift) + 0.1 * torch.stack(noise))
+    found = advise(gram_of(members), list(range(n)))
+    c = torch.tensor(weights(found.curve, [i / found.count for i in range(found.count)])).float()
+    merged = (c[:, None] * torch.stack(members[-found.count :])).sum(0) - path("straight", n, drift)[-1]
+    true = 1 - float(merged.square().sum() / (0.1 * noise[-1]).square().sum())
+    assert found.merge and true - 0.15 < found.gain < true + 0.05
