@@ -12,12 +12,13 @@ from distmerge.config.train import Data
 from distmerge.data.packed import packed_text, sampled
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate
+from distmerge.merging.diagnosis import OnText, PairFigure
 from distmerge.model import check_fits, load_model, load_tokenizer
 
 STEPS = (0.25, 0.5, 0.75)
 
 
-def on_data(models: list[str], files: list[str], sequence_length: int, sequences: int) -> dict[str, Any]:
+def on_data(models: list[str], files: list[str], sequence_length: int, sequences: int) -> OnText:
     """Barriers ``max_a L(a) - lerp(L0, L1)`` along the line, and KL divergences, between each pair of experts.
 
     Args:
@@ -34,16 +35,17 @@ def on_data(models: list[str], files: list[str], sequence_length: int, sequences
     check_fits(experts[0], tokenizer, sequence_length)
     states = [{key: value.clone() for key, value in expert.state_dict().items()} for expert in experts]
     losses = [evaluate(expert, text, 8).loss for expert in experts]
-    found: dict[str, Any] = {"losses": losses, "barriers": [], "divergences": []}
+    barriers: list[PairFigure] = []
+    divergences: list[PairFigure] = []
     line = load_model(models[1])
     for i, j in itertools.combinations(range(len(experts)), 2):
-        heights = []
+        heights: list[float] = []
         for share in STEPS:
             line.load_state_dict({key: torch.lerp(states[i][key], states[j][key], share) for key in states[i]})
             heights.append(evaluate(line, text, 8).loss - (1 - share) * losses[i] - share * losses[j])
-        found["barriers"].append({"pair": [i, j], "value": max(0.0, *heights)})
-        found["divergences"].append({"pair": [i, j], "value": divergence(experts[i], experts[j], text)})
-    return found
+        barriers.append(PairFigure((i, j), max(0.0, *heights)))
+        divergences.append(PairFigure((i, j), divergence(experts[i], experts[j], text)))
+    return OnText(losses, barriers, divergences)
 
 
 @torch.no_grad()
