@@ -130,7 +130,7 @@ def merged_scores(task: Task, base: Tensor, members: list[Tensor], judge: Theta,
     scores = found["scores"]
     dare = mean_score(task, judge, merge("dare", base, members, chosen, 0.5, seed), "test")
     methods = {
-        "mean": scores["linear"], "task arithmetic": scores[f"task_arithmetic {chosen:g}"], "ties": scores["ties"],
+        "mean": scores["mean"], "task arithmetic": scores[f"task_arithmetic {chosen:g}"], "ties": scores["ties"],
         "dare": dare, "dare_ties": scores["dare_ties"],
     }  # fmt: skip
     return {"methods": methods, "lambda": chosen, "rule": found}

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from distmerge.merging.options import DiagnoseOptions, MergeOptions, SweepOptions, TextOptions
     from distmerge.merging.results import MergeResult
     from distmerge.merging.sweep import SweepPoint, SweepResult
+    from distmerge.rules.custom import rule
+    from distmerge.rules.protocol import Block, Rule, Target
     from distmerge.theta.flat import FlatParameters
     from distmerge.windows.merge import WindowResult
     from distmerge.windows.options import WindowOptions
@@ -36,9 +38,9 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "PRESETS", "SPARTA", "DiLoCo", "DiagnoseOptions", "Diagnosis", "FlatParameters", "MergeOptions", "MergeReport",
-    "MergeResult", "SweepOptions", "SweepPoint", "SweepResult", "TextOptions", "UserError", "WindowOptions", "WindowResult",
-    "WorkerRanks", "__version__", "compose", "diagnose", "flatten", "merge", "sweep", "window",
+    "PRESETS", "SPARTA", "Block", "DiLoCo", "DiagnoseOptions", "Diagnosis", "FlatParameters", "MergeOptions", "MergeReport",
+    "MergeResult", "Rule", "SweepOptions", "SweepPoint", "SweepResult", "Target", "TextOptions", "UserError", "WindowOptions",
+    "WindowResult", "WorkerRanks", "__version__", "compose", "diagnose", "flatten", "merge", "rule", "sweep", "window",
 ]  # fmt: skip
 
 ROOMS = {
@@ -65,6 +67,10 @@ ROOMS = {
     "SweepPoint": "distmerge.merging.sweep",
     "SweepResult": "distmerge.merging.sweep",
     "WindowResult": "distmerge.windows.merge",
+    "rule": "distmerge.rules.custom",
+    "Rule": "distmerge.rules.protocol",
+    "Target": "distmerge.rules.protocol",
+    "Block": "distmerge.rules.protocol",
 }
 """The module of each name."""
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from distmerge.cli import training
 from distmerge.cli.merging import add_form_flags, add_parameter_flags, parameters_of
 from distmerge.errors import UserError
-from distmerge.merging.methods import METHODS
 from distmerge.merging.options import CHUNK
 from distmerge.plotting import check_picture
+from distmerge.rules import catalogue
 from distmerge.windows.options import MEAN, WindowOptions, way_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add_parsers(verbs: Any) -> None:
     window.add_argument("--threads", type=int, help="default: the cores of this process")
     window.add_argument("--chunk", type=int, default=CHUNK, help="elements that a thread takes at a time")
     flags = window.add_argument_group("another rule than the mean by a curve")
-    flags.add_argument("--rule", default=MEAN, help=f"one of {', '.join((MEAN, *METHODS))}")
+    flags.add_argument("--rule", default=MEAN, help=f"one of {', '.join(catalogue.names())}")
     flags.add_argument("--base", metavar="MODEL", help="what task vectors start from (default: the oldest member)")
     add_parameter_flags(flags)
     add_form_flags(flags)

@@ -11,13 +11,16 @@ from typing import Any
 from distmerge.errors import UserError
 from distmerge.files.output import refuse_existing
 from distmerge.merging.assemble import Named, check_grid, recipe_in_file, recipe_of
-from distmerge.merging.methods import METHODS, PARAMETERS, VARIANTS
 from distmerge.merging.options import CHUNK, DiagnoseOptions, MergeOptions, SweepOptions, TextOptions
-from distmerge.merging.recipe import SHARD_SIZE, Recipe, Setting, is_number
+from distmerge.merging.recipe import SHARD_SIZE, Recipe, Setting
 from distmerge.plotting import require_matplotlib
 from distmerge.quiet import quiet
+from distmerge.rules import catalogue
+from distmerge.rules.parameters import PARAMETERS, VARIANTS, is_number
 
-PARAMETER_FLAGS = [key for key, parameter in PARAMETERS.items() if key != "weight" and parameter.holds is not None]
+PARAMETER_FLAGS = [
+    key for key, parameter in PARAMETERS.items() if key != "weight" and parameter.holds is not None and key not in VARIANTS
+]
 SWITCHES = [key for key, parameter in PARAMETERS.items() if parameter.holds is None and key != "rescale"]
 
 
@@ -63,7 +66,8 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     flags = parser.add_argument_group("a recipe in flags")
     flags.add_argument(
-        "--method", help=f"one of {', '.join(METHODS)}, or auto (what diagnose recommends), or for LoRA cat, svd, extract"
+        "--method",
+        help=f"one of {', '.join(catalogue.names())}, or auto (what diagnose recommends), or for LoRA cat, svd, extract",
     )
     flags.add_argument("--base", metavar="MODEL", help="what the others were trained from")
     flags.add_argument("--general", metavar="MODEL", help="ptm: what the skills are added to")
@@ -83,7 +87,9 @@ def add_parameter_flags(flags: argparse._ActionsContainer) -> None:
     for key in SWITCHES:
         flags.add_argument(f"--{key.replace('_', '-')}", choices=("true", "false"))
     for key, values in VARIANTS.items():
-        flags.add_argument(f"--{key.replace('_', '-')}", choices=values)
+        numeric = key in PARAMETERS and PARAMETERS[key].holds is not None  # a share to trim, or where the threshold counts
+        more: dict[str, Any] = {"metavar": f"X|{'|'.join(values)}"} if numeric else {"choices": values}
+        flags.add_argument(f"--{key.replace('_', '-')}", **more)
 
 
 def add_form_flags(flags: argparse._ActionsContainer) -> None:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from distmerge.config.data import Data
 from distmerge.config.section import Section
 from distmerge.errors import UserError
+from distmerge.rules import catalogue
 
 
 class Lora(Section):
@@ -53,13 +54,13 @@ class Stopping(Section):
     """Plateaus on which the rate is lowered; the next one ends the run."""
     merge_with: list[str] = Field(default=[])
     """Model directories, and run directories of sibling experts, each at its newest published step that is not later."""
-    method: Literal["mean", "task_arithmetic", "ptm", "ties", "dare"] = "mean"
-    """mean, task_arithmetic, ties, dare: of the task vectors of this expert and of merge_with. ptm: scale times this
-    expert's is added to merge_with, which is the one general model."""
+    method: str = "mean"
+    """A rule's name: of the task vectors of this expert and of merge_with, in its paper's form. ptm: scale times this expert's
+    is added to merge_with, which is the one general model."""
     scale: float = Field(default=1.0, gt=0)
     """On the merged task vector (lambda, omega)."""
     density: float = Field(default=0.2, gt=0, le=1)
-    """Share of each task vector that ties and dare keep."""
+    """Share of each task vector that rules keep which thin them, such as ties and dare."""
     skills: dict[str, Data] = Field(default={})
     """Beside the run's own data: what the merge is judged by, each by the held-out share of it."""
 
@@ -68,15 +69,24 @@ class Stopping(Section):
     def patient(cls, table: Any) -> Any:
         """A merge is looked at seldom, and later steps make up for a look that was unlucky."""
         if isinstance(table, dict) and table.get("rule") == "merged":
-            return {"patience": 2} | table
+            table = {"patience": 2} | table
+        if isinstance(table, dict) and isinstance(table.get("method"), str):
+            table = table | {"method": catalogue.canonical(table["method"])}
         return table
 
     @model_validator(mode="after")
     def complete(self) -> Stopping:
         if (self.rule == "merged") != bool(self.merge_with):
             raise UserError(f'merge_with must be given exactly when rule is "merged", got {self.merge_with}')
-        if self.method == "ptm" and len(self.merge_with) != 1:
-            raise UserError(f'merge_with must be one model, the general one, for method "ptm", got {len(self.merge_with)}')
+        entry = catalogue.entry(self.method)
+        if self.rule != "merged":
+            return self
+        members = len(self.merge_with) + 1
+        catalogue.check(self.method, "method", members=members, given=("density", "lambda", "omega"))
+        if entry.first == "general" and members != 2:
+            raise UserError(
+                f'merge_with must be one model, the general one, for method "{self.method}", got {len(self.merge_with)}'
+            )
         return self
 
 

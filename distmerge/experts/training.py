@@ -32,6 +32,7 @@ from distmerge.files.atomic import write_atomically
 from distmerge.files.directories import guarded, publish_directory
 from distmerge.merging.in_memory import merge, read_model
 from distmerge.mesh import Mesh
+from distmerge.rules import catalogue
 
 RECORD = "training.json"
 SIBLING_SECONDS = 24 * 3600.0
@@ -201,7 +202,8 @@ class ExpertTraining:
             members = mesh.lead_first(f"siblings-{step}", lambda: self._members(step))
             others = [self._vector(member) for member in members]
         own = self.theta.read()
-        models = [*others, own] if section.method == "ptm" else [own, *others]
+        general_first = catalogue.entry(section.method).first == "general"
+        models = [*others, own] if general_first else [own, *others]
         merged = merge(section.method, self.base, models, section.scale, section.density, self.config.seed)
         with self.theta.holding(merged):
             texts = {self.config.expert.skill: self.run.held_out} | self.texts

@@ -10,9 +10,10 @@ from typing import Any
 
 from distmerge.errors import UserError
 from distmerge.merging import recipe_mergekit, recipe_toml
-from distmerge.merging.methods import METHODS, PARAMETERS, VARIANTS
 from distmerge.merging.options import MergeOptions
 from distmerge.merging.recipe import Recipe, Setting, check_dtype
+from distmerge.rules import catalogue
+from distmerge.rules.parameters import PARAMETERS, VARIANTS, is_variant
 
 RECIPE_BYTES = 1 << 20
 """The longest recipe that is read, in characters."""
@@ -54,7 +55,8 @@ def recipe_of(
     table: dict[str, Any] = {"method": method, "base": base, "general": general, "compat": options.compat}
     table |= {"seed": options.seed, "dtype": options.dtype, "out_dtype": options.out_dtype, "tokenizer": options.tokenizer}
     table |= dict(parameters)
-    own = METHODS[method].parameters if method in METHODS else ("weight",)
+    known = catalogue.canonical(method) in catalogue.names()
+    own = catalogue.entry(method).parameters if known else ("weight",)
     factor = "omega" if "omega" in own else "weight"
     table["model"] = [model_table(method, item, factor, factor in own) for item in models]
     return recipe_toml.from_table({key: value for key, value in table.items() if value is not None}, "")
@@ -110,6 +112,9 @@ def recipe_in_file(path: str, parameters: Mapping[str, Setting], options: MergeO
     for key in [*(key for key in PARAMETERS if key not in VARIANTS), "tokenizer"]:
         if key in parameters or (key == "tokenizer" and options.tokenizer is not None):
             raise UserError(f"--{key.replace('_', '-')} belongs to a recipe in flags; write it into {path}")
+    for key, value in parameters.items():
+        if not is_variant(key, value):
+            raise UserError(f"--{key} {value} belongs to a recipe in flags; write it into {path}")
     return replace(
         recipe,
         variants=recipe.variants | {key: str(parameters[key]) for key in VARIANTS if key in parameters},

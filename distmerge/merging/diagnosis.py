@@ -214,7 +214,7 @@ def recommend(whole: Figures) -> Recommendation:
     said = f"the mean cosine between task vectors is {alike:.3f}"
     if alike > ALIKE:
         reasons = [f"{said}, above {ALIKE}: they point the same way, and averaging loses nothing"]
-        return Recommendation("linear", {}, reasons)
+        return Recommendation("mean", {}, reasons)
     reasons = [f"{said}, not above {ALIKE}: a plain average would shrink what they do not share"]
     reasons.append(
         f"{whole.conflict_count:.0%} of the elements have both signs, {whole.conflict_mass:.0%} of the mass cancels: "

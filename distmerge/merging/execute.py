@@ -16,7 +16,6 @@ from distmerge.files.sources import Maps
 from distmerge.files.stream import Settings, Stream, check_device
 from distmerge.merging.diagnosis import Diagnosis, Similarity, summarise
 from distmerge.merging.jobs import build, observed
-from distmerge.merging.methods import METHODS, variants
 from distmerge.merging.options import MergeOptions, StreamOptions
 from distmerge.merging.pairing import Pairing
 from distmerge.merging.prepare import PreparedMerge
@@ -25,6 +24,7 @@ from distmerge.merging.record import as_json, card, record
 from distmerge.merging.results import MergeResult
 from distmerge.merging.survey import ThresholdSurvey
 from distmerge.merging.vocabulary import Alignment
+from distmerge.rules import catalogue
 
 
 def execute(prepared: PreparedMerge, out: Path, options: MergeOptions, digests: Digests) -> MergeResult:
@@ -75,7 +75,7 @@ def settings_of(options: StreamOptions) -> Settings:
 
 def survey_of(recipe: Recipe, pairings: list[Pairing]) -> ThresholdSurvey | None:
     """What a global trim must know first."""
-    form = variants(recipe.method, recipe.compat, recipe.variants)
-    if METHODS[recipe.method].sparsify != "magnitude" or form["trim"] != "global":
+    form = catalogue.variants(recipe.method, recipe.compat, recipe.variants)
+    if catalogue.entry(recipe.method).sparsify != "magnitude" or form["trim"] != "global":
         return None
     return ThresholdSurvey.of(pairings)

@@ -1,7 +1,4 @@
-"""Merges in memory: models as flat vectors, the rules of :mod:`distmerge.rules` on all of theta at once.
-
-The rules see one tensor, so a trim is global, as the TIES paper has it.
-"""
+"""Merges in memory: models as flat vectors, the catalogue's rules on all of theta at once."""
 
 from __future__ import annotations
 
@@ -17,50 +14,48 @@ from distmerge.merging.diagnosis import summarise
 from distmerge.merging.jobs import open_source
 from distmerge.merging.models import open_all
 from distmerge.merging.pairing import take
-from distmerge.rules import similarity
-from distmerge.rules.dare import Dare
-from distmerge.rules.linear import Linear
-from distmerge.rules.protocol import Rule, Tally, run, spans
-from distmerge.rules.random_masks import key_of
-from distmerge.rules.sparsify import AtRandom, ByMagnitude
-from distmerge.rules.task import Combine, Ptm, TaskVectors
-
-METHODS = ("mean", "task_arithmetic", "ties", "dare", "dare_ties", "ptm")
+from distmerge.rules import catalogue, similarity
+from distmerge.rules.mean import WeightedMean
+from distmerge.rules.protocol import Tally, Target, run, spans
 
 
-def merge(method: str, base: Tensor, members: list[Tensor], scale: float = 1.0, density: float = 0.2, seed: int = 0) -> Tensor:
-    """``[n]``: the merge of experts ``[n]`` each, trained from ``base [n]``.
+def merge(
+    method: str, base: Tensor, members: list[Tensor], scale: float | list[float] = 1.0, density: float = 0.2, seed: int = 0
+) -> Tensor:
+    """``[n]``: the merge of models ``[n]`` each, trained from ``base [n]``, by a rule of the catalogue in its paper's form.
+
+    All of theta is one tensor, so a trim is of the whole model. ``scale`` is lambda, by which the merged task vector is
+    multiplied, or omega, for rules that have it: then there may be one for each member beside the general model.
 
     Args:
-        method: "mean" of the task vectors, "task_arithmetic" (their sum), "ties", "dare" (the sum of what survives, rescaled
-            by one over the density), "dare_ties" (the same, with signs elected); all times ``scale``. "ptm": the first member
-            is the general model, to which ``scale`` times the others' task vectors are added.
-        density: share that ties and dare keep.
-        seed: of dare's draws.
+        method: a name in the catalogue. Where it has a general model, as ptm, that is the first member.
+        density: share of each task vector that rules keep which thin them.
+        seed: of random masks.
     """
-    assert method in METHODS, method
-    if method == "ptm":
-        return run(Ptm([scale] * (len(members) - 1)), members, base)
-    return run(rule_of(method, len(members), base.numel(), scale, density, seed), members, base)
-
-
-def rule_of(method: str, count: int, numel: int, scale: float, density: float, seed: int) -> Rule:
-    ones = [1.0] * count
-    plain = Combine(scale=scale)
-    elected = Combine(elect="before", on_cancel="zero", divide="count", scale=scale)
-    if method == "ties":
-        trim = ByMagnitude([density] * count, None, "keep", torch.float32)
-        return TaskVectors(ones, elected, trim if density < 1 else None, "none", torch.float32, numel)
-    if method in ("dare", "dare_ties"):
-        drop = AtRandom([density] * count, [key_of(seed, "theta", index) for index in range(count)])
-        return Dare(ones, elected if method == "dare_ties" else plain, drop, "inverse", torch.float32, numel)
-    weights = [1 / count] * count if method == "mean" else ones
-    return TaskVectors(weights, plain, None, "none", torch.float32, numel)
+    name, entry = catalogue.canonical(method), catalogue.entry(method)
+    each = [{"weight": 1.0, "density": density} for _ in members]
+    if "omega" in entry.parameters:
+        skills = len(members) - (entry.first == "general")
+        omegas = scale if isinstance(scale, list) else [scale] * skills
+        each = [{"omega": omega} for omega in [*[0.0] * (len(members) - skills), *omegas]]
+        scale = 1.0
+    assert not isinstance(scale, list), "only omegas are each member's own"
+    if entry.linear and entry.base == "none":
+        # The mean of models is the base plus the mean of their task vectors.
+        name, each = "task_arithmetic", [{"weight": 1 / len(members)} for _ in members]
+        entry = catalogue.entry(name)
+    target = Target(
+        "theta", (base.numel(),), tuple(each), {"lambda": scale}, {"compat": "paper", "trim": "tensor"}, seed=seed
+    )  # fmt: skip
+    rule = catalogue.build(name, target)
+    if {"lambda", "omega"} & {*entry.parameters}:
+        return run(rule, members, base)
+    return base + run(rule, [member - base for member in members]).mul_(scale)
 
 
 def line(one: Tensor, two: Tensor, share: float) -> Tensor:
     """``(1 - share) one + share two``: linear interpolation, and WiSE-FT from a model to its finetuned self."""
-    return run(Linear([1 - share, share]), [one, two])
+    return run(WeightedMean([1 - share, share]), [one, two])
 
 
 def read_model(reference: str, base: str) -> dict[str, Tensor]:
@@ -90,8 +85,8 @@ def diagnose(base: Tensor, members: list[Tensor], names: list[str]) -> dict[str,
     return whole["whole"] | {"recommendation": whole["recommendation"]}
 
 
-CANDIDATES: dict[str, tuple[str, float]] = {"linear": ("mean", 1.0), "ties": ("ties", 0.2), "dare_ties": ("dare_ties", 0.5)}
-"""What the rule of correlation can recommend, as a method and density here."""
+CANDIDATES = {"mean": 1.0, "ties": 0.2, "dare_ties": 0.5}
+"""What the rule of correlation can recommend, and the density that it is tried with."""
 
 LAMBDAS = (0.3, 0.5, 0.7, 1.0)
 
@@ -108,7 +103,7 @@ def compare(
         ``chosen`` by the rule, ``best`` of its candidates and ``best_of_all``, the ``cosine`` it went by, the ``scores``.
     """
     whole = diagnose(base, members, names)
-    scores = {name: score(merge(method, base, members, 1.0, density, seed)) for name, (method, density) in CANDIDATES.items()}
+    scores = {name: score(merge(name, base, members, 1.0, density, seed)) for name, density in CANDIDATES.items()}
     best = min(scores, key=scores.__getitem__)
     for scale in LAMBDAS:
         scores[f"task_arithmetic {scale:g}"] = score(merge("task_arithmetic", base, members, scale))

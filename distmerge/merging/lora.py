@@ -22,12 +22,12 @@ from distmerge.files.models import TOKENIZER_FILES, carried
 from distmerge.files.output import RECORD, Output
 from distmerge.files.sources import NAMES, Maps, OnDisk, Source
 from distmerge.merging.diagnosis import AdapterSimilarity
-from distmerge.merging.methods import checked
 from distmerge.merging.models import open_any
 from distmerge.merging.options import MergeOptions
 from distmerge.merging.recipe import SHARD_SIZE, Entry, Recipe
 from distmerge.merging.record import Hashes, as_json
 from distmerge.merging.results import MergeResult
+from distmerge.rules.parameters import checked
 from distmerge.rules.protocol import spans
 from distmerge.rules.random_masks import key_of, uniform
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from distmerge.errors import UserError
 from distmerge.files.digests import Digests
-from distmerge.files.models import Model, recorded_files
+from distmerge.files.models import recorded_files
 from distmerge.files.output import refuse_existing
 from distmerge.merging.models import open_all
+from distmerge.merging.omegas import with_omegas
 from distmerge.merging.options import MergeOptions
 from distmerge.merging.pairing import check_structure
 from distmerge.merging.prepare import parse_size, prepare
-from distmerge.merging.recipe import Entry, Recipe, Slice
+from distmerge.merging.recipe import Recipe
 from distmerge.merging.results import MergeResult
 
 AUTO = "auto"
@@ -68,45 +68,3 @@ def recommended(recipe: Recipe, options: MergeOptions) -> tuple[Recipe, tuple[st
     assert chosen is not None, "a diagnosis with a base recommends a method"
     notes = (f"method auto takes {chosen.method}:", *(f"- {why}" for why in chosen.reasons))
     return replace(recipe, method=chosen.method, parameters=chosen.parameters | recipe.parameters), notes
-
-
-def with_omegas(recipe: Recipe, models: dict[str, Model]) -> tuple[Recipe, tuple[str, ...]]:
-    """For ptm, an omega for every skill that has none: its training tokens over the general model's, at most 1.
-
-    Returns:
-        the recipe with them, and a line of text for each.
-
-    Source: the heuristic |D| / |G| of https://arxiv.org/abs/2410.12937, for when there is no validation set.
-    """
-    if recipe.method != "ptm" or "omega" in recipe.parameters:
-        return recipe, ()
-    slices: list[Slice] = []
-    notes: list[str] = []
-    for slice in recipe.slices:
-        entries: list[Entry] = []
-        for entry in slice.entries:
-            if "omega" in entry.parameters or entry.model in (recipe.general, recipe.base):
-                entries.append(entry)
-                continue
-            omega, note = omega_of(models[entry.model], models[str(recipe.general)])
-            entries.append(replace(entry, parameters=entry.parameters | {"omega": omega}))
-            notes.append(note)
-        slices.append(Slice(tuple(entries), slice.base, slice.parameters))
-    return replace(recipe, slices=tuple(slices)), tuple(notes)
-
-
-def omega_of(skill: Model, general: Model) -> tuple[float, str]:
-    """A skill's omega from the tokens of both trainings, and how it came about."""
-    counts: list[int] = []
-    for model in (skill, general):
-        path = (model.adapter or model.directory) / "training.json"
-        try:
-            tokens = json.loads(path.read_bytes())["tokens"]
-        except (OSError, ValueError, KeyError, TypeError):
-            tokens = None
-        if type(tokens) is not int or tokens <= 0:
-            raise UserError(f"omega must be given for {skill.reference}: {path} does not say the tokens of its training")
-        counts.append(tokens)
-    omega = counts[0] / counts[1]
-    said = f"omega of {skill.reference}: {counts[0]} / {counts[1]} training tokens = {omega:.4g}"
-    return min(1.0, omega), said + (", taken as 1" if omega > 1 else "")

@@ -13,8 +13,9 @@ from distmerge.errors import UserError
 from distmerge.files.adapters import Change
 from distmerge.files.header import FLOATS, Stored
 from distmerge.files.models import Model, in_layer, layer_of
-from distmerge.merging.methods import METHODS, PARAMETERS, REQUIRED, Method, checked, divisor, method, variants
 from distmerge.merging.recipe import Entry, Place, Recipe, Slice, resolve
+from distmerge.rules import catalogue
+from distmerge.rules.parameters import PARAMETERS, REQUIRED, checked, half_width
 
 FRONT = re.compile(r"embed|wte|wpe")
 """Of the tensors in no layer, those that stand before the layers: they come from the first slice, the rest from the last."""
@@ -33,7 +34,7 @@ class Pairing(NamedTuple):
     """One tensor of the output.
 
     Attributes:
-        members: the inputs beside the base, in the recipe's order (for ``linear`` and ``passthrough`` there is no base).
+        members: the inputs beside the base, in the recipe's order (for ``mean`` and ``passthrough`` there is no base).
         base: the base's tensor, or None.
         shared: parameters of the tensor.
         each: parameters of each member.
@@ -73,7 +74,7 @@ def pair(recipe: Recipe, models: dict[str, Model]) -> list[Pairing]:
     Raises:
         UserError: naming the tensor and the model, or the parameter.
     """
-    form = method(recipe.method)
+    form = catalogue.entry(recipe.method)
     pairings = [joined(recipe, form, site, models) for site in sites(recipe, models)]
     if not pairings:
         raise UserError("the recipe's slices hold no tensors")
@@ -82,17 +83,19 @@ def pair(recipe: Recipe, models: dict[str, Model]) -> list[Pairing]:
 
 def check_structure(recipe: Recipe) -> None:
     """What the method says about its inputs, and whether all parameters are its own; before any model is opened."""
-    form = method(recipe.method)
-    variants(recipe.method, recipe.compat, recipe.variants)
+    form = catalogue.entry(recipe.method)
+    if form.by_tokens:
+        catalogue.check(recipe.method, "method")
+    catalogue.variants(recipe.method, recipe.compat, recipe.variants)
     for slice in recipe.slices:
         base = slice.base or recipe.base
         if form.base == "needed" and base is None:
             raise UserError(f"{recipe.method} needs a base: the model that the others were trained from")
         others = [entry for entry in slice.entries if form.base == "none" or entry.model != base]
-        low, high = form.members
-        if recipe.method == "ptm":
+        low, high = form.beside
+        if form.first == "general":
             if recipe.general is None:
-                raise UserError("ptm needs general: the model to which the skills are added")
+                raise UserError(f"{recipe.method} needs general: the model to which the skills are added")
             others = [entry for entry in others if entry.model != recipe.general]
         if len(others) < low or (high is not None and len(others) > high):
             count = str(low) if low == high else f"at least {low}"
@@ -102,18 +105,18 @@ def check_structure(recipe: Recipe) -> None:
             raise UserError(f"{recipe.method} takes each model once")
         for where, table in [("parameters", slice.parameters), *((entry.model, entry.parameters) for entry in slice.entries)]:
             check_known(recipe.method, form, where, table)
-    if recipe.general is not None and recipe.method != "ptm":
+    if recipe.general is not None and form.first != "general":
         raise UserError(f"general is for ptm alone, got method {recipe.method}")
     check_known(recipe.method, form, "parameters", recipe.parameters)
 
 
-def check_known(name: str, form: Method, where: str, table: dict[str, Any]) -> None:
+def check_known(name: str, form: catalogue.Entry, where: str, table: dict[str, Any]) -> None:
     for key in table:
         if key in form.parameters:
             continue
-        users = [other for other, spec in METHODS.items() if key in spec.parameters]
+        users = [other for other in catalogue.names() if key in catalogue.entry(other).parameters]
         hint = f"; it belongs to {', '.join(users)}" if users else ""
-        raise UserError(f"{where}: {name} has no parameter {key}{hint}; it takes {', '.join(form.parameters)}")
+        raise UserError(f"{where}: {name} has no parameter {key}{hint}; it takes {', '.join(form.parameters) or 'none'}")
 
 
 def sites(recipe: Recipe, models: dict[str, Model]) -> Iterator[Site]:
@@ -193,7 +196,7 @@ def one_layer(
         yield Site(in_layer(name, out), slice, tuple(in_layer(name, layer) for layer in layers), depth)
 
 
-def joined(recipe: Recipe, form: Method, site: Site, models: dict[str, Model]) -> Pairing:
+def joined(recipe: Recipe, form: catalogue.Entry, site: Site, models: dict[str, Model]) -> Pairing:
     """The pairing of a site, its shapes compared."""
     base, origin = site.slice.base or recipe.base, None
     entries = list(zip(site.slice.entries, site.names, strict=True))
@@ -201,7 +204,7 @@ def joined(recipe: Recipe, form: Method, site: Site, models: dict[str, Model]) -
     if base is not None and form.base != "none":
         origin = inputs[base] if base in inputs else take(models[base], site.name)
     members = [(entry, take(models[entry.model], name)) for entry, name in entries if origin is None or entry.model != base]
-    if recipe.method == "ptm":
+    if form.first == "general":
         assert recipe.general is not None
         skills = [item for item in members if item[0].model != recipe.general]
         members = [(Entry(recipe.general, {"omega": 0.0}), take(models[recipe.general], site.name)), *skills]
@@ -217,22 +220,18 @@ def joined(recipe: Recipe, form: Method, site: Site, models: dict[str, Model]) -
     return Pairing(site.name, shape, inputs_of, origin, shared, each, vocabulary, unused)
 
 
-def check_values(recipe: Recipe, form: Method, name: str, shared: dict[str, Any], each: tuple[dict[str, Any], ...]) -> None:
+def check_values(
+    recipe: Recipe, form: catalogue.Entry, name: str, shared: dict[str, Any], each: tuple[dict[str, Any], ...]
+) -> None:
     """What parameters must be together."""
     if not form.elect and "weight" in form.parameters and recipe.method != "nuslerp":
         total = sum(one["weight"] for one in each)
-        if divisor(recipe.method, recipe.compat, recipe.variants, shared) == "weights" and abs(total) < 1e-8:
+        if catalogue.divisor(recipe.method, recipe.compat, recipe.variants, shared) == "weights" and abs(total) < 1e-8:
             raise UserError(f"the weights of {name} sum to {total}, which cannot be normalised")
     for one in each if form.sparsify == "magprune" else ():
-        half = half_width(recipe, one["epsilon"])
+        half = half_width(catalogue.variants(recipe.method, recipe.compat, recipe.variants), one["epsilon"])
         if one["density"] < 1 and not (one["density"] - half > 0 and one["density"] + half < 1):
             raise UserError(f"epsilon must keep density +- {half:g} inside (0, 1) at {name}, density is {one['density']:g}")
-
-
-def half_width(recipe: Recipe, epsilon: float) -> float:
-    """Half the width of DELLA's window of probabilities: mergekit's epsilon; half the paper's."""
-    whole = variants(recipe.method, recipe.compat, recipe.variants)["epsilon_is"] == "full"
-    return epsilon / 2 if whole else epsilon
 
 
 def take(model: Model, name: str) -> Input:
@@ -267,18 +266,18 @@ def same_shapes(inputs: list[Input], rows_differ: bool) -> None:
 
 
 def parameters(
-    recipe: Recipe, form: Method, site: Site, entries: list[Entry], names: list[str]
+    recipe: Recipe, form: catalogue.Entry, site: Site, entries: list[Entry], names: list[str]
 ) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
     """Every parameter at the site: shared ones, and those of each member."""
     tables = (site.slice.parameters, recipe.parameters)
     shared = {
-        key: value_of(key, tables, Place(site.name, site.depth), site.name)
+        key: value_of(key, form, tables, Place(site.name, site.depth), site.name)
         for key in form.parameters
         if not PARAMETERS[key].each
     }
     each = tuple(
         {
-            key: value_of(key, (entry.parameters, *tables), Place(name, site.depth), f"{entry.model} at {name}")
+            key: value_of(key, form, (entry.parameters, *tables), Place(name, site.depth), f"{entry.model} at {name}")
             for key in form.parameters
             if PARAMETERS[key].each
         }
@@ -287,13 +286,14 @@ def parameters(
     return shared, each
 
 
-def value_of(key: str, tables: tuple[dict[str, Any], ...], place: Place, where: str) -> Any:
+def value_of(key: str, form: catalogue.Entry, tables: tuple[dict[str, Any], ...], place: Place, where: str) -> Any:
     """The first table that has the key, and a filter that matches, decides."""
     for table in tables:
         if key in table:
             value = resolve(table[key], place)
             if value is not None:
                 return checked(key, value, where)
-    if PARAMETERS[key].default is REQUIRED:
+    default = form.default(key)
+    if default is REQUIRED:
         raise UserError(f"{key} must be given for {where}")
-    return PARAMETERS[key].default
+    return default

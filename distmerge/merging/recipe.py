@@ -1,4 +1,5 @@
-"""A recipe: which models are merged, how, and with which parameters. Its two notations are in ``toml.py`` and ``mergekit.py``.
+"""A recipe: which models are merged, how, and with which parameters. Its two notations are in ``recipe_toml.py`` and
+``recipe_mergekit.py``.
 
 Imports no torch: whatever is wrong with a recipe is said at once.
 """
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from distmerge.errors import UserError
+from distmerge.rules.parameters import is_number
 
 Setting = Any
 """A parameter as written: a scalar; a list of scalars, a gradient over the layers; or a list of {value, filter}."""
@@ -50,7 +52,7 @@ class Recipe:
     """What is to be merged.
 
     Attributes:
-        method: one of ``methods.METHODS``.
+        method: a name in ``distmerge.rules.catalogue``, not an alias.
         slices: one, without layer ranges, merges whole models.
         base: the model that task vectors start from.
         general: the model to which ``ptm`` adds.
@@ -125,17 +127,6 @@ def gradient(values: list[Any], depth: float) -> Any:
     low = int(at)
     share = at - low
     return (1 - share) * numbers[low] + share * numbers[min(low + 1, len(numbers) - 1)]
-
-
-def is_number(value: Any) -> bool:
-    """Numbers, and strings that are numbers: YAML reads 1e-3 as a string."""
-    if isinstance(value, str):
-        try:
-            float(value)
-        except ValueError:
-            return False
-        return True
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_setting(key: str, setting: Setting, depth: int = 0) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from distmerge.errors import UserError
 from distmerge.merging.recipe import Entry, Recipe, Slice, Tokenizer, check_dtype, check_parameters
+from distmerge.rules import catalogue
 
 KEYS = (
     "models", "slices", "merge_method", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
@@ -56,7 +57,8 @@ def from_table(table: Any, text: str) -> Recipe:
     if template is not None and not isinstance(template, str):
         raise UserError(f"chat_template must be a string, got {template!r}")
     return Recipe(
-        method=table["merge_method"], slices=slices, base=reference(table.get("base_model"), "base_model", optional=True),
+        method=catalogue.canonical(table["merge_method"]), slices=slices,
+        base=reference(table.get("base_model"), "base_model", optional=True),
         parameters=check_parameters("parameters", table.get("parameters")), compat="mergekit",
         dtype=check_dtype("dtype", table.get("dtype")), out_dtype=check_dtype("out_dtype", table.get("out_dtype")),
         tokenizer=read_tokenizer(table), chat_template=template, text=text,

@@ -4,6 +4,7 @@ method = "ties"
 base = "models/base"
 density = 0.5                    # any parameter: a value, a list (over the layers), or [{filter = "mlp", value = 1}, ...]
 trim = "tensor"                  # a variant; what is unset follows from compat
+plugins = ["my_module"]          # modules that make rules of your own, see distmerge.rules.custom
 [[model]]
 path = "models/code"
 weight = 0.5
@@ -15,10 +16,14 @@ import tomllib
 from typing import Any
 
 from distmerge.errors import UserError
-from distmerge.merging.methods import PARAMETERS, VARIANTS
 from distmerge.merging.recipe import Entry, Recipe, Slice, Tokenizer, check_dtype, check_parameters
+from distmerge.rules import catalogue
+from distmerge.rules.parameters import PARAMETERS, VARIANTS, is_variant
+from distmerge.rules.plugins import load_plugins
 
-KEYS = ("method", "base", "general", "compat", "dtype", "out_dtype", "tokenizer", "chat_template", "seed", "model")
+KEYS = (
+    "method", "base", "general", "compat", "dtype", "out_dtype", "tokenizer", "chat_template", "seed", "model", "plugins",
+)  # fmt: skip
 
 
 def parse(text: str) -> Recipe:
@@ -35,6 +40,10 @@ def parse(text: str) -> Recipe:
 
 
 def from_table(table: dict[str, Any], text: str) -> Recipe:
+    plugins = table.get("plugins", [])
+    if not isinstance(plugins, list) or not all(isinstance(module, str) for module in plugins):
+        raise UserError(f"plugins must be a list of modules, got {plugins!r}")
+    load_plugins(plugins)
     for key in table:
         if key not in (*KEYS, *PARAMETERS, *VARIANTS):
             raise UserError(f"{key} is not a known key of a recipe; known: {', '.join((*KEYS, *PARAMETERS, *VARIANTS))}")
@@ -48,11 +57,13 @@ def from_table(table: dict[str, Any], text: str) -> Recipe:
         raise UserError(f'compat must be "paper" or "mergekit", got {compat!r}')
     if type(seed) is not int:
         raise UserError(f"seed must be a whole number, got {seed!r}")
-    shared = {key: table[key] for key in PARAMETERS if key in table and not (key == "rescale" and isinstance(table[key], str))}
+    words = {key: str(table[key]) for key in VARIANTS if key in table and is_variant(key, table[key])}
+    shared = {key: table[key] for key in PARAMETERS if key in table and key not in words}
+    entries = tuple(read_model(item, index) for index, item in enumerate(models))
     return Recipe(
-        method=method, slices=(Slice(tuple(read_model(item, index) for index, item in enumerate(models))),),
+        method=catalogue.canonical(method), slices=(Slice(entries),),
         base=text_of(table, "base"), general=text_of(table, "general"), parameters=check_parameters("recipe", shared),
-        variants={key: str(table[key]) for key in VARIANTS if key in table and key not in shared}, compat=compat,
+        variants=words, compat=compat,
         dtype=check_dtype("dtype", table.get("dtype")), out_dtype=check_dtype("out_dtype", table.get("out_dtype")),
         tokenizer=Tokenizer(str(table["tokenizer"])) if "tokenizer" in table else None,
         chat_template=text_of(table, "chat_template"), seed=seed, text=text,

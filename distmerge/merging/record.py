@@ -14,8 +14,8 @@ from typing import Any
 from distmerge.errors import UserError
 from distmerge.files.models import TOKENIZER_FILES, Model, read_json
 from distmerge.files.output import RECORD
-from distmerge.merging.methods import METHODS, variants
 from distmerge.merging.recipe import Recipe
+from distmerge.rules import catalogue
 
 Hashes = dict[str, dict[str, Any]]
 """Files by name or path: "bytes", "sha256" and perhaps "xxh128" of each."""
@@ -30,7 +30,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     return {
         "method": recipe.method,
         "compat": recipe.compat,
-        "variants": variants(recipe.method, recipe.compat, recipe.variants),
+        "variants": catalogue.variants(recipe.method, recipe.compat, recipe.variants),
         "base": recipe.base,
         "general": recipe.general,
         "slices": [
@@ -114,12 +114,13 @@ def card(recipe: Recipe, name: str) -> bytes:
     head = ["---", "library_name: transformers", "tags:", "- merge", "- distmerge"]
     hub = [model for model in models if not model.startswith((".", "/", "~")) and model.count("/") == 1]
     head += ["base_model:", *(f"- {model}" for model in hub)] if hub else []
-    form = variants(recipe.method, recipe.compat, recipe.variants)
+    form = catalogue.variants(recipe.method, recipe.compat, recipe.variants)
     said = recipe.text or json.dumps(describe(recipe), indent=2)
     kind = "json" if not recipe.text else "yaml" if recipe.compat == "mergekit" and "merge_method" in recipe.text else "toml"
+    source = catalogue.entry(recipe.method).source
     lines = [
         *head, "---", f"# {name}", "",
-        f"A merge of {len(models)} models by [{recipe.method}]({METHODS[recipe.method].source}), made by distmerge.", "",
+        f"A merge of {len(models)} models by [{recipe.method}]({source}), made by distmerge.", "",
         *(f"- `{Path(model).name if model.startswith(('/', '.', '~')) else model}`" for model in models), "",
         f"Form: {recipe.compat} ({', '.join(f'{key} = {value}' for key, value in form.items())}).", "",
         f"```{kind}", said.strip(), "```", "", "Hashes of all inputs and outputs are in `merge.json`.", "",

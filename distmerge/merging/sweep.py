@@ -23,8 +23,8 @@ from distmerge.files.sources import DTYPES, InMemory, Maps
 from distmerge.files.stream import Job, Stream, in_memory
 from distmerge.merging.execute import settings_of, survey_of
 from distmerge.merging.jobs import build
-from distmerge.merging.merge import with_omegas
 from distmerge.merging.models import open_all, open_any
+from distmerge.merging.omegas import with_omegas
 from distmerge.merging.options import SweepOptions
 from distmerge.merging.pairing import check_structure, pair
 from distmerge.merging.recipe import Entry, Recipe, Slice
@@ -199,7 +199,7 @@ def greedy_soup(recipe: Recipe, skills: Skills, options: SweepOptions) -> SweepR
     judge = Judge(entries[0].model, skills, options)
 
     def mixed(chosen: list[Entry]) -> tuple[Recipe, dict[str, float]]:
-        mean = Recipe(method="linear", slices=(Slice(tuple(chosen)),), out_dtype=recipe.out_dtype)
+        mean = Recipe(method="mean", slices=(Slice(tuple(chosen)),), out_dtype=recipe.out_dtype)
         judge.put(mean)
         return mean, judge.losses()
 

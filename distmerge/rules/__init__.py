@@ -1,5 +1,5 @@
-"""Pure merging mathematics: tensors in, tensors out. Imports torch and nothing of ours.
+"""Pure merging mathematics: tensors in, tensors out. Imports nothing of ours but the user's errors.
 
-A rule is written once, against ``total(x)``, the sum of ``x`` over all members: for stacked tensors ``[M, n]`` it is
-``x.sum(0)``, for workers an all-reduce.
+A rule is written once, over blocks of the members (``protocol``), and has its name in one place (``catalogue``). How the
+members of a block come together, from files, in memory or from workers, is not its business.
 """

@@ -33,7 +33,7 @@ class Dare(TaskVectors):
         fast = self.compiled(block)
         if fast is None:
             return super().measure(step, block, state)
-        assert block.base is not None and isinstance(self.sparsifier, AtRandom)
+        assert block.base is not None and isinstance(self.sparsifier, AtRandom)  # else there is no compiled code
         masks = self.sparsifier.kept(block.start, len(block.base))
         norms = torch.empty((len(block.members), 2), dtype=torch.float32, device="cpu")
         for row, member, keep in zip(norms, block.members, masks, strict=True):
@@ -63,8 +63,12 @@ class Dare(TaskVectors):
         known = combine.elect in ("none", "after") and combine.on_cancel == "positive" and combine.divide == "none"
         known &= len(block.members) <= MOST
         for tensor in (block.base, *block.members):
-            assert tensor is not None
-            known &= tensor.device.type == "cpu" and tensor.dtype == self.dtype == torch.bfloat16 and tensor.is_contiguous()
+            known &= (
+                tensor is not None
+                and tensor.device.type == "cpu"
+                and tensor.dtype == self.dtype == torch.bfloat16
+                and tensor.is_contiguous()
+            )
         return library() if known else None
 
     def magnitude(self, delta: Tensor) -> Tensor:

@@ -1,14 +1,50 @@
-"""The mean of the members' deltas, plain and weighted."""
+"""The weighted mean of the members, and the weights of workers that trained on different amounts of data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from distmerge.rules.protocol import Block, Rule
+
 Total = Callable[[Tensor], Tensor]
 """``[M, k] -> [k]``: the sum over all members, of which this process holds M."""
+
+
+class WeightedMean(Rule):
+    """``sum_m w_m theta_m``, divided by ``sum_m w_m`` with ``normalize``.
+
+    The sum is taken in the weights' dtype: float32, or float64 for such members.
+
+    Source: Model soups, https://arxiv.org/abs/2203.05482
+    """
+
+    linear = True
+
+    def __init__(self, weights: list[float], normalize: bool = True, dtype: torch.dtype = torch.float32):
+        self.weights = torch.tensor(weights, dtype=dtype)
+        self.divisor = self.weights.sum() if normalize else None
+
+    @property
+    def coefficients(self) -> Tensor:
+        return self.weights if self.divisor is None else self.weights / self.divisor
+
+    def merge(self, block: Block, state: Any) -> Tensor:
+        merged = weighted_sum(block.members, self.weights)
+        return merged if self.divisor is None else merged.div_(self.divisor.to(merged.device))
+
+
+def weighted_sum(members: list[Tensor], weights: Tensor) -> Tensor:
+    """``[n]``: ``sum_m w_m x_m`` of members ``[n]``, in the dtype of ``weights [M]``."""
+    first = members[0]
+    weights = weights.to(first.device)
+    total = torch.zeros(first.numel(), dtype=weights.dtype, device=first.device)
+    for member, weight in zip(members, weights, strict=True):
+        total.addcmul_(member, weight)
+    return total
 
 
 def weighted_mean(delta: Tensor, weight: Tensor, total: Total) -> Tensor:

@@ -83,7 +83,7 @@ class Target:
         shape: the tensor's.
         each: the parameters of every member, such as its weight; M of them.
         shared: the parameters of the merge.
-        variants: which form of the method is meant, see ``distmerge.rules.catalogue.VARIANTS``.
+        variants: how the rule differs from the form that "compat" names, see ``distmerge.rules.parameters.VARIANTS``.
         dtype: of the arithmetic.
         seed: of random masks. Across workers it changes with every round.
         embedding: whether its rows belong to tokens, so that each is a vector of its own.
@@ -120,7 +120,8 @@ class Rule:
             ``unit``: any part of the members gives that part of the result.
         unit: elements that no block may divide, such as a row.
         linear: whether the result is a weighted sum with weights that are known beforehand, as an all-reduce computes it.
-        needs_base: whether it computes with the base itself, and not with the members' deltas alone.
+        needs_base: whether it computes with the base itself, and not with the members' deltas alone. Where it does not, deltas
+            as the members without a base give the merged delta.
         least, most: how many members it takes; ``most`` is None where there is no limit.
         exact: whether its tallies are exact in any order of the blocks. Where they hold floats, sums over blocks that were
             cut elsewhere differ by rounding, up to 1e-6 of the result.
@@ -140,6 +141,11 @@ class Rule:
     @property
     def parts(self) -> tuple[list[Rule], Rule] | None:
         return None
+
+    @property
+    def coefficients(self) -> Tensor:
+        """``[M]``: what the members' deltas are multiplied by before they are added up; of a linear rule."""
+        raise NotImplementedError
 
     def measure(self, step: int, block: Block, state: Any) -> Measured:
         """What pass ``step`` needs to know of a block; ``state`` is what the last pass settled."""
@@ -193,14 +199,22 @@ def total_norm(tally: Tally, name: str) -> Tensor:
     return torch.linalg.vector_norm(tally.blocks(name).double(), dim=0)
 
 
-def deltas(block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``(base [n], delta [M, n])`` in ``dtype``."""
-    assert block.base is not None
-    base = block.base.to(dtype)
-    delta = base.new_empty((len(block.members), base.numel()))
+def deltas(block: Block, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """``(base [n], delta [M, n])`` in ``dtype``. Without a base the members are deltas already."""
+    base = block.base.to(dtype) if block.base is not None else None
+    first = block.members[0]
+    delta = torch.empty((len(block.members), first.numel()), dtype=dtype, device=first.device)
     for row, member in zip(delta, block.members, strict=True):
-        torch.sub(member.to(dtype), base, out=row)
+        if base is None:
+            row.copy_(member)
+        else:
+            torch.sub(member.to(dtype), base, out=row)
     return base, delta
+
+
+def onto(base: Tensor | None, merged: Tensor) -> Tensor:
+    """The merged delta ``[n]``, used up, added to the base, if there is one."""
+    return merged if base is None else merged.add_(base)
 
 
 def summed(rows: Iterable[Tensor], count: int) -> Tensor:

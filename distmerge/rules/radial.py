@@ -7,14 +7,66 @@ for each tensor: ``d = (sum w|v| / sum w) * phi(sum w phi(v) / sum w)`` with ``p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from distmerge.rules.mean import Total, weighted_mean
+from distmerge.rules.mean import Total, weighted_mean, weighted_sum
+from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, onto, total_norm
 
 DEGENERATE = 1e-6
 """A mean direction shorter than this has none: the members cancel out."""
+
+PIECE = 4096
+"""Elements whose squares are added up in single precision."""
+
+
+class Radial(Rule):
+    """The radial-directional mean of one tensor's deltas.
+
+    The first pass measures each member's norm; the second the norm of the mean direction, from which follows what each member
+    is multiplied by. Where the mean direction is degenerate that is its share of the weight: the plain mean.
+    """
+
+    passes = 2
+    exact = False
+
+    def __init__(self, weights: list[float], dtype: torch.dtype = torch.float32):
+        self.weights, self.dtype = torch.tensor(weights, dtype=torch.float64), dtype
+
+    def measure(self, step: int, block: Block, state: Any) -> Measured:
+        _, rows = self.rows(block)
+        if step == 0:
+            return Measured(kept={"norms": torch.stack([norm(row) for row in rows])})
+        return Measured(kept={"norm": norm(weighted_sum(rows, state[0].to(self.dtype)))})
+
+    def settle(self, step: int, tally: Tally, state: Any) -> Any:
+        share = self.weights / self.weights.sum()
+        if step == 0:
+            norms = total_norm(tally, "norms")
+            return torch.where(norms > 0, share / torch.where(norms > 0, norms, 1), norms), share @ norms
+        towards, length = state
+        found = total_norm(tally, "norm")
+        return share if bool(found < DEGENERATE) else towards * (length / found)
+
+    def merge(self, block: Block, state: Any) -> Tensor:
+        base, rows = self.rows(block)
+        return onto(base, weighted_sum(rows, state.to(self.dtype)))
+
+    def rows(self, block: Block) -> tuple[Tensor | None, list[Tensor]]:
+        """The base and the deltas ``[n]``, which are only read."""
+        if block.base is None:
+            return None, [member.to(self.dtype) for member in block.members]
+        base, delta = deltas(block, self.dtype)
+        return base, list(delta)
+
+
+def norm(x: Tensor) -> Tensor:
+    """The norm of ``x [n]``, float64; summed in its own dtype over short pieces only."""
+    whole = len(x) - len(x) % PIECE
+    pieces = [torch.linalg.vector_norm(x[:whole].view(-1, PIECE), dim=1), torch.linalg.vector_norm(x[whole:]).view(1)]
+    return torch.linalg.vector_norm(torch.cat(pieces).double())
 
 
 def radial_mean(

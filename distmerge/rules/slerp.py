@@ -23,6 +23,8 @@ class Slerp(Rule):
     """
 
     passes = 2
+    exact = False
+    least = most = 2
 
     def __init__(self, t: float, dtype: torch.dtype = torch.float32):
         self.t, self.dtype = t, dtype
@@ -61,10 +63,13 @@ class Nuslerp(Rule):
         by_row: each row is a vector; otherwise each column is.
     """
 
+    least = most = 2
+
     def __init__(self, t: float, columns: int | None, by_row: bool, dtype: torch.dtype):
         self.t, self.columns, self.by_row, self.dtype = t, columns, by_row, dtype
         self.unit = columns or 1
         self.passes = 0 if columns and by_row else 2
+        self.exact = self.passes == 0
 
     def vectors(self, block: Block) -> tuple[Tensor | None, Tensor, Tensor]:
         a, b = (member.to(self.dtype) for member in block.members)

@@ -113,6 +113,11 @@ class ByMagnitude:
         self.dtype, self.levels = dtype, levels(dtype)
         self.passes = self.levels + (on_tie == "first")
 
+    def of(self, member: int) -> ByMagnitude:
+        """The same for one member alone."""
+        gamma = None if self.gamma is None else [self.gamma[member]]
+        return ByMagnitude([self.density[member]], gamma, self.on_tie, self.dtype)
+
     def ranks(self, numel: int) -> list[list[int]]:
         """The descending ranks (from 1) whose magnitudes must be known, for each member; [] where all or none is kept."""
         wanted = []
@@ -198,6 +203,10 @@ class AtRandom:
     def __init__(self, density: list[float], keys: list[int]):
         self.density, self.keys = density, keys
 
+    def of(self, member: int) -> AtRandom:
+        """The same for one member alone, with its own draws."""
+        return AtRandom([self.density[member]], [self.keys[member]])
+
     def thin(self, delta: Tensor, start: int, inverse: bool) -> Tensor:
         """``delta [M, n]`` from offset ``start`` on, in place, with what is not drawn set to 0; the rest is divided by
         its odds if ``inverse``."""
@@ -233,12 +242,16 @@ class Magprune:
     """
 
     def __init__(self, density: list[float], half: list[float], keys: list[int], columns: int, dtype: torch.dtype):
-        self.density, self.keys, self.columns, self.dtype = density, keys, columns, dtype
+        self.density, self.half, self.keys, self.columns, self.dtype = density, half, keys, columns, dtype
         working = torch.float32 if dtype == torch.float16 else dtype
         rank = torch.arange(columns).to(working) + 1
         # A row of one element has no order: 0/0 counts as the lowest.
         share = ((rank - rank[0]) / (rank[-1] - rank[0])).nan_to_num_(0.0).clamp_(0, 1)
         self.odds = [((one - width) + share * 2 * width) for one, width in zip(density, half, strict=True)]
+
+    def of(self, member: int) -> Magprune:
+        """The same for one member alone, with its own draws."""
+        return Magprune([self.density[member]], [self.half[member]], [self.keys[member]], self.columns, self.dtype)
 
     def thin(self, delta: Tensor, start: int, inverse: bool) -> Tensor:
         """``delta [M, n]`` from offset ``start`` on, in place, with what is not drawn set to 0; the rest is divided by its

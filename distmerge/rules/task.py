@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from distmerge.rules.protocol import INTEGERS, Block, Measured, Rule, Tally, deltas, summed, wide
+from distmerge.rules.protocol import INTEGERS, Block, Measured, Rule, Tally, deltas, onto, summed, wide
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, Trim
 from distmerge.rules.threshold import value_of
 
@@ -129,7 +129,19 @@ class TaskVectors(Rule):
         self.weights, self.combine, self.sparsifier, self.rescale = weights, combine, sparsifier, rescale
         self.dtype, self.numel, self.unit = dtype, numel, unit
         self.trims = sparsifier.passes if isinstance(sparsifier, ByMagnitude) else 0
-        self.passes = self.trims + (rescale == "l1" and sparsifier is not None)
+        rescaled = rescale == "l1" and sparsifier is not None
+        self.passes, self.exact = self.trims + rescaled, not rescaled
+
+    @property
+    def parts(self) -> tuple[list[Rule], Rule] | None:
+        if self.sparsifier is None:
+            return None
+        members = range(len(self.weights))
+        each = [
+            type(self)([1.0], Combine(), self.sparsifier.of(member), self.rescale, self.dtype, self.numel, self.unit)
+            for member in members
+        ]
+        return [*each], whole_vectors(self.weights, self.combine, self.dtype, self.numel)
 
     def measure(self, step: int, block: Block, state: Settled | None) -> Measured:
         _, delta = deltas(block, self.dtype)
@@ -155,13 +167,16 @@ class TaskVectors(Rule):
             if state is not None and state.factors is not None:
                 for row, factor in zip(delta, state.factors, strict=True):
                     row.mul_(factor)
-        return self.combine(delta, self.weights).to(wide(self.dtype)).add_(base)
+        return onto(base, self.combine(delta, self.weights).to(wide(self.dtype)))
 
     def hides(self, state: Settled | None) -> bool:
         return self.sparsifier is not None and not (state is not None and state.finite)
 
     def magnitude(self, delta: Tensor) -> Tensor:
-        """``[M]``: the sums of ``delta [M, n]``, where nothing is negative."""
+        """``[M]``: the sums of ``delta [M, n]``, where nothing is negative; of each row the same bits, whatever M is."""
+        if len(delta) == 1 and torch.get_num_threads() > 1:
+            # torch divides a single sum among its threads, and rows of several not.
+            return torch.cat([delta, delta]).sum(1, dtype=wide(delta.dtype))[:1]
         return delta.sum(1, dtype=wide(delta.dtype))
 
     def thinned(self, delta: Tensor, block: Block, state: Settled | None) -> Tensor:
@@ -187,17 +202,34 @@ class TaskArithmetic(Rule):
     Source: https://arxiv.org/abs/2212.04089
     """
 
+    linear = True
+
     def __init__(self, weights: list[float], combine: Combine, dtype: torch.dtype):
         assert combine.elect == "none"
         self.weights, self.combine, self.dtype = torch.tensor(weights, dtype=dtype), combine, dtype
 
+    @property
+    def coefficients(self) -> Tensor:
+        return self.combine.finished(self.weights.clone(), self.weights.unsqueeze(1), None)
+
     def merge(self, block: Block, state: Any) -> Tensor:
-        assert block.base is not None
-        base, weights = block.base.to(self.dtype), self.weights.to(block.base.device)
-        parts = (torch.sub(member.to(self.dtype), base).mul_(one) for member, one in zip(block.members, weights, strict=True))
-        total = summed(parts, len(weights))
-        merged = self.combine.finished(total, weights.unsqueeze(1), None)
-        return merged.to(wide(self.dtype)).add_(base)
+        weights = self.weights.to(block.members[0].device)
+        base = block.base.to(self.dtype) if block.base is not None else None
+        vectors = (member.to(self.dtype) for member in block.members)
+        if base is not None:
+            vectors = (torch.sub(vector, base) for vector in vectors)
+            parts = (vector.mul_(one) for vector, one in zip(vectors, weights, strict=True))
+        else:
+            parts = (vector * one for vector, one in zip(vectors, weights, strict=True))
+        merged = self.combine.finished(summed(parts, len(weights)), weights.unsqueeze(1), None)
+        return onto(base, merged.to(wide(self.dtype)))
+
+
+def whole_vectors(weights: list[float], combine: Combine, dtype: torch.dtype, numel: int) -> Rule:
+    """The rule of task vectors that are not thinned: elementwise."""
+    if combine.elect == "none":
+        return TaskArithmetic(weights, combine, dtype)
+    return TaskVectors(weights, combine, None, "none", dtype, numel)
 
 
 class GlobalTrim(Rule):
@@ -210,6 +242,11 @@ class GlobalTrim(Rule):
     def __init__(self, weights: list[float], combine: Combine, thresholds: list[int]):
         self.weights, self.combine, self.thresholds = weights, combine, thresholds
 
+    @property
+    def parts(self) -> tuple[list[Rule], Rule] | None:
+        each: list[Rule] = [GlobalTrim([1.0], Combine(), [threshold]) for threshold in self.thresholds]
+        return each, whole_vectors(self.weights, self.combine, torch.float32, 0)
+
     def hides(self, state: Any) -> bool:
         return True
 
@@ -217,7 +254,7 @@ class GlobalTrim(Rule):
         base, delta = deltas(block, torch.float32)
         bars = [value_of(bits - 1, torch.float32) for bits in self.thresholds]
         delta = torch.stack([hardshrink(row, bar) if bar >= 0 else row for row, bar in zip(delta, bars, strict=True)])
-        return self.combine(delta, self.weights).add_(base)
+        return onto(base, self.combine(delta, self.weights))
 
 
 class Ptm(Rule):
@@ -226,13 +263,20 @@ class Ptm(Rule):
     The general model is the first member. Source: https://arxiv.org/abs/2410.12937
     """
 
+    linear = True
+    least = 2
+
     def __init__(self, omegas: list[float], dtype: torch.dtype = torch.float32):
         self.omegas, self.dtype = omegas, dtype
 
+    @property
+    def coefficients(self) -> Tensor:
+        return torch.tensor([1.0, *self.omegas], dtype=self.dtype)
+
     def merge(self, block: Block, state: Any) -> Tensor:
-        assert block.base is not None
-        base = block.base.to(self.dtype)
+        base = block.base.to(self.dtype) if block.base is not None else None
         merged = block.members[0].to(self.dtype, copy=True)
         for member, omega in zip(block.members[1:], self.omegas, strict=True):
-            merged.add_(member.to(self.dtype) - base, alpha=omega)
+            vector = member.to(self.dtype)
+            merged.add_(vector if base is None else vector - base, alpha=omega)
         return merged

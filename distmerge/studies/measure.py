@@ -15,6 +15,7 @@ from distmerge.data.packed import packed_text, sampled
 from distmerge.evaluate import evaluate
 from distmerge.experts.adapt import Theta
 from distmerge.merging.in_memory import compare, diagnose, line, merge, read_model
+from distmerge.merging.omegas import token_ratio, trained_tokens
 from distmerge.model import load_model
 from distmerge.studies.config import PtmConfig, Runs, Texts
 from distmerge.studies.curves import SHORTER
@@ -93,8 +94,8 @@ def point(arm: str, skill: str | None, losses: dict[str, float], run: str | None
 
 def omega_by_tokens(runs: Runs, name: str) -> float:
     """|D| / |G|, at most 1."""
-    d, g = (json.loads((Path(path) / "training.json").read_text())["tokens"] for path in (runs.experts[name], runs.general))
-    return min(1.0, d / g)
+    d, g = (trained_tokens(Path(path), name) for path in (runs.experts[name], runs.general))
+    return token_ratio(d, g)
 
 
 def several(bench: Bench, runs: Runs, base: Tensor, general: Tensor, experts: dict[str, Tensor]) -> list[dict[str, Any]]:
@@ -104,10 +105,8 @@ def several(bench: Bench, runs: Runs, base: Tensor, general: Tensor, experts: di
     alone: dict[str, float] = {}
     for count in (1, 2, 3):
         for names in itertools.combinations(experts, count):
-            merged = general.clone()
-            for name in names:
-                merged += omega_by_tokens(runs, name) * (experts[name] - base)
-            losses = bench.losses(merged)
+            omegas = [omega_by_tokens(runs, name) for name in names]
+            losses = bench.losses(merge("ptm", base, [general, *(experts[name] for name in names)], omegas))
             entry: dict[str, Any] = {"skills": list(names), "losses": losses}
             if count == 1:
                 alone[names[0]] = losses[names[0]]

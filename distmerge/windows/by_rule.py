@@ -11,9 +11,9 @@ from distmerge.files.stream import Job, Survey
 from distmerge.merging.assemble import Named, recipe_of
 from distmerge.merging.execute import survey_of
 from distmerge.merging.jobs import build
-from distmerge.merging.methods import METHODS
 from distmerge.merging.options import MergeOptions
 from distmerge.merging.pairing import check_structure, pair
+from distmerge.rules import catalogue
 from distmerge.windows.members import Member, dtype_of, is_parameter, merged_buffer
 from distmerge.windows.options import ByRule
 
@@ -28,7 +28,7 @@ def rule_jobs(
     Returns:
         the jobs, the survey that must come before them, the base, and the members beside it.
     """
-    if base is None and METHODS[way.rule].base == "needed":
+    if base is None and catalogue.entry(way.rule).base == "needed":
         base, members = members[0].model, members[1:]
     models = {member.model.reference: member.model for member in members}
     if len(models) < len(members):

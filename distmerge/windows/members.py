@@ -15,7 +15,7 @@ from distmerge.files.header import FLOATS, Stored
 from distmerge.files.models import Model, open_model
 from distmerge.files.sources import Maps, OnDisk
 from distmerge.files.stream import Job
-from distmerge.rules.linear import Same, Scaled
+from distmerge.rules.passthrough import Same, Scaled
 from distmerge.rundir.identity import read_identity, stranger
 from distmerge.theta.buffers import POLICIES
 from distmerge.windows.blocks import RECORD, legible, mergeable, published_blocks

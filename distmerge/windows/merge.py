@@ -23,7 +23,7 @@ from distmerge.files.publish import Report, write_model
 from distmerge.files.sources import Maps, OnDisk
 from distmerge.files.stream import Job, Settings, Stream, Survey, check_device
 from distmerge.merging.models import open_any
-from distmerge.rules.linear import Linear
+from distmerge.rules.mean import WeightedMean
 from distmerge.windows import advice
 from distmerge.windows.by_rule import rule_jobs
 from distmerge.windows.curvature import Curvature, newest_curvature
@@ -191,7 +191,7 @@ def curve_job(name: str, members: list[Member], c: list[float], maps: Maps, dtyp
     if not is_parameter(entries):
         return merged_buffer(name, entries, maps)
     sources = tuple(OnDisk(entry, maps) for entry in entries)
-    return Job(name, entries[0].shape, dtype_of(entries, dtype), Linear(c, normalize=False), sources)
+    return Job(name, entries[0].shape, dtype_of(entries, dtype), WeightedMean(c, normalize=False), sources)
 
 
 def advise(references: list[str], members: list[Member], maps: Maps) -> tuple[str, ...]:

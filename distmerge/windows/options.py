@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from distmerge.errors import UserError
-from distmerge.merging.methods import METHODS
 from distmerge.merging.options import Compat, StreamOptions
 from distmerge.merging.recipe import Setting
+from distmerge.rules import catalogue
 
 if TYPE_CHECKING:
     from distmerge.windows.curves import Curve, Quadrature
@@ -68,6 +68,8 @@ def way_of(
         UserError: where a curve is given to another rule, the mean is given what only other rules have, the rule needs what
             a window does not have, or there is no such rule.
     """
+    entry = catalogue.check(rule, "--rule")
+    rule = catalogue.canonical(rule)
     if rule == MEAN:
         given = (
             ["base"] * (base is not None) + [*parameters] + ["compat"] * (compat is not None) + ["seed"] * (seed is not None)
@@ -75,16 +77,14 @@ def way_of(
         if given:
             raise UserError(f"--{given[0].replace('_', '-')} is for other rules: the weights of rule mean come from --curve")
         return ByCurve("linear" if curve is None else curve, quadrature)
-    if rule not in METHODS:
-        raise UserError(f"--rule must be one of {', '.join((MEAN, *METHODS))}, got {rule!r}")
     if curve is not None or quadrature != "endpoint":
         flag = "--quadrature" if curve is None else "--curve"
         raise UserError(f"{flag} makes the weights of rule mean alone, got --rule {rule}, too")
     if drawn:
         raise UserError(f"--plot draws the weights of rule mean, and --rule {rule} has none")
-    if rule == "ptm":
-        raise UserError("--rule ptm needs a general model beside the base, which a window does not have")
-    if base is not None and METHODS[rule].base == "none":
+    if entry.first == "general":
+        raise UserError(f"--rule {rule} needs a general model beside the base, which a window does not have")
+    if base is not None and entry.base == "none":
         raise UserError(f"--rule {rule} has no use for a base, got --base {base}")
     return ByRule(rule, base, parameters, compat, seed)
 

@@ -204,7 +204,7 @@ def test_the_shipped_file_is_read() -> None:
 
 def test_hits_are_counted() -> None:
     entry = {"chosen": "ties", "best": "ties", "best_of_all": "task_arithmetic 0.5"}
-    found = hits([entry, entry | {"best": "linear"}])
+    found = hits([entry, entry | {"best": "mean"}])
     assert (found["merges"], found["best_of_its_own"], found["best_of_all"]) == (2, 1, 0)
 
 

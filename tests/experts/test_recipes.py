@@ -219,8 +219,8 @@ def test_stacked_layers_come_from_their_models(root, tmp_path):
     [
         (("merge_method: linear", "merge_method: linear\nslerp: 1"), "recipe.slerp is not supported"),
         (("merge_method: linear", "merge_method: nearswap"), "'nearswap': it is a method of mergekit that distmerge does not"),
-        (("weight: 0.3", "weight: 0.3, density: 0.5"), "linear has no parameter density; it belongs to ties"),
-        (("weight: 0.3", "wieght: 0.3"), "linear has no parameter wieght"),
+        (("weight: 0.3", "weight: 0.3, density: 0.5"), "mean has no parameter density; it belongs to ties"),
+        (("weight: 0.3", "wieght: 0.3"), "mean has no parameter wieght"),
         (("parameters: {weight: 0.3}", "parameters: {}"), "weight must be given for .*B at"),
         (("weight: 0.3", "weight: []"), r"weight must be a value, a list of values"),
         (("dtype: float16", "dtype: int64"), "dtype must be one of"),

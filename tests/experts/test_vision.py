@@ -51,7 +51,7 @@ def test_experts_of_disjoint_digits() -> None:
     torch.testing.assert_close(merged, (experts["low"] + experts["high"]) / 2)
     assert torch.equal(theta.read(), base)  # what a merge is judged in is left as it was
     found = compare(base, list(experts.values()), list(experts), lambda v: sum(loss(v, part) for part in parts.values()), 0)
-    assert found["scores"]["linear"] == sum(loss(merged, part) for part in parts.values())
+    assert found["scores"]["mean"] == sum(loss(merged, part) for part in parts.values())
     assert found["best_of_all"] == min(found["scores"], key=found["scores"].__getitem__)
 
     with torch.no_grad(), theta.holding(experts["low"]):

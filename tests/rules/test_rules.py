@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from distmerge.rules.consensus import ModelStock, Sce
-from distmerge.rules.linear import Linear, Scaled
+from distmerge.rules.mean import WeightedMean
+from distmerge.rules.passthrough import Scaled
 from distmerge.rules.protocol import run
 from distmerge.rules.random_masks import bar, below, chance, key_of, uniform, upper
+from distmerge.rules.sce import Sce
 from distmerge.rules.slerp import Nuslerp, Slerp
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, ascending
+from distmerge.rules.stock import ModelStock
 from distmerge.rules.task import Combine, Ptm, TaskArithmetic, TaskVectors
 from tests.rules.coins import coins
 
@@ -36,7 +38,7 @@ def rules(dtype: torch.dtype) -> dict[str, tuple]:
         for name, one in thin.items()
     }
     return found | {
-        "linear": (Linear([1.0, 2.0], True, wide), 2, False),
+        "mean": (WeightedMean([1.0, 2.0], True, wide), 2, False),
         "scaled": (Scaled(0.5, dtype), 1, False),
         "slerp": (Slerp(0.3, wide), 2, False),
         "nuslerp": (Nuslerp(0.3, None, False, dtype), 2, True),

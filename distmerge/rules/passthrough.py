@@ -1,4 +1,4 @@
-"""Weighted means of the members themselves."""
+"""Rules that average nothing: one member as it is, or what must be equal in all of them."""
 
 from __future__ import annotations
 
@@ -10,27 +10,10 @@ from torch import Tensor
 from distmerge.rules.protocol import Block, Rule
 
 
-class Linear(Rule):
-    """``sum_m w_m theta_m``, divided by ``sum_m w_m`` with ``normalize``. Sums in float32, or float64 for such members.
-
-    Source: Model soups, https://arxiv.org/abs/2203.05482
-    """
-
-    def __init__(self, weights: list[float], normalize: bool = True, dtype: torch.dtype = torch.float32):
-        self.weights = torch.tensor(weights, dtype=dtype)
-        self.divisor = self.weights.sum() if normalize else None
-
-    def merge(self, block: Block, state: Any) -> Tensor:
-        first = block.members[0]
-        weights = self.weights.to(first.device)
-        merged = torch.zeros(first.numel(), dtype=weights.dtype, device=first.device)
-        for member, weight in zip(block.members, weights, strict=True):
-            merged.addcmul_(member, weight)
-        return merged if self.divisor is None else merged.div_(self.divisor.to(first.device))
-
-
 class Same(Rule):
     """For what cannot be averaged (integers, booleans): all members must be equal, and that is the result."""
+
+    needs_base = True  # what it compares with is the base as it is
 
     def merge(self, block: Block, state: Any) -> Tensor:
         first = block.members[0]
@@ -43,8 +26,15 @@ class Same(Rule):
 class Scaled(Rule):
     """One member, times ``scale``: passthrough."""
 
+    linear = True
+    most = 1
+
     def __init__(self, scale: float | None, dtype: torch.dtype):
         self.scale, self.dtype = scale, dtype
+
+    @property
+    def coefficients(self) -> Tensor:
+        return torch.tensor([1.0 if self.scale is None else self.scale], dtype=self.dtype)
 
     def merge(self, block: Block, state: Any) -> Tensor:
         (member,) = block.members

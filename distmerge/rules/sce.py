@@ -1,68 +1,16 @@
-"""Merges whose weights come from the models themselves: Model Stock from the angles, SCE from the variances."""
+"""SCE: task vectors are selected by variance, weighed by energy, and elements of the minority's sign are erased."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, total_norm, wide
+from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, wide
 from distmerge.rules.threshold import Cut, histogram, levels, locate, patterns, refine
 
 TINY = 1e-6
-
-
-class ModelStock(Rule):
-    """``t mean + (1 - t) base``, ``t = N cos / (1 + (N - 1) cos)``, cos the mean cosine between pairs of task vectors.
-
-    Args:
-        columns: None for one cosine a tensor; the length of a row for one a row.
-        floor: products of norms count as at least this (mergekit: 1e-6, which damps very small task vectors).
-
-    Source: https://arxiv.org/abs/2403.19522. Where the denominator vanishes there is no estimate, and the base stays.
-    """
-
-    def __init__(self, members: int, columns: int | None, dtype: torch.dtype, floor: float):
-        self.members, self.columns, self.dtype, self.floor = members, columns, dtype, floor
-        self.unit, self.passes = columns or 1, 0 if columns else 1
-        self.pairs = [(i, j) for i in range(members) for j in range(i + 1, members)]
-
-    def products(self, block: Block) -> tuple[Tensor, Tensor]:
-        """``[M, rows or 1]`` norms and ``[pairs, rows or 1]`` products of the task vectors, of each row where rows count."""
-        delta = deltas(block, self.dtype)[1].to(self.dtype)
-        rows = delta.view(len(delta), -1, self.columns) if self.columns else delta.unsqueeze(1)
-        dots = [(rows[i] * rows[j]).sum(-1, dtype=wide(self.dtype)) for i, j in self.pairs]
-        return torch.linalg.vector_norm(rows, dim=-1, dtype=wide(self.dtype)), torch.stack(dots)
-
-    def measure(self, step: int, block: Block, state: Any) -> Measured:
-        norms, dots = self.products(block)
-        return Measured(kept={"norms": norms, "dots": dots})
-
-    def settle(self, step: int, tally: Tally, state: Any) -> Tensor:
-        return self.ratio(total_norm(tally, "norms"), tally.total("dots"))
-
-    def ratio(self, norm: Tensor, dots: Tensor) -> Tensor:
-        """``[rows or 1, 1]``: t."""
-        norm, dots = norm.to(self.dtype), dots.to(self.dtype)
-        cosines = [
-            (dot / (norm[i] * norm[j]).clamp(min=self.floor)).clamp(-1, 1) for dot, (i, j) in zip(dots, self.pairs, strict=True)
-        ]
-        cosine = torch.stack(cosines).mean(0).unsqueeze(-1)
-        below = 1 + (self.members - 1) * cosine
-        flat = below.abs() < TINY
-        return torch.where(flat, torch.zeros_like(cosine), self.members * cosine / torch.where(flat, 1.0, below))
-
-    def merge(self, block: Block, state: Any) -> Tensor:
-        assert block.base is not None
-        if self.columns:
-            state = self.ratio(*self.products(block))
-        shape = (-1, self.columns) if self.columns else (1, -1)
-        base = block.base.to(self.dtype).view(shape)
-        mean = block.members[0].to(self.dtype)
-        for member in block.members[1:]:
-            mean = mean + member.to(self.dtype)
-        return (state * (mean / self.members).view(shape) + (1 - state) * base).view(-1)
 
 
 class SceState(NamedTuple):
@@ -84,6 +32,8 @@ class Sce(Rule):
     Source: https://arxiv.org/abs/2408.07990
     """
 
+    exact = False
+
     def __init__(self, select: float, numel: int, dtype: torch.dtype):
         self.select, self.numel, self.dtype = select, numel, dtype
         self.levels = levels(dtype)
@@ -91,7 +41,7 @@ class Sce(Rule):
         self.passes = self.picks + 1
 
     def measure(self, step: int, block: Block, state: SceState | None) -> Measured:
-        delta = deltas(block, self.dtype)[1].to(self.dtype)
+        delta = deltas(block, self.dtype)[1]
         if step < self.picks:
             bits = self.variances(delta).unsqueeze(0)
             if step == 0:
@@ -137,9 +87,10 @@ class Sce(Rule):
         return delta * ((bits > state.cut.bits) | (equal & early))
 
     def merge(self, block: Block, state: SceState) -> Tensor:
-        base, delta = (x.to(self.dtype) for x in deltas(block, self.dtype))
+        base, delta = deltas(block, self.dtype)
         delta = self.kept(delta, block.index, state)
         agree = torch.where(delta.sum(0) >= 0, delta > 0, delta < 0)
         assert state.coefficients is not None
         weight = state.coefficients.to(delta.device) * agree
-        return base + (delta * weight).sum(0) / weight.sum(0).clamp(min=TINY)
+        merged = (delta * weight).sum(0) / weight.sum(0).clamp(min=TINY)
+        return merged if base is None else base + merged

@@ -1,0 +1,113 @@
+"""Coordinate-wise estimates that a minority of bad members cannot move far: the median and the trimmed mean.
+
+Source: Yin et al. 2018, https://arxiv.org/abs/1803.01498. A NaN in any member gives NaN, since minima and maxima pass it on.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distmerge.rules.protocol import Block, Rule, deltas, onto, wide
+
+PIECE = 1 << 14
+"""Elements that are sorted at a time: those of 8 members stay in a core's cache."""
+
+
+class Comparator(NamedTuple):
+    """One step of a sorting network: rows ``low`` and ``high`` get the smaller and the larger of their elements.
+
+    ``lower`` and ``upper`` say which of the two somebody still reads.
+    """
+
+    low: int
+    high: int
+    lower: bool
+    upper: bool
+
+
+@functools.cache
+def network(members: int, first: int, stop: int) -> tuple[Comparator, ...]:
+    """The comparators that put the ranks ``first`` to ``stop`` of so many members into their rows; other rows are undefined.
+
+    Batcher's odd-even merge sort (https://doi.org/10.1145/1468075.1468121), without the comparators that these ranks do not
+    depend on.
+    """
+    pairs: list[tuple[int, int]] = []
+    p = 1
+    while p < members:
+        k = p
+        while k >= 1:
+            for j in range(k % p, members - k, 2 * k):
+                for i in range(min(k, members - j - k)):
+                    if (i + j) // (2 * p) == (i + j + k) // (2 * p):
+                        pairs.append((i + j, i + j + k))
+            k //= 2
+        p *= 2
+    wanted, found = set(range(first, stop)), []
+    for low, high in reversed(pairs):
+        if low in wanted or high in wanted:
+            found.append(Comparator(low, high, low in wanted, high in wanted))
+            wanted |= {low, high}
+    return tuple(reversed(found))
+
+
+class RankMean(Rule):
+    """The mean of those elements that are neither among the ``cut`` smallest nor among the ``cut`` largest."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32):
+        self.dtype = dtype
+
+    def cut(self, members: int) -> int:
+        """How many of so many members are left out at either end."""
+        raise NotImplementedError
+
+    def merge(self, block: Block, state: Any) -> Tensor:
+        base, delta = deltas(block, self.dtype)
+        cut = self.cut(len(delta))
+        first, stop = cut, len(delta) - cut
+        steps = network(len(delta), first, stop)
+        merged = torch.empty(delta.shape[1], dtype=wide(self.dtype), device=delta.device)
+        size = PIECE if delta.device.type == "cpu" else delta.shape[1]
+        for start in range(0, delta.shape[1], max(1, size)):
+            rows = list(delta[:, start : start + size])
+            spare = torch.empty_like(rows[0])
+            for low, high, lower, upper in steps:
+                smaller, larger = rows[low], rows[high]
+                if lower:
+                    torch.minimum(smaller, larger, out=spare)
+                if upper:
+                    torch.maximum(smaller, larger, out=larger)
+                if lower:
+                    rows[low], spare = spare, smaller
+            out = merged[start : start + size].copy_(rows[first])
+            for row in rows[first + 1 : stop]:
+                out.add_(row)
+            if stop - first > 1:
+                out.div_(stop - first)
+        return onto(base, merged)
+
+
+class Median(RankMean):
+    """The median of each coordinate; of an even number of members the mean of the middle two. All members weigh the same."""
+
+    def cut(self, members: int) -> int:
+        return (members - 1) // 2
+
+
+class TrimmedMean(RankMean):
+    """The mean of each coordinate without the ``trim`` share of the members at either end; all members weigh the same.
+
+    Of three members or more at least one is left out at either end, and at least one stays.
+    """
+
+    def __init__(self, trim: float, dtype: torch.dtype = torch.float32):
+        assert 0 <= trim < 0.5
+        super().__init__(dtype)
+        self.trim = trim
+
+    def cut(self, members: int) -> int:
+        return 0 if members < 3 else min(max(1, int(self.trim * members)), (members - 1) // 2)
