@@ -67,7 +67,8 @@ def test_a_recipe_in_a_file_takes_variants_and_options_alone(models: Path) -> No
     record = json.loads((models / "merged/merge.json").read_text())["recipe"]
     assert (record["variants"]["trim"], record["seed"], record["out_dtype"]) == ("tensor", 3, "bfloat16")
     assert result.report is not None and result.report.models == ["a", "b"]
-    for given in ({"density": 0.1}, {"base": "base"}, {"method": "ties"}):
+    wrong: list[dict[str, Any]] = [{"density": 0.1}, {"base": "base"}, {"method": "ties"}]
+    for given in wrong:
         with pytest.raises(dm.UserError, match="belongs to a recipe in flags"):
             dm.merge("r.toml", out="other", **given)
 
