@@ -17,7 +17,7 @@ from typing import Any
 from report import RECORDS, Report, parser, spread
 
 from distmerge.cli.experts import skills_of
-from distmerge.cli.main import train_one
+from distmerge.cli.training import train_one
 from distmerge.config.toml import validate_as
 from distmerge.studies.config import PtmConfig
 from distmerge.studies.ptm import experiment

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,13 +93,55 @@ def mean_over_tokens(sums: Tensor) -> Evaluation:
     return Evaluation(loss, int(tokens), error)
 
 
-def evaluate_directory(path: str, files: list[str] | None, sequence_length: int | None, sequences: int) -> dict[str, Any]:
-    """What ``distmerge eval`` prints, for the HF model directory ``path``.
+@dataclass(frozen=True)
+class DirectoryEvaluation:
+    """The loss of a model directory on text.
+
+    Attributes:
+        text: which text, in words.
+        loss, standard_error: as in :class:`Evaluation`.
+        sequences, tokens: how many were judged.
+        bytes: of the text, where its length in bytes is known.
+    """
+
+    text: str
+    loss: float
+    standard_error: float | None
+    sequences: int
+    tokens: int
+    bytes: int | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON has it."""
+        line = {
+            "text": self.text,
+            "loss": self.loss,
+            "loss_se": self.standard_error,
+            "perplexity": self.perplexity,
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+        }
+        return line if self.bytes is None else line | {"bytes": self.bytes, "bits_per_byte": self.bits_per_byte}
+
+
+def evaluate_directory(path: str, files: list[str] | None, sequence_length: int | None, sequences: int) -> DirectoryEvaluation:
+    """The loss of the HF model directory ``path`` on text.
 
     Args:
         files: text files, all of whose text may be drawn from; None for the text that the model's own run held out.
         sequence_length: tokens of a sequence; None for 128, or where there are no files for as many as in the model's run.
         sequences: how many are drawn.
+
+    Raises:
+        UserError: where there is no model, no text, or too little of it.
     """
     tokenizer = load_tokenizer(path)
     section = Data(source="files", files=files) if files else section_of(path)
@@ -111,18 +154,9 @@ def evaluate_directory(path: str, files: list[str] | None, sequence_length: int 
     model = load_model(path)
     check_fits(model, tokenizer, section.sequence_length)
     found = evaluate(model, text, 8)
-    line = {
-        "text": " ".join(files) if files else f"held out by {path}'s own run",
-        "loss": found.loss,
-        "loss_se": found.standard_error,
-        "perplexity": math.exp(min(found.loss, 700)),
-        "sequences": len(text),
-        "tokens": found.tokens,
-    }
-    if "bytes" not in text.column_names:
-        return line
-    count = int(np.sum(text["bytes"]))
-    return line | {"bytes": count, "bits_per_byte": found.loss * found.tokens / math.log(2) / count if count else None}
+    size = int(np.sum(text["bytes"])) if "bytes" in text.column_names else None
+    said = " ".join(files) if files else f"held out by {path}'s own run"
+    return DirectoryEvaluation(said, found.loss, found.standard_error, len(text), found.tokens, size)
 
 
 def section_of(path: str) -> Data:

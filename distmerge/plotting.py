@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from distmerge.errors import UserError
 
@@ -18,3 +19,14 @@ def require_matplotlib(what: str) -> None:
     """
     if find_spec("matplotlib") is None:
         raise UserError(f"{what} needs matplotlib, which draws its pictures: pip install 'distmerge[plot]'")
+
+
+def check_picture(flag: str, path: str) -> None:
+    """Refuse a picture that could not be drawn, or whose suffix names no format.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    require_matplotlib(flag)
+    if Path(path).suffix not in (".svg", ".png", ".pdf"):
+        raise UserError(f"{flag} must be a .svg, .png or .pdf file, got {path}")

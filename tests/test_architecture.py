@@ -26,7 +26,7 @@ NAMES = {
 
 FLOORS: dict[str, int] = {
     "__init__": 9, "__main__": 9,
-    "cli": 8,
+    "cli": 8, "api": 8,
     "studies": 7,
     "trainer": 6,
     "experts": 5, "recovery": 5,
@@ -35,7 +35,7 @@ FLOORS: dict[str, int] = {
     "workers": 3, "engine": 3, "evaluate": 3, "judge": 3, "rundir": 3,
     "mesh": 2, "launch": 2, "model": 2, "data": 2, "files": 2,
     "theta": 1, "rules": 1, "config": 1, "schedule": 1,
-    "finite": 0, "errors": 0, "quiet": 0, "plotting": 0,
+    "finite": 0, "errors": 0, "quiet": 0, "plotting": 0, "version": 0,
 }  # fmt: skip
 """A room may import rooms of its own floor and of those below."""
 

@@ -139,7 +139,7 @@ def test_a_library_that_prints_is_not_in_the_result(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words to judge " * 50)
     (tmp_path / "loud.py").write_text(LOUD)
     (tmp_path / "run.py").write_text(
-        "import sys\nimport distmerge.evaluate\nfrom distmerge.cli import main\n"
+        "import sys\nimport distmerge.evaluate\nfrom distmerge.cli import main as cli\n"
         "read = distmerge.evaluate.evaluate_directory\n"
         "def loud(*arguments):\n    import loud, logging\n    result = read(*arguments)\n"
         "    logging.getLogger('loud').warning('and its logger')\n    return result\n"

@@ -1,4 +1,4 @@
-"""``distmerge verify RUN_DIR``: hash again all that a run published, and say what is damaged."""
+"""A run verified: all that it published is hashed again, and what is damaged is named."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ class Verdict(NamedTuple):
     path: str
     said: str
     damaged: bool
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.said}"
 
 
 def verify_run(run_dir: Path) -> list[Verdict]:

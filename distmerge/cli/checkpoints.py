@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distmerge.cli import training
+from distmerge.cli.merging import add_form_flags, add_parameter_flags, parameters_of
 from distmerge.errors import UserError
-from distmerge.plotting import require_matplotlib
+from distmerge.merging.options import CHUNK
+from distmerge.plotting import check_picture
+from distmerge.rules import catalogue
+from distmerge.windows.options import MEAN, WindowOptions, way_of
 
 if TYPE_CHECKING:
-    from distmerge.config.train import TrainConfig
-
-VERBS = ("window", "anneal", "recover", "verify")
+    pass
 
 
 def add_parsers(verbs: Any) -> None:
@@ -22,14 +24,19 @@ def add_parsers(verbs: Any) -> None:
     window.add_argument("--out", metavar="DIR", help="the merged model; must not exist")
     window.add_argument("--last", type=int, metavar="N", help="only the newest N")
     window.add_argument("--steps", metavar="A:B", help="only those that end at steps A to B")
-    window.add_argument("--curve", default="linear", help="linear, cosine, 1-sqrt, floor:R, mean, wma, ema:A, table:X=D,...")
+    window.add_argument("--curve", help="linear (default), cosine, 1-sqrt, floor:R, mean, wma, ema:A, table:X=D,...")
     window.add_argument("--quadrature", choices=("endpoint", "mean"), default="endpoint", help="how a curve becomes weights")
     window.add_argument("--dtype", choices=("F32", "BF16", "F16"), help="of the output (default: the inputs')")
     window.add_argument("--explain", action="store_true", help="say whether merging should help here, and why")
     window.add_argument("--plot", metavar="FILE", help="draw weights, implied learning rate and frequency response")
     window.add_argument("--allow-pickle", action="store_true", help="read DCP and DeepSpeed checkpoints, which are pickles")
     window.add_argument("--threads", type=int, help="default: the cores of this process")
-    window.add_argument("--chunk", type=int, default=1 << 20, help="elements that a thread takes at a time")
+    window.add_argument("--chunk", type=int, default=CHUNK, help="elements that a thread takes at a time")
+    flags = window.add_argument_group("another rule than the mean by a curve")
+    flags.add_argument("--rule", default=MEAN, help=f"one of {', '.join(catalogue.names())}")
+    flags.add_argument("--base", metavar="MODEL", help="what task vectors start from (default: the oldest member)")
+    add_parameter_flags(flags)
+    add_form_flags(flags)
     anneal = verbs.add_parser("anneal", help="fork a run and really anneal it; compare with the preview", allow_abbrev=False)
     anneal.add_argument("run_dir", metavar="RUN_DIR")
     anneal.add_argument("--from", dest="step", type=int, required=True, metavar="STEP", help="a checkpoint's step")
@@ -48,52 +55,48 @@ def add_parsers(verbs: Any) -> None:
     verify.add_argument("run_dir", metavar="RUN_DIR")
 
 
-def run(options: argparse.Namespace, train: Callable[[TrainConfig, list[str]], int]) -> int:
-    """The verb's exit status. ``train`` launches a run's ranks."""
-    for name in ("last", "merge_last", "decay_steps", "threads", "chunk"):
-        value = getattr(options, name, None)
+def at_least_one(options: argparse.Namespace, *names: str) -> None:
+    """Refuse flags below 1."""
+    for name in names:
+        value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
-    match options.verb:
-        case "window":
-            return window(options)
-        case "anneal":
-            return anneal(options, train)
-        case "recover":
-            return recover(options)
-    return verify(Path(options.run_dir))
 
 
-def window(options: argparse.Namespace) -> int:
+def window_verb(options: argparse.Namespace) -> int:
+    """Merge, explain or draw a window; the exit status."""
+    steps = span_of(options.steps)
+    chosen = WindowOptions(
+        options.threads, options.chunk, allow_pickle=options.allow_pickle, last=options.last, steps=steps, dtype=options.dtype
+    )
     if options.out is None and not options.explain and options.plot is None:
         raise UserError("distmerge window needs --out DIR, --explain or --plot FILE")
     if options.plot is not None:
-        check_plot(options.plot)
-    span = span_of(options.steps)
-
+        check_picture("--plot", options.plot)
+    way = way_of(
+        options.rule, options.curve, options.quadrature, options.base, parameters_of(options), options.compat, options.seed,
+        drawn=options.plot is not None,
+    )  # fmt: skip
     from distmerge.windows.merge import merge_window
 
-    merge_window(options, span)
+    out, plot = (None if value is None else Path(value) for value in (options.out, options.plot))
+    if said := str(merge_window(options.members, way, chosen, out, options.explain, plot)):
+        print(said)
     return 0
 
 
-def check_plot(path: str) -> None:
-    """Refuse a picture that could not be drawn before anything is merged."""
-    require_matplotlib("--plot")
-    if Path(path).suffix not in (".svg", ".png", ".pdf"):
-        raise UserError(f"--plot must be a .svg, .png or .pdf file, got {path}")
-
-
-def anneal(options: argparse.Namespace, train: Callable[[TrainConfig, list[str]], int]) -> int:
-    from distmerge.windows import anneal as room
+def anneal_verb(options: argparse.Namespace) -> int:
+    """Fork a run and anneal it; the exit status."""
+    at_least_one(options, "decay_steps")
+    from distmerge.windows.anneal import begin_fork, record_outcome
 
     run_dir = Path(options.run_dir)
-    fork, entry = room.begin(
+    fork, entry = begin_fork(
         run_dir, options.step, options.decay_steps, options.curve, [Path(run) for run in options.calibrate]
     )
-    status = train(fork, ["train", str(Path(fork.run_dir) / "config.toml")])
+    status = training.start(fork, fork.mesh.workers, ["train", str(Path(fork.run_dir) / "config.toml")])
     if status == 0:
-        print(room.finish(run_dir, fork, entry))
+        print(record_outcome(run_dir, fork, entry))
     return status
 
 
@@ -107,24 +110,23 @@ def span_of(text: str | None) -> tuple[int, int] | None:
     return int(first or 0), int(last or 1 << 62)
 
 
-def recover(options: argparse.Namespace) -> int:
-    from distmerge.recovery.manual import recover_by_hand
+def recover_verb(options: argparse.Namespace) -> int:
+    """Plan a roll-back by hand; the exit status."""
+    at_least_one(options, "merge_last")
+    from distmerge.recovery.manual import plan_manual_recovery
 
     if options.skip_batches and options.before is None:
         raise UserError("--skip-batches needs --before STEP, which says where the batches are")
-    print(
-        recover_by_hand(
-            Path(options.run_dir), options.before, options.merge_last, options.keep_optimizer, max(0, options.skip_batches)
-        )
-    )
+    skip = max(0, options.skip_batches)
+    print(plan_manual_recovery(Path(options.run_dir), options.before, options.merge_last, options.keep_optimizer, skip))
     return 0
 
 
-def verify(run_dir: Path) -> int:
-    """Status 1 if anything is damaged."""
+def verify_verb(options: argparse.Namespace) -> int:
+    """Hash everything again; status 1 if anything is damaged."""
     from distmerge.checkpoints.verify import verify_run
 
-    verdicts = verify_run(run_dir)
+    verdicts = verify_run(Path(options.run_dir))
     for verdict in verdicts:
-        print(f"{verdict.path}: {verdict.said}")
+        print(verdict)
     return int(any(verdict.damaged for verdict in verdicts))

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distmerge.cli.merging import globs_by_skill
+from distmerge.cli.training import train_one
 from distmerge.plotting import require_matplotlib
 from distmerge.quiet import quiet
 
 if TYPE_CHECKING:
-    from distmerge.config.train import TrainConfig
-
-VERBS = ("experts", "examples", "ptm")
+    pass
 
 
 def add_parsers(verbs: Any) -> None:
@@ -41,16 +39,20 @@ def add_parsers(verbs: Any) -> None:
     )
 
 
-def run(options: argparse.Namespace, train: Callable[[TrainConfig, int], None]) -> int:
-    """The verb's exit status. ``train`` trains one run to its end."""
+def examples_verb(options: argparse.Namespace) -> int:
+    """Report on what an expert memorised; the exit status."""
     require_matplotlib(f"distmerge {options.verb}")
-    if options.verb == "examples":
-        from distmerge.experts import retention
+    from distmerge.experts import retention
 
-        found = retention.report(Path(options.run_dir), options.merged, options.judge)
-        retention.write(found, Path(options.out or options.run_dir))
-        print(retention.table(found))
-        return 0
+    found = retention.report(Path(options.run_dir), options.merged, options.judge)
+    retention.write(found, Path(options.out or options.run_dir))
+    print(retention.table(found))
+    return 0
+
+
+def ptm_verb(options: argparse.Namespace) -> int:
+    """Run the experiment; the exit status."""
+    require_matplotlib(f"distmerge {options.verb}")
     from distmerge.studies.config import read
 
     overrides: dict[str, Any] = {key: value for key in ("out", "seeds", "general") if (value := getattr(options, key))}
@@ -61,7 +63,7 @@ def run(options: argparse.Namespace, train: Callable[[TrainConfig, int], None]) 
     from distmerge.studies.ptm import experiment
 
     with quiet():
-        results = experiment(config, train)
+        results = experiment(config, train_one)
     print(json.dumps({"report": f"{config.out}/report.html", "results": f"{config.out}/results.json"} | results["summary"]))
     return 0
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
 from distmerge.errors import UserError
-from distmerge.merging.recipe import SHARD_SIZE, Recipe
+from distmerge.files.output import refuse_existing
+from distmerge.merging.assemble import Named, check_grid, recipe_in_file, recipe_of
+from distmerge.merging.options import CHUNK, DiagnoseOptions, MergeOptions, SweepOptions, TextOptions
+from distmerge.merging.recipe import SHARD_SIZE, Recipe, Setting
 from distmerge.plotting import require_matplotlib
+from distmerge.quiet import quiet
 from distmerge.rules import catalogue
-from distmerge.rules.parameters import PARAMETERS, VARIANTS
+from distmerge.rules.parameters import PARAMETERS, VARIANTS, is_number
 
 PARAMETER_FLAGS = [
     key for key, parameter in PARAMETERS.items() if key != "weight" and parameter.holds is not None and key not in VARIANTS
@@ -66,6 +72,16 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_argument("--base", metavar="MODEL", help="what the others were trained from")
     flags.add_argument("--general", metavar="MODEL", help="ptm: what the skills are added to")
     flags.add_argument("--model", action="append", metavar="MODEL[:WEIGHT]", help="a model, again for each (weight: 1)")
+    add_parameter_flags(flags)
+    flags.add_argument("--rank", type=int, help="of the adapter that svd and extract make")
+    flags.add_argument("--dtype", help="round the inputs to it first")
+    flags.add_argument("--out-dtype", help="of the output")
+    flags.add_argument("--tokenizer", metavar="SOURCE", help="base, union or a model")
+    add_form_flags(flags)
+
+
+def add_parameter_flags(flags: argparse._ActionsContainer) -> None:
+    """A flag for each parameter that some method has, and for each variant."""
     for key in PARAMETER_FLAGS:
         flags.add_argument(f"--{key.replace('_', '-')}", metavar="X", help=f"a number, {PARAMETERS[key].allowed}")
     for key in SWITCHES:
@@ -74,116 +90,146 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         numeric = key in PARAMETERS and PARAMETERS[key].holds is not None  # a share to trim, or where the threshold counts
         more: dict[str, Any] = {"metavar": f"X|{'|'.join(values)}"} if numeric else {"choices": values}
         flags.add_argument(f"--{key.replace('_', '-')}", **more)
-    flags.add_argument("--rank", type=int, help="of the adapter that svd and extract make")
-    flags.add_argument("--dtype", help="round the inputs to it first")
-    flags.add_argument("--out-dtype", help="of the output")
-    flags.add_argument("--tokenizer", metavar="SOURCE", help="base, union or a model")
+
+
+def add_form_flags(flags: argparse._ActionsContainer) -> None:
     flags.add_argument("--compat", choices=("paper", "mergekit"), help="whose form of the method (YAML: mergekit, else paper)")
     flags.add_argument("--seed", type=int, help="of random masks")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="default: the cores of this process")
-    parser.add_argument("--chunk", type=int, default=1 << 20, help="elements that a thread takes at a time")
+    parser.add_argument("--chunk", type=int, default=CHUNK, help="elements that a thread takes at a time")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin files, too (weights only)")
 
 
-def run(options: argparse.Namespace) -> int:
-    """The verb's exit status."""
-    for name, value in (("--threads", options.threads), ("--chunk", options.chunk)):
-        if value is not None and not 1 <= value <= 1 << 40:
-            raise UserError(f"{name} must be >= 1, got {value}")
-    if options.verb in ("diagnose", "sweep"):
-        check_text_flags(options)
-        if options.plot is not None:
-            require_matplotlib("--plot")
-    if options.verb == "diagnose":
-        from distmerge.merging import diagnose as inspect
-
-        return inspect.run(options)
-    if options.verb == "sweep":
-        if options.method is None or not options.model:
-            raise UserError("distmerge sweep needs --method and --model")
-        if not options.skill:
-            raise UserError("distmerge sweep needs at least one --skill NAME=GLOB")
-        skills = globs_by_skill(options.skill)
-        from distmerge.merging import sweep
-
-        return sweep.run(table_of(options), skills, options)
+def merge_verb(options: argparse.Namespace) -> int:
+    """Merge by a recipe, or verify what was merged; the exit status."""
+    chosen = merge_options(options)
     if options.verify is not None:
         for key in ("recipe", "method", "model", "out"):
             if getattr(options, key):
                 raise UserError(f"--verify DIR hashes a model again and makes none, got {key}, too")
-        from distmerge.merging.record import verify
+        from distmerge.merging.record import verify_merged
 
-        print(verify(Path(options.verify)))
+        print(verify_merged(Path(options.verify)))
         return 0
     if options.out is None:
         raise UserError("distmerge merge needs --out DIR")
-    from distmerge.merging.merge import merge
+    from distmerge.merging.merge import merge_models
 
-    merge(recipe_of(options), Path(options.out), options)
+    print(merge_models(asked_recipe(options, chosen), Path(options.out), chosen))
     return 0
 
 
-def check_text_flags(options: argparse.Namespace) -> None:
-    """Refuse lengths of text that nothing can be measured on."""
-    for name, value, least in (("--sequence-length", options.sequence_length, 2), ("--sequences", options.sequences, 1)):
-        if value is not None and value < least:
-            raise UserError(f"{name} must be >= {least}, got {value}")
+def diagnose_verb(options: argparse.Namespace) -> int:
+    """Diagnose models; print, write and draw what was asked for. The exit status."""
+    chosen = DiagnoseOptions(
+        options.threads, options.chunk, options.device, options.allow_pickle, tuple(options.files or ()), text_options(options)
+    )
+    if options.plot is not None:
+        require_matplotlib("--plot")
+    from distmerge.merging.diagnose import diagnose_models
+
+    with quiet():
+        diagnosis = diagnose_models(options.models, options.base, chosen)
+    print(json.dumps(diagnosis.as_dict()) if options.json else diagnosis)
+    if options.plot:
+        from distmerge.merging.plots import draw
+
+        draw(diagnosis, Path(options.plot))
+    if options.tensorboard:
+        from distmerge.merging.plots import to_tensorboard
+
+        to_tensorboard(diagnosis, Path(options.tensorboard))
+    return 0
 
 
-def recipe_of(options: argparse.Namespace) -> Recipe:
+def sweep_verb(options: argparse.Namespace) -> int:
+    """Sweep; print a table, plot, and write the best model if it is to be picked. The exit status."""
+    chosen = SweepOptions(**vars(merge_options(options)), text=text_options(options))
+    if options.plot is not None:
+        require_matplotlib("--plot")
+    if options.method is None or not options.model:
+        raise UserError("distmerge sweep needs --method and --model")
+    if not options.skill:
+        raise UserError("distmerge sweep needs at least one --skill NAME=GLOB")
+    skills = globs_by_skill(options.skill)
+    from distmerge.merging.merge import merge_models
+    from distmerge.merging.sweep import SOUP, draw_pareto, sweep_recipe
+
+    if options.pick != bool(options.out):
+        raise UserError("--pick and --out DIR belong together: the best model is written there")
+    if options.out:
+        refuse_existing(Path(options.out))
+    recipe = recipe_in_flags(options, chosen)
+    grid = None if options.method == SOUP else grid_of(options.grid)
+    with quiet():
+        result = sweep_recipe(recipe, grid, skills, chosen)
+    print(json.dumps(result.as_dict()) if options.json else result)
+    if options.plot:
+        draw_pareto(result, Path(options.plot))
+    if options.pick:
+        with quiet() if options.json else contextlib.nullcontext():
+            print(merge_models(result.best.recipe, Path(options.out), chosen))
+    return 0
+
+
+def merge_options(options: argparse.Namespace) -> MergeOptions:
+    """What the flags of a merge say beside the recipe."""
+    return MergeOptions(
+        threads=options.threads, chunk=options.chunk, device=options.device, allow_pickle=options.allow_pickle,
+        compat=options.compat, seed=options.seed, dtype=options.dtype, out_dtype=options.out_dtype,
+        tokenizer=options.tokenizer, shard_size=options.shard_size, stochastic=options.stochastic, report=options.report,
+        rank=options.rank,
+    )  # fmt: skip
+
+
+def text_options(options: argparse.Namespace) -> TextOptions:
+    return TextOptions(options.sequence_length, options.sequences)
+
+
+def asked_recipe(options: argparse.Namespace, chosen: MergeOptions) -> Recipe:
     """The recipe in the file, or in the flags."""
-    given = [key for key in ("method", "base", "general", "model") if getattr(options, key)]
     if options.recipe is None:
         if options.method is None or not options.model:
             raise UserError("distmerge merge needs a RECIPE, or --method and --model")
-        from distmerge.merging import recipe_toml
-
-        return recipe_toml.from_table(table_of(options), "")
-    if given:
+        return recipe_in_flags(options, chosen)
+    if given := [key for key in ("method", "base", "general", "model") if getattr(options, key)]:
         raise UserError(f"--{given[0]} belongs to a recipe in flags, got the recipe {options.recipe}, too")
-    return with_overrides(read(options.recipe), options)
+    return recipe_in_file(options.recipe, parameters_of(options), chosen)
 
 
-def read(path: str) -> Recipe:
-    """The recipe in a file; its suffix gives the notation."""
-    if not path.endswith((".yaml", ".yml", ".toml")):
-        raise UserError(f"a recipe must be a .yaml, .yml or .toml file, got {path}")
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read((1 << 20) + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from None
-    if len(text) > 1 << 20:
-        raise UserError(f"a recipe must have at most {1 << 20} characters, {path} has more")
-    from distmerge.merging import recipe_mergekit, recipe_toml
-
-    return recipe_toml.parse(text) if path.endswith(".toml") else recipe_mergekit.parse(text)
+def recipe_in_flags(options: argparse.Namespace, chosen: MergeOptions) -> Recipe:
+    models = [named(item) for item in options.model]
+    return recipe_of(options.method, models, options.base, options.general, parameters_of(options), chosen)
 
 
-def with_overrides(recipe: Recipe, options: argparse.Namespace) -> Recipe:
-    """What flags may change of a recipe in a file: compat, seed, dtypes and variants; nothing else."""
-    from dataclasses import replace
+def named(item: str) -> Named:
+    """``MODEL`` or ``MODEL:WEIGHT``; a colon in the name of a model that exists is its own."""
+    path, colon, weight = item.rpartition(":")
+    if not colon or not path or "/" in weight or Path(item).exists():
+        return Named(item)
+    return Named(path, weight)
 
-    from distmerge.merging.recipe import check_dtype
 
-    for key in [*PARAMETER_FLAGS, *SWITCHES, "tokenizer"]:
-        if getattr(options, key) is not None:
-            raise UserError(f"--{key.replace('_', '-')} belongs to a recipe in flags; write it into {options.recipe}")
-    chosen = {key: getattr(options, key) for key in VARIANTS if getattr(options, key) is not None}
-    if "trim" in chosen and chosen["trim"] not in VARIANTS["trim"]:
-        raise UserError(f"--trim {chosen['trim']} belongs to a recipe in flags; write it into {options.recipe}")
-    return replace(
-        recipe,
-        variants=recipe.variants | chosen,
-        compat=options.compat or recipe.compat,
-        seed=recipe.seed if options.seed is None else options.seed,
-        dtype=check_dtype("--dtype", options.dtype) or recipe.dtype,
-        out_dtype=check_dtype("--out-dtype", options.out_dtype) or recipe.out_dtype,
-    )
+def parameters_of(options: argparse.Namespace) -> dict[str, Setting]:
+    """The method's parameters and variants that the flags give."""
+    keys = dict.fromkeys([*PARAMETER_FLAGS, *VARIANTS])
+    found: dict[str, Setting] = {key: getattr(options, key) for key in keys}
+    found |= {key: getattr(options, key) == "true" for key in SWITCHES if getattr(options, key) is not None}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def grid_of(given: str | None) -> tuple[str, list[float]]:
+    """``PARAMETER=X,Y`` as the parameter and its values."""
+    key, _, values = (given or "").partition("=")
+    if not all(map(is_number, values.split(","))):
+        raise UserError(f"--grid must be PARAMETER=X,Y,... such as lambda=0.2,0.4, got {given}")
+    numbers = [float(value) for value in values.split(",")]
+    check_grid(key, numbers)
+    return key, numbers
 
 
 def globs_by_skill(given: list[str]) -> dict[str, list[str]]:
@@ -195,23 +241,3 @@ def globs_by_skill(given: list[str]) -> dict[str, list[str]]:
             raise UserError(f"--skill must be NAME=GLOB, got {item}")
         found.setdefault(name, []).append(pattern)
     return found
-
-
-def table_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The flags as a table of the TOML notation."""
-    table: dict[str, Any] = {key: getattr(options, key) for key in ("method", "base", "general", "compat", "seed")}
-    table |= {key: getattr(options, key) for key in ("dtype", "out_dtype", "tokenizer", *PARAMETER_FLAGS, *VARIANTS)}
-    table |= {key: getattr(options, key) == "true" for key in SWITCHES if getattr(options, key) is not None}
-    known = catalogue.canonical(options.method) in catalogue.names()
-    own = catalogue.entry(options.method).parameters if known else ("weight",)
-    factor = "omega" if "omega" in own else "weight"
-    table["model"] = []
-    for item in options.model:
-        path, colon, weight = item.rpartition(":")
-        if not colon or not path or "/" in weight or Path(item).exists():
-            path, weight = item, "1" if factor == "weight" else None
-        takes = factor in own and weight is not None
-        if weight not in ("1", None) and not takes:
-            raise UserError(f"{options.method} takes no weights, got --model {item}")
-        table["model"].append({"path": path} | ({factor: weight} if takes else {}))
-    return {key: value for key, value in table.items() if value is not None}

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from distmerge.judge import Judge, holding, texts_of, tokenizer_of
+from distmerge.merging.diagnosis import OnText, PairFigure
 from distmerge.model import check_fits, load_model, load_tokenizer
 
 STEPS = (0.25, 0.5, 0.75)
@@ -16,7 +17,7 @@ TEXT = "files"
 """The name of the one text that all is measured on."""
 
 
-def on_data(models: list[str], files: list[str], sequence_length: int, sequences: int) -> dict[str, Any]:
+def on_data(models: list[str], files: list[str], sequence_length: int, sequences: int) -> OnText:
     """Barriers ``max_a L(a) - lerp(L0, L1)`` along the line, and KL divergences, between each pair of experts.
 
     Args:
@@ -27,17 +28,18 @@ def on_data(models: list[str], files: list[str], sequence_length: int, sequences
     check_fits(experts[0], load_tokenizer(models[0]), sequence_length)
     states = [expert.state_dict() for expert in experts]
     losses = [Judge(expert, texts).losses()[TEXT] for expert in experts]
-    found: dict[str, Any] = {"losses": losses, "barriers": [], "divergences": []}
+    barriers: list[PairFigure] = []
+    divergences: list[PairFigure] = []
     judge = Judge(load_model(models[1]), texts)
     for i, j in itertools.combinations(range(len(experts)), 2):
-        heights = []
+        heights: list[float] = []
         for share in STEPS:
             between = {key: torch.lerp(states[i][key], states[j][key], share) for key in states[i]}
             loss = judge.losses_of(holding(judge.model, between))[TEXT]
             heights.append(loss - (1 - share) * losses[i] - share * losses[j])
-        found["barriers"].append({"pair": [i, j], "value": max(0.0, *heights)})
-        found["divergences"].append({"pair": [i, j], "value": divergence(experts[i], experts[j], texts[TEXT])})
-    return found
+        barriers.append(PairFigure((i, j), max(0.0, *heights)))
+        divergences.append(PairFigure((i, j), divergence(experts[i], experts[j], texts[TEXT])))
+    return OnText(losses, barriers, divergences)
 
 
 @torch.no_grad()

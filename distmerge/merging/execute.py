@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import time
 from pathlib import Path
 
 import torch
 
 from distmerge.files.digests import Digests
-from distmerge.files.models import Model
 from distmerge.files.output import RECORD
 from distmerge.files.publish import Report, write_model
 from distmerge.files.rounding import Rounding
 from distmerge.files.sources import Maps
 from distmerge.files.stream import Settings, Stream, check_device
-from distmerge.merging.diagnosis import Similarity, summarise
+from distmerge.merging.diagnosis import Diagnosis, Similarity, summarise
 from distmerge.merging.jobs import build, observed
+from distmerge.merging.options import MergeOptions, StreamOptions
 from distmerge.merging.pairing import Pairing
+from distmerge.merging.prepare import PreparedMerge
 from distmerge.merging.recipe import Recipe
 from distmerge.merging.record import as_json, card, record
+from distmerge.merging.results import MergeResult
 from distmerge.merging.survey import ThresholdSurvey
 from distmerge.merging.vocabulary import Alignment
 from distmerge.rules import catalogue
 
 
-def run(
-    recipe: Recipe, models: dict[str, Model], pairings: list[Pairing], out: Path, identity: str, shard_bytes: int,
-    small: dict[str, bytes], options: argparse.Namespace, digests: Digests,
-) -> Report:  # fmt: skip
-    """Merge the pairings into ``out``, with the files ``small`` beside them; ``digests`` have begun with the inputs."""
+def execute(prepared: PreparedMerge, out: Path, options: MergeOptions, digests: Digests) -> MergeResult:
+    """Merge what is prepared into ``out``; ``digests`` have begun with the inputs."""
     started = time.monotonic()
+    recipe, pairings, small = prepared.recipe, prepared.pairings, prepared.small
     settings = settings_of(options)
     maps = Maps()
     survey = survey_of(recipe, pairings)
-    alignment = Alignment(recipe, models) if recipe.tokenizer is not None else None
+    alignment = Alignment(recipe, prepared.models) if recipe.tokenizer is not None else None
     jobs = build(recipe, pairings, maps, survey.thresholds if survey else [], alignment)
     if alignment is not None:
         config = json.loads(small["config.json"]) | {"vocab_size": alignment.size}
@@ -44,19 +42,22 @@ def run(
     observer = Similarity() if options.report else None
     if observer is not None:
         jobs = [observed(job, pairing, maps) for job, pairing in zip(jobs, pairings, strict=True)]
+    diagnosis: Diagnosis | None = None
     with Stream(jobs, settings, survey, observer) as stream:
         stream.rounding = Rounding(options.stochastic)
 
         def close(report: Report) -> dict[str, bytes]:
+            nonlocal diagnosis
             said = {RECORD: as_json(record(recipe, report.outputs, report.inputs)), "README.md": card(recipe, out.name)}
             if options.report:
-                said["report.json"] = as_json(summarise(report.notes, *roles(pairings[0])))
+                diagnosis = summarise(report.notes, *roles(pairings[0]))
+                said["report.json"] = as_json(diagnosis.as_dict())
             return small | said
 
-        report = write_model(stream, out, identity, shard_bytes, close, digests)
-    size = sum(entry["bytes"] for entry in report.outputs.values())
-    print(f"{out}: {len(jobs)} tensors, {size / 1e6:.1f} MB in {time.monotonic() - started:.1f} s by {recipe.method}")
-    return report
+        report = write_model(stream, out, prepared.identity, prepared.shard_bytes, close, digests)
+    size = sum(int(entry["bytes"]) for entry in report.outputs.values())
+    seconds = time.monotonic() - started
+    return MergeResult(out, recipe.method, "model", len(jobs), size, seconds, report.outputs, report.inputs, diagnosis)
 
 
 def roles(pairing: Pairing) -> tuple[list[str], str, bool]:
@@ -65,11 +66,11 @@ def roles(pairing: Pairing) -> tuple[list[str], str, bool]:
     return (members, origin.model, True) if origin else (members[1:], members[0], False)
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
+def settings_of(options: StreamOptions) -> Settings:
     """Threads and device; torch's own threads are off, since ours share the work."""
     check_device(options.device)
     torch.set_num_threads(1)
-    return Settings(options.threads or len(os.sched_getaffinity(0)), options.chunk, options.device)
+    return Settings(options.thread_count, options.chunk, options.device)
 
 
 def survey_of(recipe: Recipe, pairings: list[Pairing]) -> ThresholdSurvey | None:

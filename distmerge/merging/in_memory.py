@@ -81,7 +81,8 @@ def diagnose(base: Tensor, members: list[Tensor], names: list[str]) -> dict[str,
     report = summarise(
         {"theta": similarity.settle(tally) | {"rounding": [0.0, 1.0], "each": [0.0] * len(members)}}, names, "the base"
     )
-    return report["whole"] | {"recommendation": report["recommendation"]}
+    whole = report.as_dict()
+    return whole["whole"] | {"recommendation": whole["recommendation"]}
 
 
 CANDIDATES = {"mean": 1.0, "ties": 0.2, "dare_ties": 0.5}

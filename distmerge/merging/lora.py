@@ -6,8 +6,8 @@ it has cross terms. Inner products of adapters need r x r matrices only: ``<dW_i
 
 from __future__ import annotations
 
-import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from distmerge.files.layout import shard
 from distmerge.files.models import TOKENIZER_FILES, carried
 from distmerge.files.output import RECORD, Output
 from distmerge.files.sources import NAMES, Maps, OnDisk, Source
+from distmerge.merging.diagnosis import AdapterSimilarity
 from distmerge.merging.models import open_any
+from distmerge.merging.options import MergeOptions
 from distmerge.merging.recipe import SHARD_SIZE, Entry, Recipe
-from distmerge.merging.record import as_json
+from distmerge.merging.record import Hashes, as_json
+from distmerge.merging.results import MergeResult
 from distmerge.rules.parameters import checked
 from distmerge.rules.protocol import spans
 from distmerge.rules.random_masks import key_of, uniform
@@ -35,7 +38,7 @@ Pair = tuple[Tensor, Tensor]
 """B [rows, r] with the scale in it, A [r, columns]; float32."""
 
 
-def merge_adapters(recipe: Recipe, out: Path, options: argparse.Namespace) -> None:
+def merge_adapters(recipe: Recipe, out: Path, options: MergeOptions) -> MergeResult:
     """Write the adapter that ``cat``, ``svd`` or ``extract`` makes.
 
     Raises:
@@ -43,24 +46,28 @@ def merge_adapters(recipe: Recipe, out: Path, options: argparse.Namespace) -> No
     """
     check_takes(recipe, options)
     entries = list(recipe.slices[0].entries)
-    if recipe.method != "cat" and (options.rank is None or options.rank < 1):
+    rank = options.rank or 0
+    if recipe.method != "cat" and rank < 1:
         raise UserError(f"{recipe.method} needs --rank >= 1, got {options.rank}")
+    started = time.monotonic()
     maps = Maps()
+    config: dict[str, Any] = {}
     if recipe.method == "extract":
-        found, config = extract(recipe, entries, options, maps), {}
+        found = extract(recipe, entries, rank, options.allow_pickle, maps)
         beside = open_any(str(recipe.base), options.allow_pickle).directory
     else:
         adapters = [adapter_of(entry) for entry in entries]
         weights = [checked("weight", entry.parameters.get("weight", 1.0), entry.model) for entry in entries]
         found, config, beside = combine(adapters, weights, maps), adapters[0].config, adapters[0].path
         if recipe.method == "svd":
-            found = {name: truncated(*pair, options.rank) for name, pair in found.items()}
+            found = {name: truncated(*pair, rank) for name, pair in found.items()}
     config = config | {"base_model_name_or_path": recipe.base or config.get("base_model_name_or_path")}
-    write(found, config, recipe, out, carried(beside, TOKENIZER_FILES))
-    print(f"{out}: an adapter of {len(found)} weights by {recipe.method}")
+    outputs = write_adapter(found, config, recipe, out, carried(beside, TOKENIZER_FILES))
+    size = sum(int(entry["bytes"]) for entry in outputs.values())
+    return MergeResult(out, recipe.method, "adapter", len(found), size, time.monotonic() - started, outputs, {})
 
 
-def check_takes(recipe: Recipe, options: argparse.Namespace) -> None:
+def check_takes(recipe: Recipe, options: MergeOptions) -> None:
     """Refuse what an adapter has no use for, by name.
 
     Raises:
@@ -134,28 +141,28 @@ def inner_products(adapters: list[dict[str, Pair]]) -> Tensor:
     return gram
 
 
-def similarity(adapters: list[dict[str, Factors]], maps: Maps) -> dict[str, Any]:
+def similarity(adapters: list[dict[str, Factors]], maps: Maps) -> AdapterSimilarity:
     """Norms of the adapters' changes and cosines between them, from r x r matrices."""
     gram = inner_products([{name: loaded(factors, maps) for name, factors in one.items()} for one in adapters])
     norms = gram.diagonal().clamp(min=0).sqrt()
     cosines = gram / (norms.unsqueeze(1) * norms).clamp(min=torch.finfo(torch.float64).tiny)
-    return {"norms": norms.tolist(), "cosines": cosines.tolist()}
+    return AdapterSimilarity(norms.tolist(), cosines.tolist())
 
 
-def extract(recipe: Recipe, entries: list[Entry], options: argparse.Namespace, maps: Maps) -> dict[str, Pair]:
+def extract(recipe: Recipe, entries: list[Entry], rank: int, allow_pickle: bool, maps: Maps) -> dict[str, Pair]:
     """The adapter of the rank that is nearest to ``model - base``, for every matrix in a layer."""
     if recipe.base is None or len(entries) != 1:
         raise UserError("extract needs a base and one model")
-    base, model = (open_any(reference, options.allow_pickle) for reference in (recipe.base, entries[0].model))
+    base, model = (open_any(reference, allow_pickle) for reference in (recipe.base, entries[0].model))
     found: dict[str, Pair] = {}
     for name, stored in base.tensors.items():
         if name not in model.tensors or model.tensors[name].shape != stored.shape:
             raise UserError(f"{name} is not the same in {base.reference} and {model.reference}")
-        if len(stored.shape) == 2 and ".layers." in name and min(stored.shape) > options.rank:
-            left, right = leading_factors(OnDisk(model.tensors[name], maps), OnDisk(stored, maps), stored.shape, options.rank)
+        if len(stored.shape) == 2 and ".layers." in name and min(stored.shape) > rank:
+            left, right = leading_factors(OnDisk(model.tensors[name], maps), OnDisk(stored, maps), stored.shape, rank)
             found[name] = left, right
     if not found:
-        raise UserError(f"{base.reference} has no matrix in .layers.N. with both sides above --rank {options.rank}")
+        raise UserError(f"{base.reference} has no matrix in .layers.N. with both sides above --rank {rank}")
     return found
 
 
@@ -183,8 +190,12 @@ def leading_factors(member: Source, base: Source, shape: tuple[int, ...], rank: 
     return (found @ left)[:, :rank], (left.T @ test.T)[:rank]
 
 
-def write(found: dict[str, Pair], config: dict[str, Any], recipe: Recipe, out: Path, more: dict[str, bytes]) -> None:
-    """The adapter's directory, and the files ``more`` in it. Scales are in B, so alpha is r; ranks differ only in ``cat``."""
+def write_adapter(found: dict[str, Pair], config: dict[str, Any], recipe: Recipe, out: Path, more: dict[str, bytes]) -> Hashes:
+    """Write the adapter's directory, with the files ``more``. Scales are in B, so alpha is r; ranks differ only in ``cat``.
+
+    Returns:
+        the hashes of the file that holds its tensors.
+    """
     rank = max(b.shape[1] for b, _ in found.values())
     tensors: dict[str, Tensor] = {}
     for name, (b, a) in found.items():
@@ -208,3 +219,4 @@ def write(found: dict[str, Pair], config: dict[str, Any], recipe: Recipe, out: P
     outputs = {path.name: entry for path, entry in digests.finish().items()}
     record = {"tool": "distmerge", "recipe": {"method": recipe.method, "models": recipe.references}, "outputs": outputs}
     output.publish(more | {CONFIG: as_json(said), RECORD: as_json(record)})
+    return outputs

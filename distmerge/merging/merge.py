@@ -1,10 +1,7 @@
-"""``distmerge merge``: a recipe to a model directory."""
+"""A recipe to a model directory: all that can fail is checked before torch is imported."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import re
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +12,17 @@ from distmerge.files.models import recorded_files
 from distmerge.files.output import refuse_existing
 from distmerge.merging.models import open_all
 from distmerge.merging.omegas import with_omegas
-from distmerge.merging.pairing import check_structure, pair
+from distmerge.merging.options import MergeOptions
+from distmerge.merging.pairing import check_structure
+from distmerge.merging.prepare import parse_size, prepare
 from distmerge.merging.recipe import Recipe
-from distmerge.merging.record import identity, out_config, small_files
+from distmerge.merging.results import MergeResult
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)?", re.IGNORECASE)
 AUTO = "auto"
 ADAPTER_METHODS = ("cat", "svd", "extract")
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def merge(recipe: Recipe, out: Path, options: argparse.Namespace) -> None:
+def merge_models(recipe: Recipe, out: Path, options: MergeOptions) -> MergeResult:
     """Merge, and publish the directory ``out``.
 
     Raises:
@@ -36,55 +33,38 @@ def merge(recipe: Recipe, out: Path, options: argparse.Namespace) -> None:
     if recipe.method in ADAPTER_METHODS:
         from distmerge.merging.lora import merge_adapters
 
-        merge_adapters(recipe, out, options)
-        return
+        return merge_adapters(recipe, out, options)
     if options.rank is not None:
         raise UserError(f"--rank is for svd and extract, got method {recipe.method}")
+    notes: tuple[str, ...] = ()
     if recipe.method == AUTO:
-        recipe = recommended(recipe, options)
+        recipe, notes = recommended(recipe, options)
     check_structure(recipe)
     if options.report and (recipe.method == "passthrough" or len(recipe.references) < 2):
         raise UserError(f"--report compares models, got {recipe.method} of one at a time")
     models = open_all(recipe, options.allow_pickle)
-    recipe = with_omegas(recipe, models)
-    pairings = pair(recipe, models)
-    config = out_config(recipe, models)
-    if recipe.sliced and config:
-        from distmerge.merging.stacking import prove, restacked
+    recipe, said = with_omegas(recipe, models)
+    prepared = prepare(recipe, models, shard_bytes, options)
 
-        config = restacked(recipe, models, config)
-        prove(config, pairings)
-    small = small_files(recipe, models, config)
+    with closing(Digests(options.thread_count, recorded_files(models.values()))) as digests:
+        digests.begin(dict.fromkeys(item.stored.file for pairing in prepared.pairings for item in pairing.inputs))
+        from distmerge.merging.execute import execute  # imports torch, and all that can fail without it has been tried
 
-    more = {"shards": shard_bytes, "stochastic": options.stochastic, "report": options.report}
-    threads = options.threads or len(os.sched_getaffinity(0))
-    with closing(Digests(threads, recorded_files(models.values()))) as digests:
-        digests.begin(dict.fromkeys(item.stored.file for pairing in pairings for item in pairing.inputs))
-        from distmerge.merging.execute import run  # imports torch, and all that can fail without it has been tried
-
-        run(recipe, models, pairings, out, identity(recipe, models, more), shard_bytes, small, options, digests)
+        return replace(execute(prepared, out, options, digests), notes=notes + said)
 
 
-def recommended(recipe: Recipe, options: argparse.Namespace) -> Recipe:
-    """The recipe with the method that a diagnosis of its models recommends; says so and why."""
+def recommended(recipe: Recipe, options: MergeOptions) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with the method that a diagnosis of its models recommends, and the reasons, in lines."""
     if recipe.base is None:
         raise UserError("method auto needs a base: the model that the others were trained from")
-    from distmerge.merging.diagnose import diagnose, mean_of
+    from distmerge.merging.diagnose import diagnose_recipe, mean_of
     from distmerge.merging.execute import settings_of
 
     slice, *more = recipe.slices
     if more:
         raise UserError(f"method auto takes whole models, got {len(recipe.slices)} slices")
     bare = mean_of(recipe.base, [entry.model for entry in slice.entries if entry.model != recipe.base])
-    chosen = diagnose(bare, open_all(bare, options.allow_pickle), settings_of(options))["recommendation"]
-    print(f"method auto takes {chosen['method']}:", *(f"- {why}" for why in chosen["reasons"]), sep="\n")
-    return replace(recipe, method=chosen["method"], parameters=chosen["parameters"] | recipe.parameters)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500MB" or "1000"."""
-    match = SIZE.fullmatch(text.strip())
-    size = int(float(match[1]) * UNITS[(match[2] or "B").upper()]) if match else 0
-    if size < 1:
-        raise UserError(f"--shard-size must be a size such as 500MB or 5GB, got {text}")
-    return size
+    chosen = diagnose_recipe(bare, open_all(bare, options.allow_pickle), settings_of(options)).recommendation
+    assert chosen is not None, "a diagnosis with a base recommends a method"
+    notes = (f"method auto takes {chosen.method}:", *(f"- {why}" for why in chosen.reasons))
+    return replace(recipe, method=chosen.method, parameters=chosen.parameters | recipe.parameters), notes

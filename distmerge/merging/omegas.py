@@ -15,29 +15,34 @@ from distmerge.merging.recipe import Entry, Recipe, Slice
 from distmerge.rules import catalogue
 
 
-def with_omegas(recipe: Recipe, models: dict[str, Model]) -> Recipe:
-    """For ptm, an omega for every skill that has none."""
+def with_omegas(recipe: Recipe, models: dict[str, Model]) -> tuple[Recipe, tuple[str, ...]]:
+    """For ptm, an omega for every skill that has none.
+
+    Returns:
+        the recipe with them, and for each a line that says how it came about.
+    """
     if catalogue.entry(recipe.method).first != "general" or "omega" in recipe.parameters:
-        return recipe
-    slices = []
+        return recipe, ()
+    slices: list[Slice] = []
+    notes: list[str] = []
     for slice in recipe.slices:
         entries: list[Entry] = []
         for entry in slice.entries:
             if "omega" in entry.parameters or entry.model in (recipe.general, recipe.base):
                 entries.append(entry)
                 continue
-            omega = omega_of(models[entry.model], models[str(recipe.general)])
+            omega, note = omega_of(models[entry.model], models[str(recipe.general)])
             entries.append(replace(entry, parameters=entry.parameters | {"omega": omega}))
+            notes.append(note)
         slices.append(Slice(tuple(entries), slice.base, slice.parameters))
-    return replace(recipe, slices=tuple(slices))
+    return replace(recipe, slices=tuple(slices)), tuple(notes)
 
 
-def omega_of(skill: Model, general: Model) -> float:
-    """The skill's omega by its training tokens and the general model's; says which numbers it took."""
+def omega_of(skill: Model, general: Model) -> tuple[float, str]:
+    """The skill's omega by its training tokens and the general model's, and a line that says which numbers these are."""
     d, g = (trained_tokens(model.adapter or model.directory, skill.reference) for model in (skill, general))
     said = f"omega of {skill.reference}: {d} / {g} training tokens = {d / g:.4g}"
-    print(said + (", taken as 1" if d > g else ""))
-    return token_ratio(d, g)
+    return token_ratio(d, g), said + (", taken as 1" if d > g else "")
 
 
 def trained_tokens(directory: Path, skill: str) -> int:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from distmerge.merging.diagnosis import Diagnosis
+
 matplotlib.use("Agg")
 
 
-def draw(report: dict[str, Any], out: Path) -> None:
+def draw(report: Diagnosis, out: Path) -> None:
     """Write cosines.png and layers.png into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures(report).items():
         figure.savefig(out / f"{name}.png", dpi=120)
 
 
-def figures(report: dict[str, Any]) -> dict[str, Figure]:
+def figures(report: Diagnosis) -> dict[str, Figure]:
     return {"cosines": heat_map(report), "layers": profile(report)}
 
 
-def heat_map(report: dict[str, Any]) -> Figure:
-    cosines = np.asarray(report["whole"]["cosines"])
-    labels = [Path(model).name for model in report["models"]]
+def heat_map(report: Diagnosis) -> Figure:
+    cosines = np.asarray(report.whole.cosines)
+    labels = [Path(model).name for model in report.models]
     figure = Figure(figsize=(2 + 0.8 * len(labels), 1.5 + 0.8 * len(labels)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r")
@@ -38,33 +39,34 @@ def heat_map(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def profile(report: dict[str, Any]) -> Figure:
+def profile(report: Diagnosis) -> Figure:
     """Mean cosine, sign conflict and norms, layer by layer."""
-    layers = list(report["layers"].values())
+    layers = list(report.layers.values())
     figure = Figure(figsize=(8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    count = len(report["models"])
+    count = len(report.models)
     pairs = np.triu_indices(count, 1)
-    above.plot([np.asarray(layer["cosines"])[pairs].mean() for layer in layers], label="mean cosine")
-    above.plot([layer["conflict_mass"] for layer in layers], label="sign conflict, by mass")
-    above.plot([layer["conflict_count"] for layer in layers], label="sign conflict, by count")
+    above.plot([np.asarray(layer.cosines)[pairs].mean() for layer in layers], label="mean cosine")
+    above.plot([layer.conflict_mass for layer in layers], label="sign conflict, by mass")
+    above.plot([layer.conflict_count for layer in layers], label="sign conflict, by count")
     above.legend()
-    for index, model in enumerate(report["models"]):
-        below.plot([layer["norms"][index] for layer in layers], label=Path(model).name)
+    for index, model in enumerate(report.models):
+        below.plot([layer.norms[index] for layer in layers], label=Path(model).name)
     below.set_ylabel("norm of the task vector")
     below.set_xlabel("layer")
     below.legend()
     return figure
 
 
-def to_tensorboard(report: dict[str, Any], out: Path) -> None:
+def to_tensorboard(report: Diagnosis, out: Path) -> None:
     """The figures and, layer by layer, the scalars."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(out))
     for name, figure in figures(report).items():
         writer.add_figure(f"diagnose/{name}", figure)
-    for step, layer in enumerate(report["layers"].values()):
-        for key in ("conflict_mass", "conflict_count", "lost_to_rounding"):
-            writer.add_scalar(f"diagnose/{key}", layer[key], step)
+    for step, layer in enumerate(report.layers.values()):
+        writer.add_scalar("diagnose/conflict_mass", layer.conflict_mass, step)
+        writer.add_scalar("diagnose/conflict_count", layer.conflict_count, step)
+        writer.add_scalar("diagnose/lost_to_rounding", layer.lost_to_rounding, step)
     writer.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from distmerge.files.models import TOKENIZER_FILES, Model, read_json
 from distmerge.files.output import RECORD
 from distmerge.merging.recipe import Recipe
 from distmerge.rules import catalogue
+
+Hashes = dict[str, dict[str, Any]]
+"""Files by name or path: "bytes", "sha256" and perhaps "xxh128" of each."""
 
 FORM = 3
 """Raised whenever the same recipe gives other bytes than before (its masks, the order of its sums): an interrupted merge of
@@ -99,7 +103,7 @@ def own_template(model: Model) -> str | None:
     return template.strip() if isinstance(template, str) else None
 
 
-def record(recipe: Recipe, outputs: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+def record(recipe: Recipe, outputs: Hashes, inputs: Hashes) -> dict[str, Any]:
     """The content of merge.json."""
     return {"tool": "distmerge", "form": FORM, "recipe": describe(recipe), "inputs": inputs, "outputs": outputs}
 
@@ -128,7 +132,18 @@ def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def verify(path: Path) -> str:
+@dataclass(frozen=True)
+class VerifiedModel:
+    """A merged model whose files are what its merge.json says. Attributes: its directory, and how many files it has."""
+
+    path: Path
+    files: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.files} files are what {RECORD} says"
+
+
+def verify_merged(path: Path) -> VerifiedModel:
     """Hash every file of a merged model again.
 
     Raises:
@@ -147,4 +162,4 @@ def verify(path: Path) -> str:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         if digest != entry.get("sha256"):
             raise UserError(f"{path}: {name} does not have the SHA-256 that {RECORD} says")
-    return f"{path}: {len(outputs)} files are what {RECORD} says"
+    return VerifiedModel(path, len(outputs))

@@ -1,16 +1,13 @@
-"""``distmerge sweep``: a parameter over a grid, or a greedy soup, judged by the loss on each named skill; nothing is written
-but the model that is picked.
+"""A sweep: a parameter over a grid, or a greedy soup, judged by the loss on each named skill. It writes nothing.
 
 Greedy soup: https://arxiv.org/abs/2203.05482. From the best model on, each next one is kept if the mean loss does not rise.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
 import math
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +16,24 @@ import torch
 from torch import Tensor
 
 from distmerge.errors import UserError
-from distmerge.files.output import refuse_existing
 from distmerge.files.sources import DTYPES, InMemory, Maps
 from distmerge.files.stream import Job, Stream, in_memory
 from distmerge.judge import Judge, texts_of, tokenizer_of
-from distmerge.merging import recipe_toml
 from distmerge.merging.execute import settings_of, survey_of
 from distmerge.merging.jobs import build
-from distmerge.merging.merge import merge
 from distmerge.merging.models import open_all, open_any
 from distmerge.merging.omegas import with_omegas
+from distmerge.merging.options import SweepOptions
 from distmerge.merging.pairing import check_structure, pair
 from distmerge.merging.recipe import Entry, Recipe, Slice
+from distmerge.merging.results import MergeResult
 from distmerge.model import check_fits, load_model, load_tokenizer
-from distmerge.quiet import quiet
-from distmerge.rules.parameters import PARAMETERS, is_number
 from distmerge.rules.task import GlobalTrim, TaskArithmetic, TaskVectors
 
 SOUP = "greedy_soup"
 
+Skills = Mapping[str, Sequence[str]]
+"""Globs of the text of each skill, by its name; the first one stands for the general ability."""
 
 FROM_TASK_VECTORS = (TaskArithmetic, TaskVectors, GlobalTrim)
 """Rules whose result is the base plus something that depends on the task vectors alone."""
@@ -49,10 +45,10 @@ class RecipeJudge(Judge):
     Task vectors are computed once, for the first of the recipes that ask for them, and kept in float32.
     """
 
-    def __init__(self, donor: str, skills: dict[str, list[str]], options: argparse.Namespace):
+    def __init__(self, donor: str, skills: Skills, options: SweepOptions):
         donor = str(open_any(donor, options.allow_pickle).directory)
-        length = options.sequence_length
-        texts = texts_of(skills, tokenizer_of(donor), length, options.sequences)
+        length = options.text.sequence_length
+        texts = texts_of(skills, tokenizer_of(donor), length, options.text.sequences)
         super().__init__(load_model(donor), texts)
         check_fits(self.model, load_tokenizer(donor), length)
         self.settings, self.allow_pickle = settings_of(options), options.allow_pickle
@@ -64,7 +60,8 @@ class RecipeJudge(Judge):
         """Merge the recipe into the model. All recipes of one judge have the same base and members, in one order."""
         check_structure(recipe)
         models = open_all(recipe, self.allow_pickle)
-        pairings = pair(with_omegas(recipe, models), models)
+        recipe, _ = with_omegas(recipe, models)
+        pairings = pair(recipe, models)
         survey = survey_of(recipe, pairings)
         built = build(recipe, pairings, Maps(), survey.thresholds if survey else [])
         dtypes = {job.name: DTYPES[job.dtype] for job in built}
@@ -91,117 +88,138 @@ class RecipeJudge(Judge):
         return replace(job, dtype="F32", members=self._vectors[job.name], base=zeros)
 
 
-def run(table: dict[str, Any], skills: dict[str, list[str]], options: argparse.Namespace) -> int:
-    """Sweep; print a table, plot, and write the best model if it is to be picked.
+@dataclass(frozen=True)
+class SweepPoint:
+    """One merge that was judged.
 
-    Args:
-        table: the recipe in the TOML notation.
-        skills: globs of each skill's text.
+    Attributes:
+        name: what sets it apart, such as "lambda = 0.5".
+        losses: on each skill, nats per token.
+        kept: whether it may be the best; of a greedy soup, whether the model stayed in.
+        mean: of the losses.
+        recipe: what makes its model.
     """
-    if options.pick != bool(options.out):
-        raise UserError("--pick and --out DIR belong together: the best model is written there")
-    if options.out:
-        refuse_existing(Path(options.out))
-    soup = options.method == SOUP
-    recipe = recipe_toml.from_table(table | ({"method": "mean"} if soup else {}), "")
-    with quiet():
-        points = greedy(recipe, skills, options) if soup else over_grid(recipe, skills, options)
-    for point in points:
-        point["mean"] = float(np.mean(list(point["losses"].values())))
-    best = min((point for point in points if point["kept"]), key=height)
-    print(
-        json.dumps({"points": [without_recipe(point) for point in points], "best": best["name"]})
-        if options.json
-        else as_table(points, best)
-    )
-    if options.plot:
-        pareto(points, best, list(skills), Path(options.plot))
-    if options.pick:
-        with quiet() if options.json else contextlib.nullcontext():
-            merge(best["recipe"], Path(options.out), options)
-    return 0
+
+    name: str
+    losses: dict[str, float]
+    kept: bool
+    mean: float
+    recipe: Recipe
+
+    @property
+    def height(self) -> float:
+        """The mean loss for comparisons: one that is not a number is never the best."""
+        return self.mean if math.isfinite(self.mean) else math.inf
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "losses": self.losses, "kept": self.kept, "mean": self.mean}
 
 
-def height(point: dict[str, Any]) -> float:
-    """A point's mean loss; what is no number is never the best."""
-    return point["mean"] if math.isfinite(point["mean"]) else math.inf
+@dataclass(frozen=True)
+class SweepResult:
+    """All that was tried, and the best of it: the lowest mean loss of what was kept.
+
+    Attributes:
+        points: in the order in which they were tried.
+        merged: the best one's model, where it was written.
+    """
+
+    points: tuple[SweepPoint, ...]
+    merged: MergeResult | None = None
+
+    @property
+    def best(self) -> SweepPoint:
+        return min((point for point in self.points if point.kept), key=lambda point: point.height)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON has it."""
+        return {"points": [point.as_dict() for point in self.points], "best": self.best.name}
+
+    def __str__(self) -> str:
+        best = self.best
+        names = list(self.points[0].losses)
+        width = max(len(point.name) for point in self.points)
+        lines = [" " * width + "".join(f"  {name:>10}" for name in [*names, "mean"])]
+        for point in self.points:
+            figures = "".join(f"  {value:10.4f}" for value in [*point.losses.values(), point.mean])
+            mark = "  <- best" if point is best else "" if point.kept else "  left out"
+            lines.append(f"{point.name:<{width}}{figures}{mark}")
+        return "\n".join(lines)
 
 
-def grid_of(given: str | None) -> tuple[str, list[float]]:
-    key, _, values = (given or "").partition("=")
-    numbers = values.split(",")
-    if key not in PARAMETERS or PARAMETERS[key].holds is None or not all(map(is_finite, numbers)):
-        raise UserError(f"--grid must be PARAMETER=X,Y,... such as lambda=0.2,0.4, got {given}")
-    return key, [float(value) for value in numbers]
+Grid = tuple[str, Sequence[float]]
+"""A parameter, and the values that are tried for it."""
 
 
-def is_finite(text: str) -> bool:
-    return is_number(text) and math.isfinite(float(text))
+def sweep_recipe(recipe: Recipe, grid: Grid | None, skills: Skills, options: SweepOptions) -> SweepResult:
+    """Judge a recipe at each value of a grid; or, where its method is "greedy_soup", its models one after another.
+
+    Raises:
+        UserError: for anything wrong with the recipe, the models or the text.
+    """
+    if recipe.method == SOUP:
+        return greedy_soup(recipe, skills, options)
+    if grid is None:
+        raise UserError("--grid must be PARAMETER=X,Y,... such as lambda=0.2,0.4, got None")
+    return sweep_grid(recipe, *grid, skills, options)
 
 
-def over_grid(recipe: Recipe, skills: dict[str, list[str]], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A point for each value."""
-    key, values = grid_of(options.grid)
-    recipes = [replace(recipe, parameters=recipe.parameters | {key: value}) for value in values]
+def sweep_grid(recipe: Recipe, parameter: str, values: Sequence[float], skills: Skills, options: SweepOptions) -> SweepResult:
+    """A point for each value of a parameter of the recipe."""
+    recipes = [replace(recipe, parameters=recipe.parameters | {parameter: value}) for value in values]
     judge = RecipeJudge(recipe.donor, skills, options)
-    points = []
+    points: list[SweepPoint] = []
     for value, one in zip(values, recipes, strict=True):
         judge.put(one)
-        points.append({"name": f"{key} = {value:g}", "losses": judge.losses(), "recipe": one, "kept": True})
-    return points
+        points.append(judged(f"{parameter} = {value:g}", judge.losses(), one))
+    return SweepResult(tuple(points))
 
 
-def greedy(recipe: Recipe, skills: dict[str, list[str]], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A point for each model that was tried, in the order of their own losses."""
+def greedy_soup(recipe: Recipe, skills: Skills, options: SweepOptions) -> SweepResult:
+    """A point for each of the recipe's models that was tried, in the order of their own losses."""
     entries = [Entry(entry.model, {"weight": 1.0}) for entry in recipe.slices[0].entries]
     judge = RecipeJudge(entries[0].model, skills, options)
 
-    def mean(chosen: list[Entry]) -> tuple[Recipe, dict[str, float]]:
-        mixed = Recipe(method="mean", slices=(Slice(tuple(chosen)),), out_dtype=recipe.out_dtype)
-        judge.put(mixed)
-        return mixed, judge.losses()
+    def mixed(chosen: list[Entry]) -> tuple[Recipe, dict[str, float]]:
+        mean = Recipe(method="mean", slices=(Slice(tuple(chosen)),), out_dtype=recipe.out_dtype)
+        judge.put(mean)
+        return mean, judge.losses()
 
-    alone = sorted(entries, key=lambda entry: float(np.mean(list(mean([entry])[1].values()))))
+    alone = sorted(entries, key=lambda entry: mean_of(mixed([entry])[1]))
     kept: list[Entry] = []
-    best = float("inf")
-    points = []
+    best = math.inf
+    points: list[SweepPoint] = []
     for entry in alone:
-        mixed, losses = mean([*kept, entry])
-        height = float(np.mean(list(losses.values())))
-        joins = height <= best
+        mean, losses = mixed([*kept, entry])
+        joins = mean_of(losses) <= best
         if joins:
-            kept, best = [*kept, entry], height
-        points.append({"name": f"with {Path(entry.model).name}", "losses": losses, "recipe": mixed, "kept": joins})
-    return points
+            kept, best = [*kept, entry], mean_of(losses)
+        points.append(judged(f"with {Path(entry.model).name}", losses, mean, joins))
+    return SweepResult(tuple(points))
 
 
-def without_recipe(point: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in point.items() if key != "recipe"}
+def judged(name: str, losses: dict[str, float], recipe: Recipe, kept: bool = True) -> SweepPoint:
+    return SweepPoint(name, losses, kept, mean_of(losses), recipe)
 
 
-def as_table(points: list[dict[str, Any]], best: dict[str, Any]) -> str:
-    names = list(points[0]["losses"])
-    width = max(len(point["name"]) for point in points)
-    lines = [" " * width + "".join(f"  {name:>10}" for name in [*names, "mean"])]
-    for point in points:
-        figures = "".join(f"  {value:10.4f}" for value in [*point["losses"].values(), point["mean"]])
-        mark = "  <- best" if point is best else "" if point["kept"] else "  left out"
-        lines.append(f"{point['name']:<{width}}{figures}{mark}")
-    return "\n".join(lines)
+def mean_of(losses: dict[str, float]) -> float:
+    return float(np.mean(list(losses.values())))
 
 
-def pareto(points: list[dict[str, Any]], best: dict[str, Any], skills: list[str], out: Path) -> None:
-    """pareto.png: the loss on the first skill, the general one, against the mean of the others."""
+def draw_pareto(result: SweepResult, out: Path) -> None:
+    """Write pareto.png into ``out``: the loss on the first skill, the general one, against the mean of the others."""
     from matplotlib.figure import Figure
 
     out.mkdir(parents=True, exist_ok=True)
+    points, best = result.points, result.best
+    general, *others = points[0].losses
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.add_subplot()
-    x = [point["losses"][skills[0]] for point in points]
-    y = [float(np.mean([point["losses"][name] for name in skills[1:] or skills])) for point in points]
+    x = [point.losses[general] for point in points]
+    y = [float(np.mean([point.losses[name] for name in others or [general]])) for point in points]
     axes.plot(x, y, marker="o")
     for point, at in zip(points, zip(x, y, strict=True), strict=True):
-        axes.annotate(point["name"], at, weight="bold" if point is best else "normal")
-    axes.set_xlabel(f"loss on {skills[0]}")
-    axes.set_ylabel(f"loss on {', '.join(skills[1:]) or skills[0]}")
+        axes.annotate(point.name, at, weight="bold" if point is best else "normal")
+    axes.set_xlabel(f"loss on {general}")
+    axes.set_ylabel(f"loss on {', '.join(others) or general}")
     figure.savefig(out / "pareto.png", dpi=120)

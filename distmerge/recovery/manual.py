@@ -1,4 +1,4 @@
-"""``distmerge recover RUN_DIR``: the roll-back of a run that crashed or diverged, planned by hand.
+"""Manual recovery: the roll-back of a run that crashed or diverged, planned by hand.
 
 Stable are the checkpoints that verify and hold only finite numbers. The plan is written, what is newer is set aside, and
 ``distmerge train`` carries it out when it is started again.
@@ -6,6 +6,7 @@ Stable are the checkpoints that verify and hold only finite numbers. The plan is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from distmerge.checkpoints.health import unsound_checkpoint
@@ -18,8 +19,30 @@ from distmerge.rundir.identity import read_identity, stranger
 from distmerge.rundir.layout import Lock, RunDirectory
 
 
-def recover_by_hand(run_dir: Path, before: int | None, merge_last: int, optimizer: str, skip_batches: int) -> str:
-    """Plan the roll-back; what was planned, in one line.
+@dataclass(frozen=True)
+class ManualRecovery:
+    """A roll-back that is planned. Attributes: the plan; for each checkpoint that was passed over, its name and why."""
+
+    plan: Plan
+    rejected: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        plan = self.plan
+        what = f"merge {', '.join(plan.members)} at" if len(plan.members) > 1 else "go back to"
+        rejected = f"; rejected {'; '.join(self.rejected)}" if self.rejected else ""
+        return f"the next distmerge train will {what} step {plan.to}, optimizer: {plan.optimizer}{rejected}"
+
+
+def plan_manual_recovery(
+    run_dir: Path, before: int | None, merge_last: int, optimizer: str, skip_batches: int
+) -> ManualRecovery:
+    """Plan the roll-back of a run that is not in use.
+
+    Args:
+        before: the step at which it went wrong: only checkpoints before it are taken; None for the newest stable ones.
+        merge_last: how many stable checkpoints are merged where the run goes on; 1 is a plain roll-back.
+        optimizer: what becomes of its state: "reset", "average" or "rollback".
+        skip_batches: how many batches around ``before`` are left out.
 
     Raises:
         UserError: where there is no run, it is in use, or no stable checkpoint is left.
@@ -53,6 +76,4 @@ def recover_by_hand(run_dir: Path, before: int | None, merge_last: int, optimize
     guarded(run_dir, lambda: write_plan(run_dir, plan))
     guarded(run_dir, lambda: delete(run_dir / "summary.json"))  # the end that it speaks of is given up
     lock.release()
-    rejected = f"; rejected {'; '.join(reasons)}" if reasons else ""
-    what = f"merge {', '.join(plan.members)} at" if len(plan.members) > 1 else "go back to"
-    return f"the next distmerge train will {what} step {plan.to}, optimizer: {optimizer}{rejected}"
+    return ManualRecovery(plan, tuple(reasons))

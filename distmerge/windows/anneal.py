@@ -1,4 +1,4 @@
-"""``distmerge anneal``: fork a run at a checkpoint, really anneal it, and hold the prediction against the outcome.
+"""Annealing for real: fork a run at a checkpoint, really anneal it, and hold the prediction against the outcome.
 
 The prediction is on disk before the fork takes its first step. ``RUN_DIR/ledger.jsonl`` holds both, one line a fork.
 """
@@ -23,7 +23,9 @@ from distmerge.windows.prediction import predict
 LEDGER = "ledger.jsonl"
 
 
-def begin(run_dir: Path, step: int, decay_steps: int, curve: str, siblings: list[Path]) -> tuple[TrainConfig, dict[str, Any]]:
+def begin_fork(
+    run_dir: Path, step: int, decay_steps: int, curve: str, siblings: list[Path]
+) -> tuple[TrainConfig, dict[str, Any]]:
     """Make the fork and write the prediction; the fork's configuration, and its line of the ledger.
 
     Args:
@@ -60,7 +62,7 @@ def check_sibling(sibling: Path, config: TrainConfig) -> None:
         raise UserError(f"--calibrate must be a run that differs by its seed alone, {sibling} differs in {in_what}")
 
 
-def finish(run_dir: Path, fork: TrainConfig, entry: dict[str, Any]) -> str:
+def record_outcome(run_dir: Path, fork: TrainConfig, entry: dict[str, Any]) -> str:
     """Write the outcome beside the prediction; both, in words."""
     outcome = json.loads((Path(fork.run_dir) / "summary.json").read_text())["eval_loss_last"]
     remember(run_dir, entry | {"outcome": outcome, "error": relative(entry["predicted"], outcome)})

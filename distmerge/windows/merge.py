@@ -1,209 +1,209 @@
-"""``distmerge window``: the blocks of a run, or other checkpoints of one model, merged by a learning-rate curve.
+"""The merge of a window: the blocks of a run, or other checkpoints of one model, by a curve or by a rule of the catalogue.
 
-Streamed, summed in float32, rounded once, published by one rename with a merge.json that says what came from where.
+Streamed, rounded once, published by one rename with a merge.json that says what came from where.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
-import re
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from distmerge.errors import UserError
-from distmerge.files.convert import as_safetensors, is_foreign, newest_tag
 from distmerge.files.digests import Digests
 from distmerge.files.header import FLOATS
-from distmerge.files.models import TOKENIZER_FILES, Model, open_model, recorded_files
+from distmerge.files.models import TOKENIZER_FILES, Model, recorded_files
 from distmerge.files.output import RECORD, refuse_existing
 from distmerge.files.publish import Report, write_model
 from distmerge.files.sources import Maps, OnDisk
-from distmerge.files.stream import Job, Settings, Stream
+from distmerge.files.stream import Job, Settings, Stream, Survey, check_device
+from distmerge.merging.models import open_any
 from distmerge.rules.mean import WeightedMean
-from distmerge.rules.passthrough import Same, Scaled
-from distmerge.rundir.identity import read_identity, stranger
-from distmerge.theta.buffers import POLICIES
 from distmerge.windows import advice
-from distmerge.windows.blocks import RECORD as BLOCK_RECORD
-from distmerge.windows.blocks import legible, mergeable, published_blocks
+from distmerge.windows.by_rule import rule_jobs
 from distmerge.windows.curvature import Curvature, newest_curvature
 from distmerge.windows.curves import effective_count, implied_curve, token_shares, weights
+from distmerge.windows.members import Member, check_alike, chosen, dtype_of, find_members, is_parameter, merged_buffer
+from distmerge.windows.options import ByCurve, ByRule, WindowOptions
 
 SHARD_BYTES = 5 * 10**9
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""A dtype's name in safetensors, and in a model's configuration."""
 
 
-class Member(NamedTuple):
-    """A checkpoint of the window: its model, its last step (None where unknown), where it begins and ends in tokens."""
+@dataclass(frozen=True)
+class WindowResult:
+    """What became of a window.
 
-    model: Model
-    step: int | None
-    start: float
-    end: float | None
+    Attributes:
+        members: the names of the members, oldest first.
+        way: the curve or the rule by which it was merged.
+        base: the name of the model that a rule's task vectors start from, if there is one.
+        weights: of the members in the mean, by a curve alone.
+        effective_count: ``1 / sum c^2`` of the weights: how many members of equal weight would quiet noise as much.
+        advice: whether merging should help here and why, where that was asked for; paragraphs.
+        out: the merged model's directory, where one was written.
+    """
 
-    @property
-    def name(self) -> str:
-        return self.model.path.name
+    members: tuple[str, ...]
+    way: str
+    base: str | None = None
+    weights: tuple[float, ...] | None = None
+    effective_count: float | None = None
+    advice: tuple[str, ...] = ()
+    out: Path | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON has it."""
+        return {
+            "members": list(self.members),
+            "way": self.way,
+            "base": self.base,
+            "weights": None if self.weights is None else list(self.weights),
+            "effective_count": self.effective_count,
+            "advice": list(self.advice),
+            "out": None if self.out is None else str(self.out),
+        }
+
+    def __str__(self) -> str:
+        lines = list(self.advice)
+        if self.out is not None:
+            start = "" if self.base is None else f" from {self.base}"
+            count = "" if self.effective_count is None else f", N_eff {self.effective_count:.1f}"
+            lines.append(f"{self.out}: {len(self.members)} merged by {self.way}{start}{count}")
+        return "\n".join(lines)
 
 
-def merge_window(options: argparse.Namespace, span: tuple[int, int] | None) -> None:
-    """What the flags ask for: a merge, an explanation, a plot."""
-    torch.set_num_threads(1)  # ours share the work
-    if options.out is not None:
-        refuse_existing(Path(options.out))
-    members = chosen(find_members(options.members, options.allow_pickle), options.last, span)
-    check_alike([member.model for member in members])
-    starts, end = [member.start for member in members], members[-1].end
-    shares = token_shares(starts, end).tolist()
-    c = weights(options.curve, shares, options.quadrature).tolist()
-    maps = Maps()
-    if options.explain:
-        explain(members, maps, newest_curvature(Path(options.members[0])))
-    if options.plot is not None:
-        from distmerge.windows.plot import plot
+@dataclass(frozen=True)
+class WindowMerge:
+    """A window that is ready to be merged. Attributes: its jobs, what its record says, and every model that they read."""
 
-        plot(c, shares, Path(options.plot), options.curve)
-    if options.out is not None:
-        write(Path(options.out), members, c, shares, maps, options)
-        print(f"{options.out}: {len(members)} merged by {options.curve}, N_eff {effective_count(c):.1f}")
+    jobs: list[Job]
+    record: dict[str, Any]
+    models: list[Model]
+    survey: Survey | None = None
 
 
-def find_members(references: list[str], allow_pickle: bool) -> list[Member]:
-    """The blocks of a run directory, or the models named.
+def merge_window(
+    references: list[str], way: ByCurve | ByRule, options: WindowOptions, out: Path | None = None,
+    explain: bool = False, plot: Path | None = None,
+) -> WindowResult:  # fmt: skip
+    """Merge a window, explain it, draw it: what is asked for.
+
+    Args:
+        references: one run directory, or models, oldest first.
+        out: the merged model's directory, which must not exist yet.
+        explain: whether to say if merging should help here, and why.
+        plot: a .svg, .png or .pdf file for the weights, the learning-rate curve that they imply and the frequency response.
 
     Raises:
-        UserError: where there are fewer than two.
+        UserError: for anything wrong with the members, the curve or rule, or the disk.
     """
-    first = Path(references[0])
-    if len(references) == 1 and ((first / "window").is_dir() or (first / "config.toml").exists()):
-        members = blocks_of(first / "window")
-    else:
-        members = [member_of(reference, position, allow_pickle) for position, reference in enumerate(references)]
-        if len({member.step is None for member in members}) > 1 or len({member.end is None for member in members}) > 1:
-            raise UserError("all members must be blocks, or all end in their step, or none: their positions are no one scale")
-    if len(members) < 2:
-        raise UserError(f"a window needs at least two members, got {len(members)} from {' '.join(references)}")
-    return members
+    check_device(options.device)
+    torch.set_num_threads(1)  # ours share the work
+    if out is not None:
+        refuse_existing(out)
+    members = chosen(find_members(references, options.allow_pickle), options.last, options.steps)
+    check_alike([member.model for member in members])
+    maps = Maps()
+    if isinstance(way, ByRule):
+        return merge_by_rule(members, way, options, out, advise(references, members, maps) if explain else (), maps)
+    shares = token_shares([member.start for member in members], members[-1].end).tolist()
+    c: list[float] = weights(way.curve, shares, way.quadrature).tolist()
+    advised = advise(references, members, maps) if explain else ()
+    if plot is not None:
+        from distmerge.windows.plot import plot as draw
+
+        draw(c, shares, plot, way.name)
+    if out is not None:
+        jobs = [curve_job(name, members, c, maps, options.dtype) for name in members[0].model.tensors]
+        models = [member.model for member in members]
+        write(out, members, WindowMerge(jobs, curve_record(members, way, c, shares), models), options)
+    names = tuple(member.name for member in members)
+    return WindowResult(names, way.name, None, tuple(c), effective_count(c), advised, out)
 
 
-def blocks_of(root: Path) -> list[Member]:
-    """The newest constant-rate stretch of a run, without tainted blocks."""
-    records = [legible(path) for path in published_blocks(root)]
-    identity = read_identity(root.parent)
-    for record in records:
-        if problem := stranger(root / record.name, identity, BLOCK_RECORD):
-            raise UserError(f"{root / record.name}: {problem}; move the block away to go on without it")
-    usable = mergeable(records)
-    return [member_of(str(root / block.name), 0, False) for block in usable]
+def merge_by_rule(
+    members: list[Member], way: ByRule, options: WindowOptions, out: Path | None, advised: tuple[str, ...], maps: Maps
+) -> WindowResult:
+    """The same by a rule of the catalogue."""
+    base = None if way.base is None else open_any(way.base, options.allow_pickle)
+    if base is not None:
+        check_alike([base, *(member.model for member in members)])
+    jobs, survey, base, rest = rule_jobs(members, base, way, maps, options.dtype)
+    if out is not None:
+        record = {
+            "tool": "distmerge",
+            "verb": "window",
+            "rule": way.rule,
+            "compat": way.compat or "paper",
+            "seed": way.seed or 0,
+            "parameters": dict(way.parameters),
+            "base": None if base is None else base.reference,
+            "positions": {member.model.reference: member.start for member in rest},
+        }
+        models = [*([] if base is None else [base]), *(member.model for member in rest)]
+        write(out, members, WindowMerge(jobs, record, models, survey), options)
+    names = tuple(member.name for member in rest)
+    return WindowResult(names, way.rule, None if base is None else base.path.name, advice=advised, out=out)
 
 
-def member_of(reference: str, position: int, allow_pickle: bool) -> Member:
-    """A block knows its tokens; another model's step is the number at the end of its name, else its place in the list."""
-    path = Path(reference)
-    if is_foreign(path):
-        reference = str(as_safetensors(path, allow_pickle))
-    model = open_model(reference)
-    if (path / BLOCK_RECORD).exists():
-        block = legible(path)
-        if block.tainted:
-            raise UserError(f"{path} is tainted: a spike touched it, or its course was given up for one; leave it out")
-        if block.kind == "mean":
-            return Member(model, block.last_step, block.first_token, block.last_token)
-        return Member(model, block.last_step, block.last_token, None)
-    number = re.search(r"(\d+)$", newest_tag(path) or path.name)
-    step = int(number.group(1)) if number else None
-    return Member(model, step, float(position if step is None else step), None)
-
-
-def chosen(members: list[Member], last: int | None, span: tuple[int, int] | None) -> list[Member]:
-    if span is not None:
-        if any(member.step is None for member in members):
-            raise UserError("--steps needs members with a step: blocks, or names that end in one")
-        members = [member for member in members if span[0] <= (member.step or 0) <= span[1]]
-    if last is not None and last > len(members):
-        raise UserError(f"--last must be <= {len(members)}, the members that there are to merge, got {last}")
-    members = members[-last:] if last is not None else members
-    if len(members) < 2:
-        raise UserError(f"a window needs at least two members, --last and --steps leave {len(members)}")
-    return members
-
-
-def check_alike(models: list[Model]) -> None:
-    """All of one architecture and vocabulary: the same names and shapes."""
-    first = models[0]
-    for model in models[1:]:
-        for name in first.tensors.keys() | model.tensors.keys():
-            if name not in first.tensors or name not in model.tensors:
-                holder, other = (first, model) if name in first.tensors else (model, first)
-                raise UserError(f"{other.reference} has no tensor {name}, which {holder.reference} has: not one architecture")
-            ours, theirs = first.tensors[name].shape, model.tensors[name].shape
-            if ours != theirs:
-                raise UserError(f"{name} is {list(ours)} in {first.reference} and {list(theirs)} in {model.reference}")
-
-
-def write(
-    out: Path, members: list[Member], c: list[float], shares: list[float], maps: Maps, options: argparse.Namespace
-) -> None:
-    """Merge and publish."""
-    jobs = [job_of(name, members, c, maps, options.dtype) for name in members[0].model.tensors]
+def curve_record(members: list[Member], way: ByCurve, c: list[float], shares: list[float]) -> dict[str, Any]:
+    """What merge.json says of a merge by a curve."""
     table = implied_curve(np.array(c), shares)
-    record = {
+    return {
         "tool": "distmerge",
         "verb": "window",
-        "curve": options.curve,
-        "quadrature": options.quadrature,
+        "curve": way.name,
+        "quadrature": way.quadrature,
         "weights": {member.model.reference: weight for member, weight in zip(members, c, strict=True)},
         "positions": {member.model.reference: member.start for member in members},
         "implied_schedule": list(zip(table.x.tolist(), table.d.tolist(), strict=True)),
         "effective_count": effective_count(c),
     }
+
+
+def write(out: Path, members: list[Member], window: WindowMerge, options: WindowOptions) -> None:
+    """Merge and publish."""
     newest = members[-1].model
-    dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(options.dtype)
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
 
     def close(report: Report) -> dict[str, bytes]:
         small = newest.carried(("generation_config.json", *TOKENIZER_FILES))
         if newest.config:
             small["config.json"] = as_json(newest.config | ({"dtype": dtype} if dtype else {}))
-        return small | {RECORD: as_json(record | {"inputs": report.inputs, "outputs": report.outputs})}
+        return small | {RECORD: as_json(window.record | {"inputs": report.inputs, "outputs": report.outputs})}
 
-    settings = Settings(options.threads or len(os.sched_getaffinity(0)), options.chunk)
-    recorded = recorded_files(member.model for member in members)
-    with Stream(jobs, settings) as stream, closing(Digests(settings.threads, recorded)) as digests:
-        write_model(stream, out, identity(record, members, options.dtype), SHARD_BYTES, close, digests)
+    settings = Settings(options.thread_count, options.chunk, options.device)
+    recorded = recorded_files(window.models)
+    with Stream(window.jobs, settings, window.survey) as stream, closing(Digests(settings.threads, recorded)) as digests:
+        write_model(stream, out, identity(window.record, window.models, options.dtype), SHARD_BYTES, close, digests)
 
 
-def job_of(name: str, members: list[Member], c: list[float], maps: Maps, dtype: str | None) -> Job:
-    """A parameter is averaged; a tensor of no numbers that can be is a buffer, which has a policy or is refused."""
+def curve_job(name: str, members: list[Member], c: list[float], maps: Maps, dtype: str | None) -> Job:
+    """The job of one tensor: a parameter's weighted mean, or a buffer by its policy."""
     entries = [member.model.tensors[name] for member in members]
+    if not is_parameter(entries):
+        return merged_buffer(name, entries, maps)
     sources = tuple(OnDisk(entry, maps) for entry in entries)
-    kinds = {entry.dtype for entry in entries}
-    if kinds <= set(FLOATS):
-        out = dtype or (kinds.pop() if len(kinds) == 1 else "F32")
-        return Job(name, entries[0].shape, out, WeightedMean(c, normalize=False), sources)
-    if len(kinds) > 1:
-        raise UserError(f"{name} is {' and '.join(sorted(kinds))} in different members")
-    policy = POLICIES.get(name.rpartition(".")[2])
-    if policy == "last":
-        return Job(name, entries[-1].shape, entries[-1].dtype, Scaled(None, torch.float32), sources[-1:])
-    if policy == "equal":
-        return Job(name, entries[0].shape, entries[0].dtype, Same(), sources)
-    raise UserError(f"buffer {name} ({entries[0].dtype}) has no merge policy, and is no floating-point parameter")
+    return Job(name, entries[0].shape, dtype_of(entries, dtype), WeightedMean(c, normalize=False), sources)
 
 
-def explain(members: list[Member], maps: Maps, curvature: Curvature | None) -> None:
-    """Print the gate's advice, by plain distances and, where a checkpoint of the run has one, by the curvature."""
+def advise(references: list[str], members: list[Member], maps: Maps) -> tuple[str, ...]:
+    """The advice by plain distances and, where a checkpoint of the run has one, by the curvature, in paragraphs."""
     starts, end, names = [member.start for member in members], members[-1].end, [member.name for member in members]
-    print(advice.explain(advice.advise(gram(members, maps), starts, end), names))
+    found = [advice.explain(advice.advise(gram(members, maps), starts, end), names)]
+    curvature = newest_curvature(Path(references[0]))
     floats = {name for name, entry in members[0].model.tensors.items() if entry.dtype in FLOATS}
     if curvature is not None and curvature.mean > 0 and floats <= curvature.diagonal.keys():
-        print(f"the same, distances weighed by the curvature (Adam's second moments in {curvature.source}):")
-        print(advice.explain(advice.advise(gram(members, maps, curvature), starts, end), names))
+        found.append(f"the same, distances weighed by the curvature (Adam's second moments in {curvature.source}):")
+        found.append(advice.explain(advice.advise(gram(members, maps, curvature), starts, end), names))
+    return tuple(found)
 
 
 def gram(members: list[Member], maps: Maps, curvature: Curvature | None = None) -> np.ndarray:
@@ -219,9 +219,9 @@ def gram(members: list[Member], maps: Maps, curvature: Curvature | None = None) 
     return total
 
 
-def identity(record: dict[str, Any], members: list[Member], dtype: str | None) -> str:
+def identity(record: dict[str, Any], models: list[Model], dtype: str | None) -> str:
     """All that the output depends on; an interrupted merge of the same is resumed."""
-    files = [file for member in members for file in member.model.files]
+    files = [file for model in models for file in model.files]
     stats = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return hashlib.sha256(json.dumps([record, dtype, stats], sort_keys=True).encode()).hexdigest()
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from distmerge.cli import main
+from distmerge.cli import main, training
 from distmerge.config.train import Optimizer
 from distmerge.engine.optimizers import build_optimizers
 from distmerge.errors import UserError
@@ -235,7 +235,7 @@ def annealed(directory: Path, monkeypatch: pytest.MonkeyPatch, *arguments: objec
         runs.run(Path(config.run_dir).parent, Path(config.run_dir).name, Path(config.data.files[0]), **table)
         return 0
 
-    monkeypatch.setattr(main, "start", train)
+    monkeypatch.setattr(training, "start", train)
     flags = ["anneal", str(directory), "--from", "20", "--decay-steps", "20", "--curve", "1-sqrt"]
     assert main.run([*flags, *map(str, arguments)]) == 0
     return lines(directory, "ledger.jsonl")[-1]

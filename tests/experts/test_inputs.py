@@ -194,7 +194,7 @@ def test_booleans_may_be_numbers_as_mergekit_takes_them(value, sound, paths, tmp
 def test_a_limit_on_memory_is_one_line(paths, tmp_path):
     given = ["merge", "--method", "linear", "--model", str(paths[1]), "--model", str(paths[2]), "--out", str(tmp_path / "out")]
     program = (
-        "import resource, sys\nfrom distmerge.cli import main\nimport torch, distmerge.merging.execute\n"
+        "import resource, sys\nfrom distmerge.cli import main as cli\nimport torch, distmerge.merging.execute\n"
         "taken = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (taken + (2 << 20),) * 2)\n"
         f"sys.argv = ['distmerge', *{given!r}]\ncli.main()\n"

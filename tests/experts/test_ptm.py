@@ -86,7 +86,7 @@ def test_a_point_is_the_merge_on_disk(folder: Path, tmp_path: Path) -> None:
     outcome = command(f"{given} --out {tmp_path}/merged".split())
     assert outcome.status == 0 and "= 0.5" in outcome.stdout, outcome.stderr
     test = folder / "out" / "texts" / "sums-test.txt"
-    wanted = evaluate_directory(str(tmp_path / "merged"), [str(test)], 32, 16)["loss"]
+    wanted = evaluate_directory(str(tmp_path / "merged"), [str(test)], 32, 16).loss
     (point,) = [
         point
         for point in results_of(folder)["seeds"][0]["points"]
@@ -94,7 +94,7 @@ def test_a_point_is_the_merge_on_disk(folder: Path, tmp_path: Path) -> None:
     ]
     assert point["losses"]["sums"] == pytest.approx(wanted, rel=1e-5)
     general = json.loads((seed / "measured.json").read_text())["points"][1]["losses"]["general"]
-    by_hand = evaluate_directory(str(seed / "general" / "final"), [str(folder / "out/texts/general-test.txt")], 32, 16)["loss"]
+    by_hand = evaluate_directory(str(seed / "general" / "final"), [str(folder / "out/texts/general-test.txt")], 32, 16).loss
     assert general == pytest.approx(by_hand, rel=1e-5)
 
 

@@ -52,7 +52,7 @@ def test_grid(root, tmp_path, capsys):
     best = min(found["points"], key=lambda point: point["mean"])
     assert found["best"] == best["name"] and (tmp_path / "pareto.png").exists()
     for skill in ("plain", "digits"):
-        loss = evaluate_directory(str(tmp_path / "out"), [str(root / f"{skill}.txt")], 32, 16)["loss"]
+        loss = evaluate_directory(str(tmp_path / "out"), [str(root / f"{skill}.txt")], 32, 16).loss
         assert loss == pytest.approx(best["losses"][skill], rel=1e-5)
 
 
@@ -94,7 +94,7 @@ def test_a_diagnosis_on_files(root, capsys):
     models = [str(root / name) for name in ("one", "two", "copy")]
     assert main.run(["diagnose", "--base", str(root / "base"), *models, "--files", *files, *more]) == 0
     found = json.loads(capsys.readouterr().out)
-    expected = [evaluate_directory(model, files, 32, 16)["loss"] for model in models]
+    expected = [evaluate_directory(model, files, 32, 16).loss for model in models]
     assert found["losses"] == pytest.approx(expected, rel=1e-6)
     barriers, divergences = ({tuple(e["pair"]): e["value"] for e in found[key]} for key in ("barriers", "divergences"))
     assert set(barriers) == {(0, 1), (0, 2), (1, 2)} and min(barriers.values()) >= 0

@@ -1,0 +1,118 @@
+"""The options of merging, diagnosing and sweeping, as the command line and the Python API give them. Imports no torch.
+
+An option that is out of bounds is refused when the options are made, by the name of its flag.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distmerge.errors import UserError
+from distmerge.merging.recipe import SHARD_SIZE
+
+CHUNK = 1 << 20
+"""Elements that a thread takes at a time, unless another number is given."""
+
+Compat = Literal["paper", "mergekit"]
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How models are read and computed with. Nothing of it but ``device`` changes a byte of what comes out.
+
+    Attributes:
+        threads: threads that share the work; None for as many as the process may use cores.
+        chunk: elements that a thread takes at a time, from 1 to 2^40.
+        device: where the arithmetic is done, "cpu" or "cuda".
+        allow_pickle: whether .bin files, DCP and DeepSpeed checkpoints are read, which are pickles (of weights only).
+    """
+
+    threads: int | None = None
+    chunk: int = CHUNK
+    device: str = "cpu"
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("--threads", self.threads), ("--chunk", self.chunk)):
+            if value is not None and not 1 <= value <= 1 << 40:
+                raise UserError(f"{name} must be >= 1, got {value}")
+
+    @property
+    def thread_count(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class MergeOptions(StreamOptions):
+    """What may be chosen for a merge beside its models, its method and the method's parameters.
+
+    Attributes:
+        compat: whose form of the method is computed; None for the recipe's own choice (mergekit in YAML, else paper).
+        seed: of random masks; None for the recipe's own, or 0.
+        dtype: the inputs are rounded to it first: "float64", "float32", "float16" or "bfloat16"; None leaves them as they are.
+        out_dtype: of the output; None for ``dtype``, or else each tensor's own.
+        tokenizer: "base", "union" or a model of the recipe, whose tokens the output has; not with a recipe in a file.
+        shard_size: the largest file of the output, such as "500MB".
+        stochastic: the seed with which values are rounded to bfloat16 stochastically; None rounds to the nearest.
+        report: whether the inputs are diagnosed in the same pass, into report.json beside the model.
+        rank: of the adapter that the methods svd and extract make.
+    """
+
+    compat: Compat | None = None
+    seed: int | None = None
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer: str | None = None
+    shard_size: str = SHARD_SIZE
+    stochastic: int | None = None
+    report: bool = False
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How much text a loss is measured on.
+
+    Attributes:
+        sequence_length: tokens of a sequence, at least 2.
+        sequences: how many are drawn from each text, at least 1.
+    """
+
+    sequence_length: int = 128
+    sequences: int = 64
+
+    def __post_init__(self) -> None:
+        check_text(self.sequence_length, self.sequences)
+
+
+def check_text(sequence_length: int | None, sequences: int | None) -> None:
+    """Refuse an amount of text that nothing can be measured on.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for name, value, least in (("--sequence-length", sequence_length, 2), ("--sequences", sequences, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{name} must be >= {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class DiagnoseOptions(StreamOptions):
+    """What may be chosen for a diagnosis.
+
+    Attributes:
+        files: globs of text on which losses, loss barriers and KL divergences are measured; none leaves them out.
+        text: how much of it.
+    """
+
+    files: tuple[str, ...] = ()
+    text: TextOptions = field(default_factory=TextOptions)
+
+
+@dataclass(frozen=True)
+class SweepOptions(MergeOptions):
+    """What may be chosen for a sweep: all that a merge has, and how much text each point is judged on."""
+
+    text: TextOptions = field(default_factory=TextOptions)
