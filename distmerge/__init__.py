@@ -39,9 +39,10 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "PRESETS", "SPARTA", "Block", "DiLoCo", "DiagnoseOptions", "Diagnosis", "FlatParameters", "MergeOptions", "MergeReport",
-    "MergeResult", "Merger", "Rule", "SweepOptions", "SweepPoint", "SweepResult", "Target", "TextOptions", "UserError", "WindowOptions",
-    "WindowResult", "WorkerRanks", "__version__", "compose", "diagnose", "flatten", "merge", "rule", "sweep", "window",
+    "PRESETS", "SPARTA", "Block", "DiLoCo", "DiagnoseOptions", "Diagnosis", "FlatParameters", "MergeOptions",
+    "MergeReport", "MergeResult", "Merger", "Rule", "SweepOptions", "SweepPoint", "SweepResult", "Target",
+    "TextOptions", "UserError", "WindowOptions", "WindowResult", "WorkerRanks", "__version__", "compose", "diagnose",
+    "flatten", "merge", "rule", "sweep", "window",
 ]  # fmt: skip
 
 ROOMS = {

@@ -86,7 +86,8 @@ def ptm(target: Target) -> Rule:
 def model_stock(target: Target) -> Rule:
     columns = (target.shape[-1] if target.shape else 1) if target.shared["filter_wise"] else None
     floor = 1e-6 if target.variants["compat"] == "mergekit" else 1e-30
-    return ModelStock(len(target.each), columns, target.dtype, floor)
+    sums = torch.float64 if target.variants["compat"] == "workers" else None
+    return ModelStock(len(target.each), columns, target.dtype, floor, sums)
 
 
 def sce(target: Target) -> Rule:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, total_norm, wide
+from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, total_norm
 
 TINY = 1e-6
 
@@ -17,6 +17,7 @@ class ModelStock(Rule):
 
     Args:
         columns: None for one cosine a tensor; the length of a row for one a row.
+        sums: in which a block's products are summed; float64 where blocks are cut in other places now and then.
         floor: products of norms count as at least this (mergekit: 1e-6, which damps very small task vectors).
 
     Source: https://arxiv.org/abs/2403.19522. Where the denominator vanishes there is no estimate, and the base stays.
@@ -24,7 +25,8 @@ class ModelStock(Rule):
 
     least = 2
 
-    def __init__(self, members: int, columns: int | None, dtype: torch.dtype, floor: float):
+    def __init__(self, members: int, columns: int | None, dtype: torch.dtype, floor: float, sums: torch.dtype | None = None):
+        self.sums = sums or wide(dtype)
         self.members, self.columns, self.dtype, self.floor = members, columns, dtype, floor
         self.unit, self.passes, self.exact = columns or 1, 0 if columns else 1, columns is not None
         self.pairs = [(i, j) for i in range(members) for j in range(i + 1, members)]
@@ -33,8 +35,8 @@ class ModelStock(Rule):
         """``[M, rows or 1]`` norms and ``[pairs, rows or 1]`` products of the task vectors, of each row where rows count."""
         delta = deltas(block, self.dtype)[1]
         rows = delta.view(len(delta), -1, self.columns) if self.columns else delta.unsqueeze(1)
-        dots = [(rows[i] * rows[j]).sum(-1, dtype=wide(self.dtype)) for i, j in self.pairs]
-        return torch.linalg.vector_norm(rows, dim=-1, dtype=wide(self.dtype)), torch.stack(dots)
+        dots = [(rows[i] * rows[j]).sum(-1, dtype=self.sums) for i, j in self.pairs]
+        return torch.linalg.vector_norm(rows, dim=-1, dtype=self.sums), torch.stack(dots)
 
     def measure(self, step: int, block: Block, state: Any) -> Measured:
         norms, dots = self.products(block)

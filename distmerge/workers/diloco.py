@@ -190,10 +190,8 @@ class DiLoCo:
         """Send a fragment, and go on training."""
         self.flat.pull()
         steps, weight = self._begin_round(number)
-        vector = self.flat.vector
-        spread = Divergence(vector.device)
-        rooms = [(bucket, vector.new_empty(bucket.numel + 1)) for bucket in self.fragments[number]]
-        flights = [self.reducer.send(bucket, room, weight, spread, self.round) for bucket, room in rooms]
+        spread, room = Divergence(self.flat.vector.device), self.flat.vector.new_empty
+        flights = [self.reducer.send(b, room(b.numel + 1), weight, spread, self.round) for b in self.fragments[number]]
         if not self.settings.outer_sharded and self.reducer.rule is None:
             spread.begin(self.peers, self.flat, weight)
         self.flying = PendingFragment(number, flights, spread, weight, steps)
@@ -214,12 +212,10 @@ class DiLoCo:
         began, flying, self.flying = time.perf_counter(), self.flying, None
         self.flat.pull()
         for bucket, flight in zip(self.fragments[flying.fragment], flying.flights, strict=True):
-            self._receive(bucket, flight, flying, self.settings.mix)
+            self._receive(bucket, flight, flying, self.settings.mix, False)
         return self._report(flying, began, self.settings.mix)
 
-    def _receive(
-        self, bucket: Bucket, flight: PendingReduce, merged: PendingFragment, mix: float, closing: bool = False
-    ) -> None:
+    def _receive(self, bucket: Bucket, flight: PendingReduce, merged: PendingFragment, mix: float, closing: bool) -> None:
         """Take the outer step along the mean, and start the next round from the anchor; ``closing``, take the mean itself."""
         flight.finish()
         weights = total_weight(flight)
@@ -300,8 +296,6 @@ class DiLoCo:
         self.progress.load_state_dict(state["progress"])
         if self.outer is not None:
             self.outer.load_state_dict(state["outer"])
-        for index, theirs in state["residuals"].items():
-            for mine, values in zip(self.reducer.residuals[index], theirs, strict=True):
-                mine.copy_(values)
+        self.reducer.restore(state["residuals"])
         self.flying = None if state["flying"] is None else PendingFragment.from_state(state["flying"], self.flat.vector.device)
         self.peers.ledger.load_state_dict(state["ledger"])

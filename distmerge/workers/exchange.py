@@ -100,7 +100,7 @@ class Exchange:
             for peer, row in enumerate(self._incoming):
                 Row(self.wire, row, self.shares.rows[peer]).decode(self._slice(peer))
             self._release(self._incoming)
-        self.message[-1] = self._weights.sum() > 0
+        self.message[-1] = ~(self._weights.sum() <= 0)  # a weight of NaN makes the values NaN, which all must see
         self._stage = 3
 
     def _slice(self, peer: int) -> Tensor:

@@ -12,13 +12,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distmerge.errors import UserError
-from distmerge.rules.protocol import Block, Rule, Tally
+from distmerge.rules.protocol import Block, Rule, Tally, run
 from distmerge.workers.ledger import Ledger
-from distmerge.workers.shares import Piece
+from distmerge.workers.shares import CUT, Piece
 
 Rows = Callable[[int, int], list[Tensor]]
 """``rows(start, stop)``: the members' elements of a stretch, counted from where the first piece begins."""
@@ -41,30 +42,42 @@ class Holding:
         shapes: of every tensor that any of the ranks holds, by name.
         unit: of a tensor, the elements that no block may divide.
         groups: the ranks that hold the tensors together: one group after the other is asked. Called by all of them together.
-        ledger: of the bytes that leave this rank for the first group.
+        ledger: of the bytes that leave this rank for the first group; None where the groups lie inside a worker.
+
+    Attributes:
+        torn: small tensors that are cut in the middle of a unit, such as the one row of a norm's gain in shards: they are
+            gathered, and merged whole on every rank that holds a part.
 
     Raises:
-        UserError: where a piece begins or ends in the middle of a unit. It is raised on all ranks of the first group.
+        UserError: where a larger tensor is cut so. It is raised on all ranks of the first group.
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], shapes: dict[str, int], unit: Callable[[str], int], groups: list[Any], ledger: Ledger
+        self,
+        pieces: Sequence[Piece],
+        shapes: dict[str, int],
+        unit: Callable[[str], int],
+        groups: list[Any],
+        ledger: Ledger | None = None,
     ):
+        self.shapes = shapes
         self.pieces, self.groups, self.ledger, self.unit = pieces, groups, ledger, unit
         self.start = pieces[0].start if pieces else 0
+        self.torn: set[str] = set()
         starts = [(piece.name, offset) for piece in pieces for _, _, offset in self._spans(piece)]
         torn = [piece.name for piece in pieces if self._is_torn(piece, shapes[piece.name])]
         found: dict[str, list[int]] = defaultdict(list)
         holders: dict[str, int] = defaultdict(int)
         for theirs, their_torn in self._gathered((starts, torn)):
-            if their_torn:
-                raise UserError(f"the rule needs whole rows, and {their_torn[0]} is cut inside one between ranks")
+            self.torn |= set(their_torn)
+            if large := [name for name in their_torn if shapes[name] > CUT or ledger is not None]:
+                raise UserError(f"the rule needs whole rows, and {large[0]} is cut inside one between ranks")
             for name in {name for name, _ in theirs}:
                 holders[name] += 1
             for name, offset in theirs:
                 found[name].append(offset)
         self.starts = {name: sorted(offsets) for name, offsets in found.items()}
-        self.shared = sorted(name for name, count in holders.items() if count > 1)
+        self.shared = sorted(name for name, count in holders.items() if count > 1 and name not in self.torn)
 
     def places(self, piece: Piece) -> Iterator[Place]:
         for start, stop, offset in self._spans(piece):
@@ -77,6 +90,7 @@ class Holding:
             rules: of every tensor that any of the ranks holds. Their passes are the same everywhere.
         """
         states: dict[str, Any] = dict.fromkeys(rules)
+        rules = {name: rule for name, rule in rules.items() if name not in self.torn}
         here = {piece.name for piece in self.pieces}
         for step in range(max((rule.passes for rule in rules.values()), default=0)):
             tallies = {name: Tally() for name, rule in rules.items() if step < rule.passes}
@@ -93,10 +107,26 @@ class Holding:
 
     def merge(self, rules: dict[str, Rule], states: dict[str, Any], rows: Rows, out: Tensor) -> None:
         """Merge every block that lies here. ``out`` has the places of ``rows``, and may be one of them."""
+        for piece, whole in self._whole(rows):
+            merged = run(rules[piece.name], whole)
+            out[piece.start - self.start : piece.stop - self.start] = merged[
+                piece.first : piece.first + piece.stop - piece.start
+            ]
         for piece in self.pieces:
+            if piece.name in self.torn:
+                continue
             for place in self.places(piece):
                 block = Block(rows(place.start - self.start, place.stop - self.start), None, place.offset, place.index)
                 out[place.start - self.start : place.stop - self.start] = rules[piece.name].merge(block, states[piece.name])
+
+    def _whole(self, rows: Rows) -> Iterator[tuple[Piece, list[Tensor]]]:
+        """The pieces of torn tensors that lie here, each with the members' whole tensors."""
+        here = [piece for piece in self.pieces if piece.name in self.torn]
+        parts = [(piece.name, piece.first, rows(piece.start - self.start, piece.stop - self.start)) for piece in here]
+        gathered = [one for theirs in self._gathered(parts) for one in theirs] if self.torn else []
+        for piece in here:
+            own = sorted(((first, members) for name, first, members in gathered if name == piece.name), key=lambda one: one[0])
+            yield piece, [torch.cat([members[index] for _, members in own]) for index in range(len(own[0][1]))]
 
     def _spans(self, piece: Piece) -> Iterator[tuple[int, int, int]]:
         for start, stop in piece.spans(self.unit(piece.name)):
@@ -123,7 +153,7 @@ class Holding:
         said = [own]
         for index, group in enumerate(self.groups):
             size = dist.get_world_size(group)
-            if index == 0:
+            if index == 0 and self.ledger is not None:
                 self.ledger.exchange(len(pickle.dumps(said)) * (size - 1))
             answers: list[Any] = [None] * size
             dist.all_gather_object(answers, said, group=group)

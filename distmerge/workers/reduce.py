@@ -70,6 +70,12 @@ class DeltaReducer:
             if not own_only:
                 of_mean.zero_()
 
+    def restore(self, residuals: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Take error feedback's memory from a saved state."""
+        for index, theirs in residuals.items():
+            for mine, values in zip(self.residuals[index], theirs, strict=True):
+                mine.copy_(values)
+
     def send(
         self, bucket: Bucket, message: Tensor | None, weight: float, spread: Divergence, round: int, plain: bool = False
     ) -> PendingReduce:

@@ -81,7 +81,7 @@ class WorkerRule:
         start, stop = shares.bounds[self.peers.rank]
         owned = [part for piece in pieces if (part := piece.within(start, stop))]
         groups = [self.peers.group, *self.inside]
-        self._own[bucket.index] = Holding(pieces, whole, self._each_units.__getitem__, self.inside, self.peers.ledger)
+        self._own[bucket.index] = Holding(pieces, whole, self._each_units.__getitem__, self.inside)
         unit_of = (lambda name: 1) if self.elementwise else self._units.__getitem__
         self._owned[bucket.index] = Holding(owned, whole, unit_of, groups, self.peers.ledger)
         return shares
