@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, total_norm
+from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, total_norm, wide
 
 TINY = 1e-6
 

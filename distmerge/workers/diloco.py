@@ -113,6 +113,7 @@ class DiLoCo:
         choice = choice_of(self.settings)
         bucket_numel = bucket_bytes // 4 if choice is None else max(1, self.flat.vector.numel())  # a rule wants whole tensors
         self.fragments = cut_fragments(self.flat, fragments, fragment_order, bucket_numel, fragment_patterns)
+        self.buckets = [bucket for fragment in self.fragments for bucket in fragment]
         self.weight = 1.0
         self.round = 0
         self.progress = Progress(fragments)
@@ -138,8 +139,8 @@ class DiLoCo:
 
         The papers' outer step is one for a whole round. Taken for a part of one, or once more for a fragment without new
         steps, it moves the anchor along its momentum and away from what was trained: the mean of the workers is better at
-        every length of the tail (``benchmarks/tails.py``). So the last merge is the plain mean, in float32 whatever the
-        wire. A fragment in flight is given up, since the mean holds what its worker has made of it."""
+        every length of the tail (``benchmarks/tails.py``). So the last merge is the plain mean, in float32 on any wire. A
+        fragment in flight is given up, since the mean holds what its worker made of it."""
         if self.flying is not None:
             self.flying.wait()
             self.flying = None
@@ -259,10 +260,6 @@ class DiLoCo:
     def steps(self) -> int:
         """Inner steps so far."""
         return self.progress.steps
-
-    @property
-    def buckets(self) -> list[Bucket]:
-        return [bucket for fragment in self.fragments for bucket in fragment]
 
     @property
     def anchor(self) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Progress that no bfloat16 number shows by itself: it counts in a merge, since deltas are taken from what the model was given."""
+"""Progress that no bfloat16 number shows by itself counts in a merge: deltas are taken from what the model was given."""
 
 from __future__ import annotations
 
