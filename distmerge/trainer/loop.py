@@ -87,6 +87,7 @@ def loop(run: Run) -> bool:
         run.mesh.watchdog.mark(f"the training of step {run.step + 1}")
         merges = [report for merger in run.mergers if (report := merger.step(result.tokens))]  # across workers
         run.step += 1
+        run.tell_choices(merges)
         recovery.cure(run.step)
         if run.window is not None:
             run.window.observe(run.step, lr, result.loss, recovery.suspicious)  # across checkpoints

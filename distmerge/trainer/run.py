@@ -34,6 +34,7 @@ from distmerge.trainer.metrics import Meter, MetricsLog
 from distmerge.windows.preview import Preview
 from distmerge.windows.window import Window
 from distmerge.workers.build import build_mergers, notes
+from distmerge.workers.divergence import MergeReport
 from distmerge.workers.merger import Merger
 
 
@@ -111,6 +112,12 @@ class Run:
         for skipped in left_out if self.config.data.streaming else []:
             self.batches.batch(skipped)
         return self.batches.batch(index)
+
+    def tell_choices(self, merges: list[MergeReport]) -> None:
+        """A line of events.jsonl for each merge whose rule was chosen as it went."""
+        for report in merges:
+            if report.because is not None:
+                self.tell(self.step, "rule chosen", {"rule": report.rule, "because": report.because})
 
     def tell(self, step: int, event: str, facts: dict[str, Any]) -> None:
         """A line of events.jsonl, from the rank that writes it."""

@@ -253,7 +253,7 @@ class DiLoCo:
             round=self.round, steps=merged.steps, divergence=divergence, correlation=correlation, collectives=collectives,
             bytes_sent=sent, seconds=time.perf_counter() - began,
             wait_seconds=sum(flight.waited for flight in merged.flights), left_out=weight == 0 and self.weight > 0,
-            rule=merged.spread.rule,
+            rule=merged.spread.rule, because=merged.spread.because,
         )  # fmt: skip
 
     @property

@@ -22,7 +22,8 @@ class MergeReport:
         steps: inner steps since the same parameters were last merged.
         divergence: ``mean_m |delta_m - d|^2`` over the merged parameters; NaN where a worker that counts is not finite; None
             where it is not measured.
-        rule: by which the deltas were merged: the merger's own, or "mean" where it had too few members or chose so.
+        rule, because: by which rule the deltas were merged: the merger's own, or "mean" where it had too few members or chose
+            so; and why, where there was a choice.
         correlation: the mean cosine between two workers' deltas (as if of equal norms); None without a whole anchor.
         bytes_sent: what left this rank for it.
         seconds: what the merge took of this rank's time, waiting included.
@@ -41,6 +42,7 @@ class MergeReport:
     wait_seconds: float
     left_out: bool = False
     rule: str = "mean"
+    because: str | None = None
 
 
 class Divergence:
@@ -52,7 +54,7 @@ class Divergence:
     rows that they got, since what the rule gives need not be the mean.
 
     Attributes:
-        rule: by which the deltas were merged.
+        rule, because: by which rule the deltas were merged, and why where there was a choice.
     """
 
     def __init__(self, device: torch.device):
@@ -61,6 +63,7 @@ class Divergence:
         self.merged_share = torch.zeros((), dtype=torch.float64, device=device)
         self.own_share = torch.zeros((), dtype=torch.float64, device=device)
         self.rule = "mean"
+        self.because: str | None = None
         self.members: int | None = None
         self.sums: Tensor | None = None
         self._work: dist.Work | None = None
@@ -119,13 +122,14 @@ class Divergence:
             "own_share": self.own_share,
             "members": self.members,
             "rule": self.rule,
+            "because": self.because,
             "sums": self.sums,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("merged", "merged_share", "own_share"):
             getattr(self, name).copy_(state[name])
-        self.members, self.rule = state["members"], state["rule"]
+        self.members, self.rule, self.because = state["members"], state["rule"], state["because"]
         self.sums = None if state["sums"] is None else state["sums"].to(self.merged.device)
 
 

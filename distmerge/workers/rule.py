@@ -114,7 +114,7 @@ class WorkerRule:
                 return
             own, merged = spread_of(kept, shares)
             spread.add_rows(own, merged, len(alive))
-            spread.rule = self._decide(own, merged, len(alive))
+            spread.rule, spread.because = self._decide(own, merged, len(alive))
             if spread.rule == "mean":
                 weighted_mean(kept, shares, out)
                 return
@@ -151,19 +151,21 @@ class WorkerRule:
     def _across(self, rule: Rule) -> Rule:
         return rule.parts[1] if self.split and rule.parts is not None else rule
 
-    def _decide(self, own: Tensor, merged: Tensor, members: int) -> str:
-        """The rule's name, or "mean" where it has too few members, or where the deltas are so alike that no rule is wanted."""
+    def _decide(self, own: Tensor, merged: Tensor, members: int) -> tuple[str, str | None]:
+        """The rule's name, or "mean" where it has too few members, or where the deltas are so alike that no rule is wanted;
+        and why, where there was a choice. The same on all workers."""
         if members < max(2, self.least):
-            return "mean"
+            return "mean", f"{self.choice.name} needs {max(2, self.least)} members, and {members} counted"
         if self.choice.above is None:
-            return self.choice.name
+            return self.choice.name, None
         sums = torch.stack([own, merged])
         for group in (self.peers.group, *self.inside):
             dist.all_reduce(sums, group=group)
         self.peers.ledger.all_reduce(sums.numel() * sums.element_size())
         own, merged = sums
         correlation = (members * merged / own - 1) / (members - 1) if own > 0 else own
-        return "mean" if correlation > self.choice.above else self.choice.name
+        name = "mean" if correlation > self.choice.above else self.choice.name
+        return name, f"the deltas' correlation is {correlation.item():.3f}"
 
     def _names(self, bucket: Bucket) -> list[str]:
         """All tensors of the bucket, also those of which nothing lies here."""
