@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +64,16 @@ def counted(group: dist.ProcessGroup | None = None) -> Iterator[Traffic]:
             traffic.bytes_sent += sum(size(one.tensor) for one in operations if one.op is dist.isend)
         return exchange(operations)
 
+    gather = dist.all_gather_object
+
+    def spied_gather(answers: list[Any], said: Any, group: Any = None) -> None:
+        if (group or dist.group.WORLD) is watched:
+            traffic.collectives += 1
+            traffic.bytes_sent += len(pickle.dumps(said)) * (peers - 1)
+        gather(answers, said, group=group)
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dist, "all_gather_object", spied_gather))
         stack.enter_context(mock.patch.object(dist, "batch_isend_irecv", spied_exchange))
         for name in filter(partial(hasattr, dist), COSTS):
             stack.enter_context(mock.patch.object(dist, name, spied(name, getattr(dist, name))))

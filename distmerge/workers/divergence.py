@@ -87,10 +87,11 @@ class Divergence:
 
     def begin(self, peers: WorkerGroup, flat: FlatParameters, weight: float) -> None:
         """Send this worker's scalars; ``own`` must be complete."""
-        sums = torch.stack([self.own, self.merged_share, self.own_share])
+        measured = [self.own, self.merged_share] if self.members is None else [self.own, self.merged_share, self.own_share]
+        sums = torch.stack(measured)
         flat.sum_over_shards(sums)
-        factors = torch.tensor([weight, 1.0, 1.0]).to(sums)
-        self.sums = torch.cat([sums * factors, torch.tensor([weight]).to(sums)])
+        factors = torch.tensor([weight, 1.0, 1.0][: len(sums)]).to(sums)
+        self.sums = torch.cat([torch.tensor([weight]).to(sums), sums * factors])
         self._work = peers.begin_total(self.sums)
 
     def finish(self, peers: WorkerGroup, flat: FlatParameters, weight: float, anchored: bool) -> tuple[float, float | None]:
@@ -101,8 +102,8 @@ class Divergence:
         assert self.sums is not None
         merged = self.merged.reshape(1)
         flat.sum_over_shards(merged)
-        spread, share, own_share, weights = self.sums.tolist()
-        spread, merged = spread / weights + own_share, merged.item() + share
+        weights, spread, share, *own_share = self.sums.tolist()
+        spread, merged = spread / weights + sum(own_share), merged.item() + share
         # |d|^2 = spread / M + (M - 1) / M * correlation * spread, for M equal weights
         size = self.members or peers.size
         correlation = (size * merged / spread - 1) / (size - 1) if anchored and size > 1 and spread > 0 else None

@@ -68,7 +68,7 @@ class Holding:
         torn = [piece.name for piece in pieces if self._is_torn(piece, shapes[piece.name])]
         found: dict[str, list[int]] = defaultdict(list)
         holders: dict[str, int] = defaultdict(int)
-        for theirs, their_torn in self._gathered((starts, torn)):
+        for theirs, their_torn in self._gathered((starts, torn), counted=False):
             self.torn |= set(their_torn)
             if large := [name for name in their_torn if shapes[name] > CUT or ledger is not None]:
                 raise UserError(f"the rule needs whole rows, and {large[0]} is cut inside one between ranks")
@@ -148,12 +148,12 @@ class Holding:
             for name, tally in theirs.items():
                 tallies[name].join(tally)
 
-    def _gathered(self, own: Any) -> list[Any]:
-        """What every holder has to say, in the order of their ranks."""
+    def _gathered(self, own: Any, counted: bool = True) -> list[Any]:
+        """What every holder has to say, in the order of their ranks; ``counted`` where it is part of a merge."""
         said = [own]
         for index, group in enumerate(self.groups):
             size = dist.get_world_size(group)
-            if index == 0 and self.ledger is not None:
+            if index == 0 and counted and self.ledger is not None:
                 self.ledger.exchange(len(pickle.dumps(said)) * (size - 1))
             answers: list[Any] = [None] * size
             dist.all_gather_object(answers, said, group=group)
