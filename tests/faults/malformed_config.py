@@ -175,7 +175,9 @@ CONFIGURATION: dict[str, Case] = {
     "more fragments than steps": train(*TWO_WORKERS, more=merges('kind = "diloco"\nevery = 2\nfragments = 3')),
     "an overlap beyond the round": train(*TWO_WORKERS, more=merges('kind = "diloco"\nevery = 4\noverlap = 4')),
     "feedback without a loss": train(*TWO_WORKERS, more=merges('kind = "diloco"\nerror_feedback = true')),
-    "radial in fragments": train(*TWO_WORKERS, more=merges('kind = "diloco"\nrule = "radial"\nfragments = 2')),
+    "a sharded outer state of a rule that is no sum": train(
+        *TWO_WORKERS, more=merges('kind = "diloco"\nrule = "radial"\nouter_sharded = true')
+    ),
     "a fraction of 0": train(*TWO_WORKERS, more=merges('kind = "sparta"\nfraction = 0')),
     "no files": train("--data.files", "{root}/no*.txt"),
     "files of an unknown suffix": train("--data.files", "{root}/config.toml"),
