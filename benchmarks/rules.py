@@ -164,9 +164,8 @@ def merge_stack(
     tokens = [token_weight(float(count) * LENGTH * EVERY, EVERY) for count in counts.tolist()]
     weights = [one * len(tokens) / sum(tokens) for one in tokens] if rule == "tokens" else [1.0] * arm.workers
     given = RULES[arm.rule] if rule != "mean" else {}
-    own = {key: value for key, value in given.items() if key == "density"}
-    each = tuple(own | {"weight": weight} for weight in weights)
-    shared = {key: value for key, value in given.items() if key not in own}
+    alike_each, shared = catalogue.spread(rule, arm.workers, given)
+    each = tuple(own | {"weight": weight} for own, weight in zip(alike_each, weights, strict=True))
     for name, parameter in model.named_parameters():
         shape, embedding = tuple(parameter.shape[1:]), name in ("embed", "places", "head")
         target = Target(name, shape, each, shared, seed=arm.seed + (merge << 32), embedding=embedding)

@@ -149,7 +149,7 @@ class Stream:
         """Merge the jobs; ``write(job, offset, elements)`` gets each block. Returns the observer's notes."""
         states: dict[str, Any] = {job.name: None for job in batch}
         for step in range(max(job.rule.passes for job in batch)):
-            asked = [job for job in batch if step < job.rule.passes]
+            asked = [job for job in batch if step < job.rule.passes and job.numel]  # an empty tensor has nothing to measure
             tallies = self._tallied(asked, lambda job, block, step=step: job.rule.measure(step, block, states[job.name]))
             for job in asked:
                 states[job.name] = job.rule.settle(step, tallies[job.name], states[job.name])

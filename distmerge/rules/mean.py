@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distmerge.rules.protocol import Block, Rule
-
-Total = Callable[[Tensor], Tensor]
-"""``[M, k] -> [k]``: the sum over all members, of which this process holds M."""
 
 
 class WeightedMean(Rule):
@@ -45,21 +41,6 @@ def weighted_sum(members: list[Tensor], weights: Tensor) -> Tensor:
     for member, weight in zip(members, weights, strict=True):
         total.addcmul_(member, weight)
     return total
-
-
-def weighted_mean(delta: Tensor, weight: Tensor, total: Total) -> Tensor:
-    """``sum_m w_m delta_m / sum_m w_m``.
-
-    Args:
-        delta: ``[M, n]``, the members here.
-        weight: ``[M, 1]``, not negative; their sum over all members must be positive.
-        total: the sum over all members.
-
-    Returns:
-        ``[n]``, the same for every member. The weights ride in the same sum as the values.
-    """
-    summed = total(torch.cat([delta * weight, weight], dim=1))
-    return summed[:-1] / summed[-1]
 
 
 def token_weight(tokens: float, steps: int) -> float:

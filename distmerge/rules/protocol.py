@@ -192,7 +192,7 @@ def cut(rule: Rule, members: list[Tensor], base: Tensor | None = None, block: in
 def settled_state(rule: Rule, blocks: list[Block]) -> Any:
     """The state after the rule's passes over all blocks of a tensor."""
     state = None
-    for step in range(rule.passes):
+    for step in range(rule.passes if blocks else 0):  # an empty tensor has nothing to measure
         tally = Tally()
         for part in blocks:
             tally.add(part.index, rule.measure(step, part, state))

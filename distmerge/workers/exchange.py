@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distmerge.rules.mean import WeightedMean
+from distmerge.rules.protocol import Block
 from distmerge.workers.codec import Row, pieces
 from distmerge.workers.group import WorkerGroup
 from distmerge.workers.pending import WEIGHT_BYTES, wait, weigh
@@ -100,7 +102,9 @@ class Exchange:
             for peer, row in enumerate(self._incoming):
                 Row(self.wire, row, self.shares.rows[peer]).decode(self._slice(peer))
             self._release(self._incoming)
-        self.message[-1] = ~(self._weights.sum() <= 0)  # a weight of NaN makes the values NaN, which all must see
+        if bool(self._weights.isnan().any()):  # a worker must not be merged: all see it, whatever a wire makes of NaN
+            self.message.fill_(torch.nan)
+        self.message[-1] = ~(self._weights.sum() <= 0)
         self._stage = 3
 
     def _slice(self, peer: int) -> Tensor:
@@ -143,7 +147,7 @@ class Exchange:
         if self.reduce is not None:
             self.reduce(rows, self._weights, out)
             return
-        weighted_mean(rows, self._weights.tolist(), out)
+        write_mean(rows, self._weights.tolist(), out)
         if self.then is not None:
             self.then(out)
 
@@ -183,11 +187,8 @@ def begin(group: WorkerGroup, sends: list[tuple[int, Tensor]], receives: list[tu
     return dist.batch_isend_irecv(operations) if operations else []
 
 
-def weighted_mean(rows: list[Tensor], weights: list[float], out: Tensor) -> None:
-    """``out = sum_m w_m row_m / sum_m w_m``, in pieces that stay in a cache; ``out`` may be one of the rows."""
-    total = torch.tensor(weights, dtype=torch.float32).sum().item()
+def write_mean(rows: list[Tensor], weights: list[float], out: Tensor) -> None:
+    """The weighted mean of the rows into ``out``, in pieces that stay in a cache; ``out`` may be one of the rows."""
+    rule = WeightedMean(weights)
     for start, stop in pieces(out):
-        mean = torch.zeros_like(out[start:stop])
-        for row, weight in zip(rows, weights, strict=True):
-            mean.add_(row[start:stop] if weight == 1 else row[start:stop] * weight)
-        out[start:stop] = mean.div_(total)
+        out[start:stop] = rule.merge(Block([row[start:stop] for row in rows], None, start, 0), None)

@@ -19,13 +19,12 @@ from torch import Tensor
 from distmerge.config import mergers
 from distmerge.finite import finite
 from distmerge.rules import catalogue
-from distmerge.rules.parameters import PARAMETERS
 from distmerge.rules.protocol import Rule, Target
 from distmerge.theta.flat import FlatParameters, Slot
 from distmerge.theta.layers import has_rows_of_their_own
 from distmerge.workers.codec import pieces as cached_pieces
 from distmerge.workers.divergence import Divergence
-from distmerge.workers.exchange import Reduce, weighted_mean
+from distmerge.workers.exchange import Reduce, write_mean
 from distmerge.workers.fragments import Bucket
 from distmerge.workers.group import WorkerGroup
 from distmerge.workers.holding import Holding
@@ -40,14 +39,12 @@ class Choice:
         name: in the catalogue.
         parameters: its own, such as a density.
         above: with a number, the rule is taken where the deltas' correlation is at most that, and the mean above (``auto``).
-        seed: of random masks.
         raises: whether a worker that is not finite makes the merge fail on all workers.
     """
 
     name: str
     parameters: dict[str, Any]
     above: float | None = None
-    seed: int = 0
     raises: bool = True
 
 
@@ -105,8 +102,7 @@ class WorkerRule:
 
         def reduce(rows: list[Tensor], weights: Tensor, out: Tensor) -> None:
             given = weights.tolist()
-            if any(math.isnan(weight) for weight in given):
-                out.fill_(math.nan)
+            if any(math.isnan(weight) for weight in given):  # all workers will refuse it
                 return
             alive = [member for member, weight in enumerate(given) if weight > 0]
             kept, shares = [rows[member] for member in alive], [given[member] for member in alive]
@@ -115,8 +111,8 @@ class WorkerRule:
             own, merged = spread_of(kept, shares)
             spread.add_rows(own, merged, len(alive))
             spread.rule, spread.because = self._decide(own, merged, len(alive))
-            if spread.rule == "mean":
-                weighted_mean(kept, shares, out)
+            if spread.rule == "mean" and spread.because is not None:
+                write_mean(kept, shares, out)
                 return
             mean_weight = sum(shares) / len(shares)
             rules = {
@@ -131,14 +127,13 @@ class WorkerRule:
 
     def rule_of(self, slot: Slot, weights: list[float], round: int) -> Rule:
         """The rule of a tensor, for members of these weights, whose mean is 1."""
-        given = self.choice.parameters
-        own = {key: value for key, value in given.items() if PARAMETERS[key].each}
+        each, shared = catalogue.spread(self.choice.name, len(weights), self.choice.parameters)
         target = Target(
             name=slot.name,
             shape=tuple(slot.shape),
-            each=tuple(own | {"weight": weight} for weight in weights),
-            shared={key: value for key, value in given.items() if key not in own},
-            seed=self.choice.seed + (round << 32),
+            each=tuple(own | {"weight": weight} for own, weight in zip(each, weights, strict=True)),
+            shared=shared,
+            seed=round,
             embedding=has_rows_of_their_own(slot.name),
         )
         return catalogue.build(self.choice.name, target)

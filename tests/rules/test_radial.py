@@ -1,14 +1,14 @@
-"""Radial-directional averaging against its formula, stacked and over workers."""
+"""Radial-directional averaging against its formula; tests/workers/test_rules.py has it over workers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from distmerge.rules.radial import radial_mean
-from tests.ranks import Ranks
+from distmerge.rules.mean import WeightedMean
+from distmerge.rules.protocol import run
+from distmerge.rules.radial import Radial
 
 SEGMENTS = [slice(0, 5), slice(5, 6), slice(6, 40), slice(40, 40), slice(40, 57)]
 PLAIN = [False, False, False, False, True]
@@ -34,41 +34,26 @@ def formula(delta: Tensor, weight: Tensor) -> Tensor:
     return d
 
 
+def by_tensor(delta: Tensor, weight: Tensor) -> Tensor:
+    """The rule on every tensor, and the plain mean on embeddings."""
+    weights = weight.flatten().tolist()
+    rules = [WeightedMean(weights, dtype=torch.float64) if plain else Radial(weights, torch.float64) for plain in PLAIN]
+    return torch.cat([run(rule, list(delta[:, part])) for rule, part in zip(rules, SEGMENTS, strict=True)])
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_stacked(count: int) -> None:
+def test_it_is_its_formula(count: int) -> None:
     delta, weight = members(count)
-    d = radial_mean(delta, weight, lambda x: x.sum(0), SEGMENTS, PLAIN)
-    torch.testing.assert_close(d, formula(delta, weight), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(by_tensor(delta, weight), formula(delta, weight), rtol=1e-9, atol=1e-12)
 
 
 def test_the_norm_does_not_shrink_with_orthogonal_members() -> None:
     delta = torch.eye(8, dtype=torch.float64)
-    d = radial_mean(delta, torch.ones(8, 1, dtype=torch.float64), lambda x: x.sum(0), [slice(0, 8)], [False])
-    assert d.norm().item() == pytest.approx(1.0)
+    assert run(Radial([1.0] * 8, torch.float64), list(delta)).norm().item() == pytest.approx(1.0)
     assert delta.mean(0).norm().item() == pytest.approx(8**-0.5)
 
 
 def test_members_that_cancel_out_take_their_mean() -> None:
-    delta = torch.tensor([[1.0, 0.0, 2.0], [-3.0, 0.0, 2.0]], dtype=torch.float64)
-    d = radial_mean(
-        delta, torch.ones(2, 1, dtype=torch.float64), lambda x: x.sum(0), [slice(0, 2), slice(2, 3)], [False, False]
-    )
-    torch.testing.assert_close(d, torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64))
-
-
-def over_workers(count: int) -> Tensor:
-    delta, weight = members(count)
-    own = slice(dist.get_rank(), dist.get_rank() + 1)
-
-    def total(x: Tensor) -> Tensor:
-        summed = x.sum(0)
-        dist.all_reduce(summed)
-        return summed
-
-    return radial_mean(delta[own], weight[own], total, SEGMENTS, PLAIN)
-
-
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_workers_are_stacked_members(ranks: Ranks, world: int) -> None:
-    for d in ranks.run(world, over_workers, world):
-        torch.testing.assert_close(d, formula(*members(world)), rtol=1e-9, atol=1e-12)
+    one, two = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([-3.0, 0.0], dtype=torch.float64)
+    merged = run(Radial([1.0, 1.0], torch.float64), [one, two])
+    torch.testing.assert_close(merged, torch.tensor([-1.0, 0.0], dtype=torch.float64))

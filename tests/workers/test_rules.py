@@ -16,7 +16,6 @@ from torch.distributed.fsdp import fully_shard
 
 import distmerge as dm
 from distmerge.rules import catalogue
-from distmerge.rules.parameters import PARAMETERS
 from distmerge.rules.protocol import Rule, Target, run
 from distmerge.workers.shares import CUT, Piece, aligned_shares
 from tests.ranks import Ranks
@@ -81,9 +80,8 @@ def one_merge(settings: dict[str, Any], weights: list[float], shards: int) -> tu
 
 def rule_for(name: str, rule: str, weights: list[float]) -> Rule:
     mean = sum(weights) / len(weights)
-    own = {key: value for key, value in RULES[rule].items() if PARAMETERS[key].each}
-    shared = {key: value for key, value in RULES[rule].items() if key not in own}
-    each = tuple(own | {"weight": weight / mean} for weight in weights)
+    given, shared = catalogue.spread(rule, len(weights), RULES[rule])
+    each = tuple(own | {"weight": weight / mean} for own, weight in zip(given, weights, strict=True))
     target = Target(name, SHAPES[name], each, shared, embedding=name == "embed")
     return catalogue.build(rule, target)
 
@@ -154,7 +152,24 @@ def test_auto_takes_the_mean_of_deltas_that_are_alike(ranks: Ranks) -> None:
     assert ranks.run(2, correlation_decides, 0.6) == ["ties"] * 2
 
 
-@pytest.mark.parametrize("settings", [{"rule": "median"}, {"rule": "ties", "density": 0.3}, {"rule": "radial"}])
+def test_a_sum_is_asked_for_by_a_parameter_of_the_mean(ranks: Ranks) -> None:
+    for found, rule, _ in ranks.run(2, one_merge, {"rule": "mean", "normalize": False}, [1.0, 1.0], 1):
+        assert rule == "mean"
+        for name, parts in found.items():
+            assert torch.equal(parts[0][1], (noise(0, name) + noise(1, name)).flatten())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rule": "median"},
+        {"rule": "ties", "density": 0.3},
+        {"rule": "radial"},
+        {"rule": "median", "wire": "bf16"},
+        {"rule": "median", "wire": "int8"},
+        {"rule": "ties", "density": 0.3, "wire": "int4", "error_feedback": True},
+    ],
+)
 @pytest.mark.parametrize("nonfinite", ["raise", "leave-out"])
 def test_a_sick_worker_is_refused_or_left_out(ranks: Ranks, settings: dict[str, Any], nonfinite: str) -> None:
     answers = ranks.run(3, sick_merge, settings | {"nonfinite": nonfinite})
