@@ -10,7 +10,7 @@ setup: .venv/.installed
 
 # torch first and alone: it is pinned, so that no other package's range picks another build of it, and DeepSpeed's build
 # wants it installed, for which builds are not isolated.
-.venv/.installed: pyproject.toml constraints.txt distmerge/rules/dare.c distmerge/workers/codec.c
+.venv/.installed: pyproject.toml constraints.txt distmerge/rules/dare.c distmerge/rules/ties.c distmerge/workers/codec.c
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
@@ -20,14 +20,17 @@ setup: .venv/.installed
 train: setup
 	$(BIN)/distmerge train $(CONFIG)
 
+# Two files of tests at a time: each starts several ranks, which wait for one another most of the time.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 # What DeepSpeed compiles is compiled before any rank could wait for it: minutes at first, then a second.
 test: setup
 	$(BIN)/distmerge build-ops
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: setup
 	$(BIN)/distmerge build-ops
-	$(BIN)/python -m pytest -m 'full or not full'
+	$(PYTEST) -m 'full or not full'
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from distmerge.errors import UserError
+from distmerge.rules.combine import Combine
 from distmerge.rules.dare import Dare
 from distmerge.rules.mean import WeightedMean
 from distmerge.rules.parameters import half_width
@@ -20,7 +21,6 @@ from distmerge.rules.slerp import Nuslerp, Slerp
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune
 from distmerge.rules.stock import ModelStock
 from distmerge.rules.task import (
-    Combine,
     GlobalTrim,
     Ptm,
     Sparsifier,

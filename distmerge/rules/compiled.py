@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ctypes import c_int, c_void_p
 from importlib.util import find_spec
 from typing import Any
@@ -41,3 +41,8 @@ def at(tensor: Tensor) -> c_void_p:
     """Where a contiguous tensor's elements lie."""
     assert tensor.is_contiguous()
     return c_void_p(tensor.data_ptr())
+
+
+def all_at(tensors: Sequence[Tensor]) -> ctypes.Array[c_void_p]:
+    """Where each tensor's elements lie."""
+    return (c_void_p * len(tensors))(*map(at, tensors))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distmerge.rules import compiled
-from distmerge.rules.compiled import at
+from distmerge.rules.compiled import all_at, at
 from distmerge.rules.protocol import Block, Measured, folded
 from distmerge.rules.sparsify import AtRandom
 from distmerge.rules.task import Settled, TaskVectors
@@ -73,10 +73,6 @@ class Dare(TaskVectors):
 
     def magnitude(self, delta: Tensor) -> Tensor:
         return folded(delta) if delta.dtype == torch.bfloat16 else super().magnitude(delta)
-
-
-def all_at(tensors: list[Tensor]) -> ctypes.Array[c_void_p]:
-    return (c_void_p * len(tensors))(*map(at, tensors))
 
 
 @functools.cache

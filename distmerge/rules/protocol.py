@@ -58,7 +58,10 @@ class Tally:
     def add(self, index: int, measured: Measured) -> None:
         for name, value in measured.added.items():
             assert not value.is_floating_point(), "sums of floats depend on their order; keep them"
-            self.added[name] = self.added[name] + value if name in self.added else value
+            if name in self.added:
+                self.added[name].add_(value)
+            else:
+                self.added[name] = value.clone()
         for name, value in measured.kept.items():
             # As Python's numbers: small tensors that live on pin the allocator's memory, hundreds of megabytes in all.
             self._kept.setdefault(name, {})[index] = value.tolist()
@@ -218,8 +221,15 @@ def total_norm(tally: Tally, name: str) -> Tensor:
     return torch.linalg.vector_norm(tally.blocks(name).double(), dim=0)
 
 
+def deltas_to_read(block: Block, dtype: torch.dtype) -> Tensor:
+    """``[M, n]``, as :func:`deltas`, of which nothing may be changed: a single delta is not copied."""
+    if block.base is None and len(block.members) == 1 and block.members[0].dtype == dtype:
+        return block.members[0].unsqueeze(0)
+    return deltas(block, dtype)[1]
+
+
 def deltas(block: Block, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """``(base [n], delta [M, n])`` in ``dtype``. Without a base the members are deltas already."""
+    """``(base [n], delta [M, n])`` in ``dtype``, in memory of its own. Without a base the members are deltas already."""
     base = block.base.to(dtype) if block.base is not None else None
     first = block.members[0]
     delta = torch.empty((len(block.members), first.numel()), dtype=dtype, device=first.device)

@@ -16,7 +16,7 @@ from torch.nn.functional import hardshrink
 
 from distmerge.rules.protocol import INTEGERS, Measured, Tally
 from distmerge.rules.random_masks import bar, below, chance
-from distmerge.rules.threshold import FINE, LOW_BITS, Cut, histogram, levels, locate, patterns, refine, value_of
+from distmerge.rules.threshold import Cut, ascending, histogram, levels, locate, patterns, refine, signed_patterns, value_of
 
 
 class Keep(NamedTuple):
@@ -75,7 +75,7 @@ class Trim(NamedTuple):
                 # Of the equal ones at the upper end the first are kept, so those that are not lie above it.
                 kept = kept - above(row, dtype, keep.high, keep.last_high, ENDLESS, high)
             rows.append(kept)
-        return torch.stack(rows)
+        return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
 
 
 class Among(NamedTuple):
@@ -133,13 +133,14 @@ class ByMagnitude:
         return wanted
 
     def measure(self, step: int, delta: Tensor, trim: Trim | None) -> Measured:
-        bits = patterns(delta, self.dtype)
+        bits = signed_patterns(delta, self.dtype)
         if step == 0:
             return Measured(added={"0": histogram(bits, 0, self.levels, [])})
         assert trim is not None
         if step < self.levels:
             return Measured(added={str(side): histogram(bits, 1, 2, trim.bins(side)) for side in range(trim.sides)})
         # How many equal the threshold, block by block: which of them are first is known before any block is merged.
+        bits = patterns(delta, self.dtype)
         return Measured(
             kept={"equal": torch.tensor([equal_to_ends(row, keep) for row, keep in zip(bits, trim.keeps, strict=True)])}
         )
@@ -270,23 +271,3 @@ def by_rank(values: Tensor, order: Tensor) -> Tensor:
     """``[rows * columns]``: at each element the one of ``values [columns]`` that belongs to its rank in its row."""
     found = torch.empty(order.shape, dtype=values.dtype, device=order.device)
     return found.scatter_(1, order, values.to(order.device).expand(order.shape)).view(-1)
-
-
-def ascending(size: Tensor) -> Tensor:
-    """``[rows, columns]`` int64: where in its row the smallest is, the next, ...; of equal ones the first comes first.
-
-    Args:
-        size: ``[rows, columns]`` int32, not negative.
-    """
-    if size.device.type != "cpu":
-        return size.argsort(dim=1, stable=True)
-    # numpy sorts 16 bits by radix, eight times as fast as a comparing sort: the lower halves first, if there are upper ones.
-    if int(size.max()) < 1 << (31 - LOW_BITS):
-        return argsort(size)
-    order = argsort((size & (FINE - 1)) - FINE // 2)
-    return order.gather(1, argsort((size >> LOW_BITS).gather(1, order)))
-
-
-def argsort(digits: Tensor) -> Tensor:
-    """``[rows, columns]`` int64 of integers that fit 16 bits, on a CPU."""
-    return torch.from_numpy(digits.to(torch.int16).numpy().argsort(axis=1, kind="stable"))

@@ -7,92 +7,19 @@ their names differ in details that change the result; each such detail is an opt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from distmerge.rules.protocol import INTEGERS, Block, Measured, Rule, Tally, deltas, onto, summed, wide
+from distmerge.rules.combine import Combine
+from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, deltas_to_read, onto, summed, wide
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, Trim
 from distmerge.rules.threshold import value_of
 
 Sparsifier = ByMagnitude | AtRandom | Magprune
 TINY = 1e-7
-
-
-@dataclass(frozen=True)
-class Combine:
-    """How the sparsified task vectors become one.
-
-    Attributes:
-        elect: elect a sign for each element and merge only those that agree: by the sum "before" the weights are applied (the
-            paper, PEFT), or "after" (mergekit); "none" merges all.
-        on_cancel: the sign that a sum of exactly 0 elects: "positive" (mergekit, PEFT), or "zero", which nobody has (the
-            paper's formula): the merged element is 0.
-        divide: the merged sum by the "weights" of those that agree (mergekit), by their "count" (PEFT, the paper), or "none".
-        scale: lambda, which multiplies the merged task vector.
-    """
-
-    elect: str = "none"
-    on_cancel: str = "positive"
-    divide: str = "none"
-    scale: float = 1.0
-
-    def __call__(self, delta: Tensor, weights: list[float]) -> Tensor:
-        """``delta [M, n]``, used up, and M weights to ``[n]``, every step rounded to delta's dtype."""
-        weight = torch.tensor(weights, dtype=delta.dtype, device=delta.device).unsqueeze(1)
-        if self.elect == "none":
-            return self.finished(summed(delta.mul_(weight), len(delta)), weight, None)
-        if self.elect == "after":
-            delta = delta.mul_(weight)
-        kept, sign = self.elected(delta)
-        merged = summed(kept * weight if self.elect == "before" else kept, len(kept))
-        bits(merged).bitwise_xor_(sign)
-        return self.finished(merged, weight, kept)
-
-    def finished(self, merged: Tensor, weight: Tensor, kept: Tensor | None) -> Tensor:
-        """The sum ``merged [n]``, used up, divided and scaled; ``kept [M, n]`` is positive for those that agree, else 0."""
-        if self.divide != "none":
-            merged = merged.div_(self.divisor(weight, kept))
-        return merged if self.scale == 1 else merged.mul_(self.scale)
-
-    def elected(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """``[M, n]``: magnitudes of the elements that have the sign of their sum, 0 for the others; ``[n]``: that sign's bit.
-
-        A float's first bit is its sign, so an integer's sign tells whether two of them differ.
-        """
-        total = bits(summed(delta, len(delta)).add_(0.0))  # adding 0 turns -0 into +0, which elects +
-        sign = total & torch.iinfo(total.dtype).min
-        kept = bits(delta).bitwise_xor_(sign).clamp_min_(0)
-        if self.on_cancel == "zero":
-            kept &= (-total.bitwise_and_(torch.iinfo(total.dtype).max)) >> WIDTH[kept.dtype]
-        return delta, sign
-
-    def divisor(self, weight: Tensor, kept: Tensor | None) -> Tensor | float:
-        """What the sum is divided by."""
-        if kept is None:
-            if self.divide == "count":
-                return float(len(weight))
-            total = weight.sum()
-            return 1.0 if abs(total) < 1e-8 else total
-        share = weight if self.divide == "weights" else torch.ones_like(weight)
-        agree = (-bits(kept)).bitwise_right_shift_(WIDTH[INTEGERS[kept.dtype]])
-        counted = summed(agree.bitwise_and_(bits(share)).view(kept.dtype), len(kept))
-        # Where nobody counts the sum is 0, or a weight of 0 was divided by itself: any other number instead of 0.
-        if bool((share > 0).all()):
-            bits(counted).clamp_min_(int(bits(share).min()))
-            return counted
-        return counted.add_((counted == 0).to(counted.dtype))
-
-
-WIDTH = {torch.int16: 15, torch.int32: 31, torch.int64: 63}
-
-
-def bits(x: Tensor) -> Tensor:
-    """The same memory as integers."""
-    return x.view(INTEGERS[x.dtype])
 
 
 class Settled(NamedTuple):
@@ -144,10 +71,10 @@ class TaskVectors(Rule):
         return [*each], whole_vectors(self.weights, self.combine, self.dtype, self.numel)
 
     def measure(self, step: int, block: Block, state: Settled | None) -> Measured:
-        _, delta = deltas(block, self.dtype)
         if step < self.trims:
             assert isinstance(self.sparsifier, ByMagnitude)
-            return self.sparsifier.measure(step, delta, state.trim if state else None)
+            return self.sparsifier.measure(step, deltas_to_read(block, self.dtype), state.trim if state else None)
+        _, delta = deltas(block, self.dtype)
         before = self.magnitude(delta.abs_())  # what survives depends on magnitudes and places alone
         after = self.magnitude(self.thinned(delta, block, state))
         return Measured(kept={"norms": torch.stack([before, after])})
@@ -161,6 +88,9 @@ class TaskVectors(Rule):
         return Settled(state.trim if state else None, factor.tolist(), bool(torch.isfinite(before).all()))
 
     def merge(self, block: Block, state: Settled | None) -> Tensor:
+        whole = self.sparsifier is None and block.base is None
+        if whole and (fast := self.combine.compiled(block.members, self.weights)) is not None:
+            return fast
         base, delta = deltas(block, self.dtype)
         if self.sparsifier is not None:
             delta = self.thinned(delta, block, state)

@@ -268,7 +268,7 @@ def check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:
 def pieces(tensor: Tensor, start: int, stop: int) -> Iterator[slice]:
     """Slices that cover [start, stop): cache-sized on a CPU, where a chain of operations on a piece then reads and writes
     memory once; one slice on a GPU, where launches cost more than they save."""
-    size = 1 << 17 if tensor.device.type == "cpu" else stop - start
+    size = 1 << 18 if tensor.device.type == "cpu" else stop - start
     for at in range(start, stop, max(1, size)):
         yield slice(at, min(at + size, stop))
 

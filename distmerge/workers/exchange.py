@@ -15,7 +15,8 @@ from torch import Tensor
 
 from distmerge.rules.mean import WeightedMean
 from distmerge.rules.protocol import Block
-from distmerge.workers.codec import Row, pieces
+from distmerge.theta.flat import pieces
+from distmerge.workers.codec import Row
 from distmerge.workers.group import WorkerGroup
 from distmerge.workers.pending import WEIGHT_BYTES, wait, weigh
 from distmerge.workers.scratch import Scratch
@@ -190,5 +191,5 @@ def begin(group: WorkerGroup, sends: list[tuple[int, Tensor]], receives: list[tu
 def write_mean(rows: list[Tensor], weights: list[float], out: Tensor) -> None:
     """The weighted mean of the rows into ``out``, in pieces that stay in a cache; ``out`` may be one of the rows."""
     rule = WeightedMean(weights)
-    for start, stop in pieces(out):
-        out[start:stop] = rule.merge(Block([row[start:stop] for row in rows], None, start, 0), None)
+    for here in pieces(out, 0, len(out)):
+        out[here] = rule.merge(Block([row[here] for row in rows], None, here.start, 0), None)

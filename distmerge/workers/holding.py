@@ -43,6 +43,7 @@ class Holding:
         unit: of a tensor, the elements that no block may divide.
         groups: the ranks that hold the tensors together: one group after the other is asked. Called by all of them together.
         ledger: of the bytes that leave this rank for the first group; None where the groups lie inside a worker.
+        grain: elements of a block.
 
     Attributes:
         torn: small tensors that are cut in the middle of a unit, such as the one row of a norm's gain in shards: they are
@@ -59,9 +60,11 @@ class Holding:
         unit: Callable[[str], int],
         groups: list[Any],
         ledger: Ledger | None = None,
+        grain: int = CUT,
     ):
         self.shapes = shapes
         self.pieces, self.groups, self.ledger, self.unit = pieces, groups, ledger, unit
+        self.grain = grain
         self.start = pieces[0].start if pieces else 0
         self.torn: set[str] = set()
         starts = [(piece.name, offset) for piece in pieces for _, _, offset in self._spans(piece)]
@@ -129,7 +132,7 @@ class Holding:
             yield piece, [torch.cat([members[index] for _, members in own]) for index in range(len(own[0][1]))]
 
     def _spans(self, piece: Piece) -> Iterator[tuple[int, int, int]]:
-        for start, stop in piece.spans(self.unit(piece.name)):
+        for start, stop in piece.spans(self.unit(piece.name), self.grain):
             yield start, stop, piece.first + start - piece.start
 
     def _is_torn(self, piece: Piece, numel: int) -> bool:

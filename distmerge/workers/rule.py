@@ -20,15 +20,14 @@ from distmerge.config import mergers
 from distmerge.finite import finite
 from distmerge.rules import catalogue
 from distmerge.rules.protocol import Rule, Target
-from distmerge.theta.flat import FlatParameters, Slot
+from distmerge.theta.flat import FlatParameters, Slot, pieces
 from distmerge.theta.layers import has_rows_of_their_own
-from distmerge.workers.codec import pieces as cached_pieces
 from distmerge.workers.divergence import Divergence
 from distmerge.workers.exchange import Reduce, write_mean
 from distmerge.workers.fragments import Bucket
 from distmerge.workers.group import WorkerGroup
 from distmerge.workers.holding import Holding
-from distmerge.workers.shares import Piece, Shares, aligned_shares, equal_shares
+from distmerge.workers.shares import CUT, WIDE, Piece, Shares, aligned_shares, equal_shares
 
 
 @dataclass(frozen=True)
@@ -65,22 +64,24 @@ class WorkerRule:
         self.least = max((rule.least for rule in across.values()), default=1)
         self._units = {name: rule.unit for name, rule in (whole if not self.split else across).items()}
         self._each_units = {name: rule.unit for name, rule in whole.items()}
+        # Tallies of floats are added block by block, as on disk; others come out the same however a tensor is cut.
+        self._grain = CUT if any(not rule.exact for rule in (*whole.values(), *across.values())) else WIDE
 
     def shares(self, bucket: Bucket) -> Shares:
         """How a bucket is dealt out to the owners. Called once for each bucket, by all workers together."""
-        pieces = list(pieces_of(self.flat, bucket))
+        found = list(pieces_of(self.flat, bucket))
         numel = bucket.numel
         whole = {name: math.prod(slot.shape) for name, slot in self.slots.items()}
         if self.elementwise:
             shares = equal_shares(numel, self.peers.size)
         else:
-            shares = aligned_shares(pieces, numel, self.peers.size, self._units.__getitem__)
+            shares = aligned_shares(found, numel, self.peers.size, self._units.__getitem__)
         start, stop = shares.bounds[self.peers.rank]
-        owned = [part for piece in pieces if (part := piece.within(start, stop))]
+        owned = [part for piece in found if (part := piece.within(start, stop))]
         groups = [self.peers.group, *self.inside]
-        self._own[bucket.index] = Holding(pieces, whole, self._each_units.__getitem__, self.inside)
+        self._own[bucket.index] = Holding(found, whole, self._each_units.__getitem__, self.inside, grain=self._grain)
         unit_of = (lambda name: 1) if self.elementwise else self._units.__getitem__
-        self._owned[bucket.index] = Holding(owned, whole, unit_of, groups, self.peers.ledger)
+        self._owned[bucket.index] = Holding(owned, whole, unit_of, groups, self.peers.ledger, self._grain)
         return shares
 
     def prepare(self, bucket: Bucket, message: Tensor, weight: float, round: int) -> float:
@@ -194,11 +195,12 @@ def spread_of(rows: list[Tensor], weights: list[float]) -> tuple[Tensor, Tensor]
     total = sum(weights)
     own = torch.zeros((), dtype=torch.float64, device=rows[0].device)
     merged = torch.zeros_like(own)
-    for start, stop in cached_pieces(rows[0]):
-        mean = torch.zeros_like(rows[0][start:stop])
-        for row, weight in zip(rows, weights, strict=True):
-            part = row[start:stop]
+    for here in pieces(rows[0], 0, len(rows[0])):
+        mean = rows[0][here] * (weights[0] / total)
+        for index, (row, weight) in enumerate(zip(rows, weights, strict=True)):
+            part = row[here]
             own += torch.dot(part, part).double() * (weight / total)
-            mean.add_(part, alpha=weight / total)
+            if index:
+                mean.add_(part, alpha=weight / total)
         merged += torch.dot(mean, mean).double()
     return own, merged

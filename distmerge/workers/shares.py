@@ -12,6 +12,9 @@ CUT = 1 << 16
 """Elements of a tensor's blocks across workers. Shares end where blocks end, so smaller ones deal the message out more evenly:
 with 30M parameters and 8 workers a share is at most 2% larger than another."""
 
+WIDE = 1 << 18
+"""Elements of a block where nothing depends on how a tensor is cut: fewer calls, and still in a processor's cache."""
+
 LEEWAY = 0.002
 """A share may be this part of itself smaller or larger, so that it ends where a tensor ends."""
 
@@ -31,10 +34,10 @@ class Piece:
     start: int
     stop: int
 
-    def spans(self, unit: int) -> list[tuple[int, int]]:
-        """Start and stop, in the message, of the blocks that the part is cut into. They are the same blocks of the tensor
-        wherever the part begins, but for the first one and the last."""
-        size = max(1, CUT // unit) * unit
+    def spans(self, unit: int, grain: int = CUT) -> list[tuple[int, int]]:
+        """Start and stop, in the message, of the blocks that the part is cut into, of about ``grain`` elements. They are the
+        same blocks of the tensor wherever the part begins, but for the first one and the last."""
+        size = max(1, grain // unit) * unit
         cuts = range(self.start - self.first % size + size, self.stop, size)
         bounds = [self.start, *cuts, self.stop]
         return [(a, b) for a, b in itertools.pairwise(bounds) if b > a]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from distmerge.rules.combine import Combine
 from distmerge.rules.dare import Dare, library
 from distmerge.rules.protocol import LANES, folded, run
 from distmerge.rules.sparsify import AtRandom
-from distmerge.rules.task import Combine, TaskVectors
+from distmerge.rules.task import TaskVectors
 
 SIZES = (1, LANES - 1, LANES, LANES + 1, 5 * LANES, 7 * LANES + 3, 40_000)
 COMBINES = (Combine(), Combine("after"), Combine("after", scale=0.7), Combine(scale=-1.5))

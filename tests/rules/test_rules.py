@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from distmerge.rules.combine import Combine
 from distmerge.rules.mean import WeightedMean
 from distmerge.rules.passthrough import Scaled
 from distmerge.rules.protocol import run
@@ -14,7 +15,7 @@ from distmerge.rules.sce import Sce
 from distmerge.rules.slerp import Nuslerp, Slerp
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, ascending
 from distmerge.rules.stock import ModelStock
-from distmerge.rules.task import Combine, Ptm, TaskArithmetic, TaskVectors
+from distmerge.rules.task import Ptm, TaskArithmetic, TaskVectors
 from tests.rules.coins import coins
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
