@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -213,7 +213,7 @@ def draw_pareto(result: SweepResult, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     points, best = result.points, result.best
     general, *others = points[0].losses
-    figure = Figure(figsize=(6, 5), layout="constrained")
+    figure = cast(Any, Figure(figsize=(6, 5), layout="constrained"))
     axes = figure.add_subplot()
     x = [point.losses[general] for point in points]
     y = [float(np.mean([point.losses[name] for name in others or [general]])) for point in points]

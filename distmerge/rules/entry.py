@@ -40,7 +40,7 @@ class Entry:
     source: str
     builder: str | Builder
     parameters: tuple[str, ...] = ()
-    defaults: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict[str, Any])
     base: Literal["needed", "allowed", "none"] = "needed"
     least: int = 1
     most: int | None = None
@@ -52,7 +52,7 @@ class Entry:
     elect: bool = False
     normalize: bool = False
     rescale: bool = False
-    paper: dict[str, str] = field(default_factory=dict)
+    paper: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def beside(self) -> tuple[int, int | None]:

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distmerge.rules.torch_typed import from_numpy
+
 LOW = 32
 WORD = 1 << LOW
 ONE = 1 << 48
@@ -72,7 +74,7 @@ def below(key: int, start: int, bars: Tensor) -> Tensor:
     found = drawn < high
     close = np.flatnonzero(drawn == high)
     found[close] = lower(key, close + start) < (own[close] & (WORD - 1)).astype(np.uint64)
-    return torch.from_numpy(found).to(bars.device)
+    return from_numpy(found).to(bars.device)
 
 
 def chance(key: int, probability: float, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -100,7 +102,7 @@ def chance(key: int, probability: float, start: int, count: int, device: torch.d
         close = some[which] * 64 + bit - skip
         close = close[(close >= 0) & (close < count)]
         found[close] = lower(key, close + start) < rest
-    return torch.from_numpy(found).to(device)
+    return from_numpy(found).to(device)
 
 
 EVERY = (1 << 64) - 1
@@ -119,4 +121,4 @@ def last_one(share: int) -> int:
 def uniform(key: int, start: int, count: int) -> Tensor:
     """``[count]`` float64 in [0, 1), multiples of 2^-48: ``uniform < p`` is ``below(bar(p))``."""
     numbers = lower(key, np.arange(start, start + count, dtype=np.int64))
-    return torch.from_numpy((upper(key, start, count) * float(WORD) + numbers) / ONE)
+    return from_numpy((upper(key, start, count) * float(WORD) + numbers) / ONE)

@@ -17,6 +17,7 @@ from torch.nn.functional import hardshrink
 from distmerge.rules.protocol import INTEGERS, Measured, Tally
 from distmerge.rules.random_masks import bar, below, chance
 from distmerge.rules.threshold import FINE, LOW_BITS, Cut, histogram, levels, locate, patterns, refine, value_of
+from distmerge.rules.torch_typed import from_numpy, to_list
 
 
 class Keep(NamedTuple):
@@ -60,7 +61,7 @@ class Trim(NamedTuple):
 
     def thin(self, delta: Tensor, dtype: torch.dtype, index: int) -> Tensor:
         """``delta [M, n]`` of block ``index``, with what does not survive set to 0."""
-        rows = []
+        rows: list[Tensor] = []
         for member, (row, keep) in enumerate(zip(delta, self.keeps, strict=True)):
             if keep is NONE:
                 rows.append(torch.zeros_like(row))
@@ -68,7 +69,7 @@ class Trim(NamedTuple):
             low = high = Among(0, 0)
             if self.equal is not None:
                 counts = self.equal[:, member]
-                before, here = counts[:index].sum(0).tolist(), counts[index].tolist()
+                before, here = to_list(counts[:index].sum(0)), to_list(counts[index])
                 low, high = Among(before[0], here[0]), Among(before[1], here[1])
             kept = above(row, dtype, keep.low, keep.first, keep.last, low)
             if keep.high < 1 << 31:
@@ -120,7 +121,7 @@ class ByMagnitude:
 
     def ranks(self, numel: int) -> list[list[int]]:
         """The descending ranks (from 1) whose magnitudes must be known, for each member; [] where all or none is kept."""
-        wanted = []
+        wanted: list[list[int]] = []
         for index, density in enumerate(self.density):
             if density >= 1 or numel == 0:
                 wanted.append([])
@@ -161,7 +162,7 @@ class ByMagnitude:
 
     def keeps(self, cuts: list[list[Cut]], numel: int) -> list[Keep]:
         """The interval of each member."""
-        found = []
+        found: list[Keep] = []
         for m, ks in enumerate(self.ranks(numel)):
             if not ks:
                 found.append(ALL if self.density[m] >= 1 else NONE)
@@ -289,4 +290,4 @@ def ascending(size: Tensor) -> Tensor:
 
 def argsort(digits: Tensor) -> Tensor:
     """``[rows, columns]`` int64 of integers that fit 16 bits, on a CPU."""
-    return torch.from_numpy(digits.to(torch.int16).numpy().argsort(axis=1, kind="stable"))
+    return from_numpy(digits.to(torch.int16).numpy().argsort(axis=1, kind="stable"))

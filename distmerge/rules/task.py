@@ -17,6 +17,7 @@ from torch.nn.functional import hardshrink
 from distmerge.rules.protocol import INTEGERS, Block, Measured, Rule, Tally, deltas, onto, summed, wide
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, Trim
 from distmerge.rules.threshold import value_of
+from distmerge.rules.torch_typed import to_list
 
 Sparsifier = ByMagnitude | AtRandom | Magprune
 TINY = 1e-7
@@ -158,7 +159,7 @@ class TaskVectors(Rule):
             return Settled(self.sparsifier.settle(step, tally, state.trim if state else None, self.numel))
         before, after = tally.total("norms").to(rescaling_dtype(self.dtype))
         factor = torch.where((before < TINY) | (after < TINY), torch.ones_like(before), before / after)
-        return Settled(state.trim if state else None, factor.tolist(), bool(torch.isfinite(before).all()))
+        return Settled(state.trim if state else None, to_list(factor), bool(torch.isfinite(before).all()))
 
     def merge(self, block: Block, state: Settled | None) -> Tensor:
         base, delta = deltas(block, self.dtype)

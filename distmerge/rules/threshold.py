@@ -52,7 +52,8 @@ def histogram(bits: Tensor, level: int, levels: int, bins: list[int]) -> Tensor:
 def within(bits: Tensor, lows: list[int], window: int) -> tuple[Tensor, Tensor]:
     """Of ``bits [M, n]`` of single precision: ``[M]``, how many lie above row m's ``window`` coarse bins from ``lows[m]`` on;
     ``[M, window FINE]``, counts of those inside; int64."""
-    above, counts = [], []
+    above: list[Tensor] = []
+    counts: list[Tensor] = []
     for row, low in zip(bits, lows, strict=True):
         offset = row - (low << LOW_BITS)
         above.append((offset >= window * FINE).sum())
