@@ -221,7 +221,7 @@ def check_values(
     recipe: Recipe, form: catalogue.Entry, name: str, shared: dict[str, Any], each: tuple[dict[str, Any], ...]
 ) -> None:
     """What parameters must be together."""
-    if not form.elect and "weight" in form.parameters and recipe.method != "nuslerp":
+    if not form.elect and "weight" in form.parameters:
         total = sum(one["weight"] for one in each)
         if catalogue.divisor(recipe.method, recipe.compat, recipe.variants, shared) == "weights" and abs(total) < 1e-8:
             raise UserError(f"the weights of {name} sum to {total}, which cannot be normalised")

@@ -45,13 +45,16 @@ def from_table(table: dict[str, Any], text: str) -> Recipe:
     if not is_list(plugins) or not all(isinstance(module, str) for module in plugins):
         raise UserError(f"plugins must be a list of modules, got {plugins!r}")
     load_plugins(plugins)
+    method = table.get("method")
+    if isinstance(method, str):
+        catalogue.is_known(method)  # a rule of an installed package brings its own parameters along
     for key in table:
         if key not in (*KEYS, *PARAMETERS, *VARIANTS):
             raise UserError(f"{key} is not a known key of a recipe; known: {', '.join((*KEYS, *PARAMETERS, *VARIANTS))}")
     models = table.get("model")
     if not is_list(models) or not models or not all(is_table(item) for item in models):
         raise UserError("a recipe must have at least one [[model]] with a path")
-    method, compat, seed = table.get("method"), table.get("compat", "paper"), table.get("seed", 0)
+    compat, seed = table.get("compat", "paper"), table.get("seed", 0)
     if not isinstance(method, str):
         raise UserError(f"method must be the name of a method, got {method!r}")
     if compat not in ("paper", "mergekit"):
