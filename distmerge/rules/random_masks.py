@@ -83,6 +83,11 @@ def chance(key: int, probability: float, start: int, count: int, device: torch.d
     64 coins are flipped at once. A coin has a number, one digit from each of the key's streams and then the lower bits, and is
     true where it is below the probability. From the last digit upwards: where the probability has a 1, a 0 of the number wins;
     where it has a 0, a 1 loses; else the lower digits decide.
+
+    Example: a chance of 0.625 is 0.101 in binary. A number 0.abc is below it if a = 0, or else if b = 0 and c = 0. Let the
+    words A, B and C have a set bit for each of 64 coins whose digit a, b or c is 0. From the last digit upwards that is
+    ``won = C``, ``won &= B``, ``won |= A``: three operations for 64 coins, of which 1/2 + 1/2 * 1/4 = 0.625 win. No digit
+    after the last 1 of the chance matters, so none is drawn.
     """
     share, (first, skip) = round(probability * (WORD << DIGITS)), divmod(start, 64)
     upper_share, rest = divmod(share, WORD)

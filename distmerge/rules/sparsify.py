@@ -25,6 +25,11 @@ class Keep(NamedTuple):
 
     Kept: ``low < bits < high``; of those equal to ``low``, the ones from ``first`` up to ``last`` in the tensor's order; of
     those equal to ``high``, the ones before ``last_high``. Where low is high, ``first`` and ``last`` alone decide.
+
+    Example: of the magnitudes 1 3 2 3 1 3 two are to be kept after the very largest is left out. Equal ones rank by their
+    place, so the largest is the last 3, and the other two survive: low = high = 3, and of the elements that equal it, counted
+    0, 1, 2 along the tensor, those from first = 0 up to last = 2. Without gamma there is no upper end (high = 2^31), and the
+    same two survive by the same first and last. A block counts on from the equal ones before it, and so decides alone.
     """
 
     low: int
