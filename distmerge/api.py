@@ -62,7 +62,7 @@ def merge(
         UserError: for anything wrong with the recipe, the models or the disk; nothing is left under the name ``out``.
     """
     options = options or MergeOptions()
-    given = check_parameters(parameters)
+    given = check_parameters(parameters, method)
     from distmerge.merging.merge import merge_models
 
     if recipe is None:
@@ -147,7 +147,7 @@ def sweep(
         require_matplotlib("--plot")
     if out is not None:
         refuse_existing(Path(out))
-    recipe = recipe_of(method, named(models), text_of(base), text_of(general), check_parameters(parameters), options)
+    recipe = recipe_of(method, named(models), text_of(base), text_of(general), check_parameters(parameters, method), options)
     if grid is not None:
         check_grid(*grid)
     from distmerge.merging.sweep import draw_pareto, sweep_recipe
@@ -194,7 +194,7 @@ def window(
     references = [str(members)] if isinstance(members, str | Path) else [str(member) for member in members]
     if plot is not None:
         check_picture("--plot", str(plot))
-    way = way_of(rule, curve, quadrature, text_of(base), check_parameters(parameters), drawn=plot is not None)
+    way = way_of(rule, curve, quadrature, text_of(base), check_parameters(parameters, rule), drawn=plot is not None)
     from distmerge.windows.merge import merge_window
 
     place = None if out is None else Path(out)

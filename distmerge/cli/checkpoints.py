@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distmerge.cli import training
-from distmerge.cli.merging import add_form_flags, add_parameter_flags, parameters_of
+from distmerge.cli.merging import add_form_flags, add_parameter_flags, add_plugins_flag, parameters_of
 from distmerge.errors import UserError
 from distmerge.merging.options import CHUNK
 from distmerge.plotting import check_picture
 from distmerge.rules import catalogue
+from distmerge.rules.plugins import load_plugins
 from distmerge.windows.options import MEAN, WindowOptions, way_of
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def add_parsers(verbs: Any) -> None:
     anneal.add_argument(
         "--calibrate", nargs="+", default=[], metavar="RUN_DIR", help="runs of other seeds whose forks correct the prediction"
     )
+    add_plugins_flag(anneal)
     recover = verbs.add_parser("recover", help="go back to stable checkpoints by hand; the next start carries it out")
     recover.add_argument("run_dir", metavar="RUN_DIR")
     recover.add_argument("--before", type=int, metavar="STEP", help="where it went wrong: only checkpoints before it")
@@ -65,6 +67,7 @@ def at_least_one(options: argparse.Namespace, *names: str) -> None:
 
 def window_verb(options: argparse.Namespace) -> int:
     """Merge, explain or draw a window; the exit status."""
+    load_plugins(options.plugins, "--plugins")
     steps = span_of(options.steps)
     chosen = WindowOptions(
         options.threads, options.chunk, allow_pickle=options.allow_pickle, last=options.last, steps=steps, dtype=options.dtype
@@ -92,9 +95,10 @@ def anneal_verb(options: argparse.Namespace) -> int:
 
     run_dir = Path(options.run_dir)
     fork, entry = begin_fork(
-        run_dir, options.step, options.decay_steps, options.curve, [Path(run) for run in options.calibrate]
+        run_dir, options.step, options.decay_steps, options.curve, [Path(run) for run in options.calibrate], options.plugins
     )
-    status = training.start(fork, fork.mesh.workers, ["train", str(Path(fork.run_dir) / "config.toml")])
+    named = ["--plugins", *options.plugins] if options.plugins else []
+    status = training.start(fork, fork.mesh.workers, ["train", str(Path(fork.run_dir) / "config.toml"), *named])
     if status == 0:
         print(record_outcome(run_dir, fork, entry))
     return status

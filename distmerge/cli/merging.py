@@ -17,6 +17,7 @@ from distmerge.plotting import require_matplotlib
 from distmerge.quiet import quiet
 from distmerge.rules import catalogue
 from distmerge.rules.parameters import PARAMETERS, VARIANTS, is_number
+from distmerge.rules.plugins import load_plugins
 
 PARAMETER_FLAGS = [
     key for key, parameter in PARAMETERS.items() if key != "weight" and parameter.holds is not None and key not in VARIANTS
@@ -95,6 +96,13 @@ def add_parameter_flags(flags: argparse._ActionsContainer) -> None:
 def add_form_flags(flags: argparse._ActionsContainer) -> None:
     flags.add_argument("--compat", choices=("paper", "mergekit"), help="whose form of the method (YAML: mergekit, else paper)")
     flags.add_argument("--seed", type=int, help="of random masks")
+    add_plugins_flag(flags)
+
+
+def add_plugins_flag(flags: argparse._ActionsContainer) -> None:
+    flags.add_argument(
+        "--plugins", nargs="+", default=[], metavar="MODULE", help="modules with rules of your own, to be imported first"
+    )
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +114,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def merge_verb(options: argparse.Namespace) -> int:
     """Merge by a recipe, or verify what was merged; the exit status."""
+    load_plugins(options.plugins, "--plugins")
     chosen = merge_options(options)
     if options.verify is not None:
         for key in ("recipe", "method", "model", "out"):
@@ -148,6 +157,7 @@ def diagnose_verb(options: argparse.Namespace) -> int:
 
 def sweep_verb(options: argparse.Namespace) -> int:
     """Sweep; print a table, plot, and write the best model if it is to be picked. The exit status."""
+    load_plugins(options.plugins, "--plugins")
     chosen = SweepOptions(**vars(merge_options(options)), text=text_options(options))
     if options.plot is not None:
         require_matplotlib("--plot")

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -171,7 +171,7 @@ class Stream:
         if self.observer is None:
             return Measured()
         if job.base is None and job.origin is not None:
-            block = block._replace(base=job.origin.read(block.start, block.start + merged.numel()).to(merged.device))
+            block = replace(block, base=job.origin.read(block.start, block.start + merged.numel()).to(merged.device))
         return self.observer.measure(job, block, merged, rounded)
 
     def _blame(self, job: Job, block: Block, rounded: Tensor) -> None:

@@ -55,8 +55,7 @@ def recipe_of(
     table: dict[str, Any] = {"method": method, "base": base, "general": general, "compat": options.compat}
     table |= {"seed": options.seed, "dtype": options.dtype, "out_dtype": options.out_dtype, "tokenizer": options.tokenizer}
     table |= dict(parameters)
-    known = catalogue.canonical(method) in catalogue.names()
-    own = catalogue.entry(method).parameters if known else ("weight",)
+    own = catalogue.entry(method).parameters if catalogue.is_known(method) else ("weight",)  # auto and cat are no rules
     factor = "omega" if "omega" in own else "weight"
     table["model"] = [model_table(method, item, factor, factor in own) for item in models]
     return recipe_toml.from_table({key: value for key, value in table.items() if value is not None}, "")
@@ -74,12 +73,17 @@ def model_table(method: str, item: Named, factor: str, takes: bool) -> dict[str,
     return {"path": item.model} | ({factor: value} if takes and value is not None else {})
 
 
-def check_parameters(given: Mapping[str, Setting]) -> dict[str, Setting]:
+def check_parameters(given: Mapping[str, Setting], method: str | None = None) -> dict[str, Setting]:
     """Parameters and variants as Python's keywords give them: ``lambda_`` is lambda.
+
+    Args:
+        method: whose parameters they are. One of an installed package brings its own along.
 
     Raises:
         UserError: naming the first that no method has.
     """
+    if method is not None:
+        catalogue.is_known(method)
     found = {key.removesuffix("_"): value for key, value in given.items()}
     for key in found:
         if key not in PARAMETERS and key not in VARIANTS:

@@ -11,6 +11,7 @@ import torch
 from distmerge.judge import Judge, holding, texts_of, tokenizer_of
 from distmerge.merging.diagnosis import OnText, PairFigure
 from distmerge.model import check_fits, load_model, load_tokenizer
+from distmerge.rules.torch_typed import from_numpy
 
 STEPS = (0.25, 0.5, 0.75)
 TEXT = "files"
@@ -47,7 +48,7 @@ def divergence(one: torch.nn.Module, two: torch.nn.Module, text: Any) -> float:
     """The mean of KL(one | two) and KL(two | one) over the tokens, nats."""
     total, tokens = 0.0, 0
     for at in range(0, len(text), 8):
-        batch = torch.from_numpy(np.asarray(text[at : at + 8]["input_ids"], dtype=np.int64))
+        batch = from_numpy(np.asarray(text[at : at + 8]["input_ids"], dtype=np.int64))
         p, q = (model.eval()(input_ids=batch, use_cache=False).logits.float().log_softmax(-1) for model in (one, two))
         total += float(((p.exp() - q.exp()) * (p - q)).sum(-1).double().sum()) / 2
         tokens += batch.numel()

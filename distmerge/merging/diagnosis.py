@@ -12,6 +12,7 @@ from torch import Tensor
 from distmerge.files.stream import Job
 from distmerge.rules import similarity
 from distmerge.rules.protocol import Block, Measured, Tally
+from distmerge.rules.torch_typed import to_list
 from distmerge.theta.layers import in_block, place_of
 
 ALIKE = 0.9
@@ -125,7 +126,7 @@ class Diagnosis:
     def as_dict(self) -> dict[str, Any]:
         """The diagnosis as JSON has it; what was not asked for is left out."""
         found = asdict(self)
-        on_text = found.pop("on_text") or {}
+        on_text: dict[str, Any] = found.pop("on_text") or {}
         return {key: value for key, value in found.items() if value is not None or key == "recommendation"} | on_text
 
     def __str__(self) -> str:
@@ -150,7 +151,7 @@ class Similarity:
     def settle(self, job: Job, tally: Tally) -> Any:
         if "live" not in tally.added:
             return None
-        return similarity.settle(tally) | {name: tally.total(name).tolist() for name in ("rounding", "each")}
+        return similarity.settle(tally) | {name: to_list(tally.total(name)) for name in ("rounding", "each")}
 
 
 Note = dict[str, Any]

@@ -66,7 +66,7 @@ def read_model(reference: str, base: str) -> dict[str, Tensor]:
     """
     models = open_all(mean_of(base, [reference]), allow_pickle=False)
     maps, model = Maps(), models[reference]
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, stored in model.tensors.items():
         source = open_source(take(model, name), maps)
         found[name] = source.read(0, stored.numel).view(source.shape).float()

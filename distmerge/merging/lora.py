@@ -30,6 +30,7 @@ from distmerge.merging.results import MergeResult
 from distmerge.rules.parameters import checked
 from distmerge.rules.protocol import spans
 from distmerge.rules.random_masks import key_of, uniform
+from distmerge.rules.torch_typed import qr, svd, to_list
 
 WHOLE = ("weight", "1")
 """What a model on the command line has that was given no weight."""
@@ -123,9 +124,9 @@ def whole(source: OnDisk) -> Tensor:
 
 def truncated(b: Tensor, a: Tensor, rank: int) -> Pair:
     """The best approximation of ``B A`` of a rank, from QR of both sides and an SVD of r x r."""
-    left, core_left = torch.linalg.qr(b.double())
-    right, core_right = torch.linalg.qr(a.double().T)
-    u, s, v = torch.linalg.svd(core_left @ core_right.T)
+    left, core_left = qr(b.double())
+    right, core_right = qr(a.double().T)
+    u, s, v = svd(core_left @ core_right.T)
     root = s[:rank].sqrt()
     return (left @ (u[:, :rank] * root)).float(), ((v[:rank] * root.unsqueeze(1)) @ right.T).float()
 
@@ -146,7 +147,7 @@ def similarity(adapters: list[dict[str, Factors]], maps: Maps) -> AdapterSimilar
     gram = inner_products([{name: loaded(factors, maps) for name, factors in one.items()} for one in adapters])
     norms = gram.diagonal().clamp(min=0).sqrt()
     cosines = gram / (norms.unsqueeze(1) * norms).clamp(min=torch.finfo(torch.float64).tiny)
-    return AdapterSimilarity(norms.tolist(), cosines.tolist())
+    return AdapterSimilarity(to_list(norms), to_list(cosines))
 
 
 def extract(recipe: Recipe, entries: list[Entry], rank: int, allow_pickle: bool, maps: Maps) -> dict[str, Pair]:
@@ -182,11 +183,11 @@ def leading_factors(member: Source, base: Source, shape: tuple[int, ...], rank: 
     test = (uniform(key_of("range", shape), 0, columns * width) - 0.5).float().view(columns, width)
     found = test
     for _ in range(2):
-        found = torch.linalg.qr(torch.cat([delta(a, b) @ test for a, b in cuts])).Q
+        found, _ = qr(torch.cat([delta(a, b) @ test for a, b in cuts]))
         test = torch.zeros_like(test)
         for a, b in cuts:
             test += delta(a, b).T @ found[a // columns : b // columns]
-    left, _, _ = torch.linalg.svd(test.T, full_matrices=False)
+    left, _, _ = svd(test.T, full_matrices=False)
     return (found @ left)[:, :rank], (left.T @ test.T)[:rank]
 
 

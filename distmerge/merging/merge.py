@@ -17,6 +17,7 @@ from distmerge.merging.pairing import check_structure
 from distmerge.merging.prepare import parse_size, prepare
 from distmerge.merging.recipe import Recipe
 from distmerge.merging.results import MergeResult
+from distmerge.rules import catalogue
 
 AUTO = "auto"
 ADAPTER_METHODS = ("cat", "svd", "extract")
@@ -40,7 +41,7 @@ def merge_models(recipe: Recipe, out: Path, options: MergeOptions) -> MergeResul
     if recipe.method == AUTO:
         recipe, notes = recommended(recipe, options)
     check_structure(recipe)
-    if options.report and (recipe.method == "passthrough" or len(recipe.references) < 2):
+    if options.report and (not catalogue.entry(recipe.method).compares or len(recipe.references) < 2):
         raise UserError(f"--report compares models, got {recipe.method} of one at a time")
     models = open_all(recipe, options.allow_pickle)
     recipe, said = with_omegas(recipe, models)

@@ -127,12 +127,12 @@ def whole_models(recipe: Recipe, models: dict[str, Model]) -> Iterator[Site]:
     counts: dict[str, int] = {}
     for name in donor.tensors:
         if place := place_of(name):
-            counts[place[0]] = max(counts.get(place[0], 0), place[1] + 1)
+            counts[place.list] = max(counts.get(place.list, 0), place.index + 1)
     for reference in recipe.references:
         same_names(donor, models[reference])
     for name in donor.tensors:
         place = place_of(name)
-        yield Site(name, slice, (name,) * len(slice.entries), depth_of(place[1], counts[place[0]]) if place else 0.0)
+        yield Site(name, slice, (name,) * len(slice.entries), depth_of(place.index, counts[place.list]) if place else 0.0)
 
 
 def same_names(donor: Model, other: Model) -> None:
@@ -174,8 +174,8 @@ def layer_stack(model: Model) -> tuple[dict[int, list[str]], list[str]]:
     stacks: set[str] = set()
     for name in model.tensors:
         if place := place_of(name):
-            stacks.add(place[0])
-            layers.setdefault(place[1], []).append(name)
+            stacks.add(place.list)
+            layers.setdefault(place.index, []).append(name)
     if len(stacks) != 1:
         names = ", ".join(sorted(stacks)) or "none"
         raise UserError(f"slices need a model with one stack of layers, {model.reference} has {names}")
@@ -221,7 +221,7 @@ def check_values(
     recipe: Recipe, form: catalogue.Entry, name: str, shared: dict[str, Any], each: tuple[dict[str, Any], ...]
 ) -> None:
     """What parameters must be together."""
-    if not form.elect and "weight" in form.parameters and recipe.method != "nuslerp":
+    if not form.elect and "weight" in form.parameters:
         total = sum(one["weight"] for one in each)
         if catalogue.divisor(recipe.method, recipe.compat, recipe.variants, shared) == "weights" and abs(total) < 1e-8:
             raise UserError(f"the weights of {name} sum to {total}, which cannot be normalised")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ def draw(report: Diagnosis, out: Path) -> None:
     """Write cosines.png and layers.png into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures(report).items():
-        figure.savefig(out / f"{name}.png", dpi=120)
+        cast(Any, figure).savefig(out / f"{name}.png", dpi=120)
 
 
 def figures(report: Diagnosis) -> dict[str, Figure]:
@@ -28,14 +29,14 @@ def heat_map(report: Diagnosis) -> Figure:
     cosines = np.asarray(report.whole.cosines)
     labels = [Path(model).name for model in report.models]
     figure = Figure(figsize=(2 + 0.8 * len(labels), 1.5 + 0.8 * len(labels)), layout="constrained")
-    axes = figure.add_subplot()
+    axes = cast(Any, figure.add_subplot())
     image = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu_r")
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axes.set_yticks(range(len(labels)), labels)
     for (row, column), value in np.ndenumerate(cosines):
         axes.text(column, row, f"{value:.2f}", ha="center", va="center")
     axes.set_title("cosine between task vectors")
-    figure.colorbar(image)
+    cast(Any, figure).colorbar(image)
     return figure
 
 
@@ -62,7 +63,7 @@ def to_tensorboard(report: Diagnosis, out: Path) -> None:
     """The figures and, layer by layer, the scalars."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(out))
+    writer = cast(Any, SummaryWriter(str(out)))
     for name, figure in figures(report).items():
         writer.add_figure(f"diagnose/{name}", figure)
     for step, layer in enumerate(report.layers.values()):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from distmerge.errors import UserError
+from distmerge.merging.json_types import Json, is_list, is_table
 from distmerge.rules.parameters import is_number
 
-Setting = Any
+Setting = Json
 """A parameter as written: a scalar; a list of scalars, a gradient over the layers; or a list of {value, filter}."""
 
 SHARD_SIZE = "5GB"
@@ -27,7 +28,7 @@ class Entry:
     """One input: a model, its own parameters, and the layers [first, stop) of it, or None for all."""
 
     model: str
-    parameters: dict[str, Setting] = field(default_factory=dict)
+    parameters: dict[str, Setting] = field(default_factory=dict[str, Setting])
     layers: tuple[int, int] | None = None
 
 
@@ -37,7 +38,7 @@ class Slice:
 
     entries: tuple[Entry, ...]
     base: str | None = None
-    parameters: dict[str, Setting] = field(default_factory=dict)
+    parameters: dict[str, Setting] = field(default_factory=dict[str, Setting])
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class Recipe:
     slices: tuple[Slice, ...]
     base: str | None = None
     general: str | None = None
-    parameters: dict[str, Setting] = field(default_factory=dict)
-    variants: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, Setting] = field(default_factory=dict[str, Setting])
+    variants: dict[str, str] = field(default_factory=dict[str, str])
     compat: str = "paper"
     dtype: str | None = None
     out_dtype: str | None = None
@@ -105,11 +106,11 @@ class Place(NamedTuple):
 
 def resolve(setting: Setting, place: Place) -> Any:
     """The scalar that a setting means at a place; None if no filter of it matches."""
-    if isinstance(setting, dict):
+    if is_table(setting):
         setting = [setting]
-    if not isinstance(setting, list):
+    if not is_list(setting):
         return setting
-    if all(not isinstance(item, dict) for item in setting):
+    if not any(is_table(item) for item in setting):
         return gradient(setting, place.depth)
     for item in setting:
         wanted = item.get("filter")
@@ -135,16 +136,16 @@ def check_setting(key: str, setting: Setting, depth: int = 0) -> None:
     Raises:
         UserError: naming ``key``.
     """
-    if isinstance(setting, dict):
+    if is_table(setting):
         unknown = set(setting) - {"value", "filter"}
         if "value" not in setting or unknown or depth > 3:
             raise UserError(f"{key} must have a value and perhaps a filter, got {', '.join(map(str, setting)) or 'nothing'}")
         if not isinstance(setting.get("filter", ""), str | None):
             raise UserError(f"{key}.filter must be a part of a tensor's name, got {setting['filter']!r}")
         check_setting(key, setting["value"], depth + 1)
-    elif isinstance(setting, list):
-        kinds = {isinstance(item, dict) for item in setting}
-        if not setting or len(kinds) > 1 or any(isinstance(item, list) for item in setting):
+    elif is_list(setting):
+        kinds = {is_table(item) for item in setting}
+        if not setting or len(kinds) > 1 or any(is_list(item) for item in setting):
             raise UserError(f"{key} must be a value, a list of values, or a list of value and filter, got {setting!r}")
         for item in setting:
             check_setting(key, item, depth + 1)
@@ -158,7 +159,7 @@ def check_parameters(where: str, parameters: Any) -> dict[str, Setting]:
     """A table of settings, each of them sound."""
     if parameters is None:
         return {}
-    if not isinstance(parameters, dict) or not all(isinstance(key, str) for key in parameters):
+    if not is_table(parameters) or not all(isinstance(key, str) for key in cast(dict[object, Any], parameters)):
         raise UserError(f"{where} must be a table, got {parameters!r}")
     for key, setting in parameters.items():
         check_setting(f"{where}.{key}", setting)

@@ -5,9 +5,11 @@ Format: https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md and
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from distmerge.errors import UserError
+from distmerge.merging.json_types import Json, is_list, is_table
 from distmerge.merging.recipe import Entry, Recipe, Slice, Tokenizer, check_dtype, check_parameters
 from distmerge.rules import catalogue
 
@@ -65,15 +67,15 @@ def from_table(table: Any, text: str) -> Recipe:
     )  # fmt: skip
 
 
-def listed(table: dict[str, Any], key: str) -> Any:
+def listed(table: dict[str, Any], key: str) -> Iterable[tuple[int, Json]]:
     value = table[key]
-    if not isinstance(value, list) or not value:
+    if not is_list(value) or not value:
         raise UserError(f"{key} must be a list, got {value!r}"[:200])
     return enumerate(value)
 
 
-def known(table: Any, where: str, keys: tuple[str, ...]) -> None:
-    if not isinstance(table, dict):
+def known(table: Json, where: str, keys: tuple[str, ...]) -> None:
+    if not is_table(table):
         raise UserError(f"{where} must be a table, got {str(table)[:80]!r}")
     for key in table:
         if key in REFUSED:
@@ -90,8 +92,8 @@ def entry(item: Any, where: str, sliced: bool) -> Entry:
     return Entry(model, parameters, layer_range(item.get("layer_range"), where) if sliced else None)
 
 
-def layer_range(value: Any, where: str) -> tuple[int, int]:
-    sound = isinstance(value, list) and len(value) == 2 and all(type(item) is int for item in value)
+def layer_range(value: Json, where: str) -> tuple[int, int]:
+    sound = is_list(value) and len(value) == 2 and all(type(item) is int for item in value)
     if not sound or not 0 <= value[0] < value[1]:
         raise UserError(f"{where}.layer_range must be [first, stop] with 0 <= first < stop, got {value!r}")
     return value[0], value[1]
@@ -112,7 +114,7 @@ def reference(value: Any, where: str, optional: bool = False) -> str | None:
     """A model's reference: a string, or mergekit's table of model.path, model.revision and lora.path."""
     if value is None and optional:
         return None
-    if isinstance(value, dict):
+    if is_table(value):
         known(value, where, ("model", "lora"))
         model, lora = (located(value.get(key), f"{where}.{key}") for key in ("model", "lora"))
         value = f"{model}+{lora}" if model and lora else model
@@ -122,7 +124,7 @@ def reference(value: Any, where: str, optional: bool = False) -> str | None:
 
 
 def located(value: Any, where: str) -> str | None:
-    if not isinstance(value, dict):
+    if not is_table(value):
         return value
     known(value, where, ("path", "revision"))
     return f"{value.get('path')}@{value['revision']}" if value.get("revision") else value.get("path")

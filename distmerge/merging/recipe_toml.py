@@ -16,6 +16,7 @@ import tomllib
 from typing import Any
 
 from distmerge.errors import UserError
+from distmerge.merging.json_types import is_list, is_table
 from distmerge.merging.recipe import Entry, Recipe, Slice, Tokenizer, check_dtype, check_parameters
 from distmerge.rules import catalogue
 from distmerge.rules.parameters import PARAMETERS, VARIANTS, is_variant
@@ -41,16 +42,19 @@ def parse(text: str) -> Recipe:
 
 def from_table(table: dict[str, Any], text: str) -> Recipe:
     plugins = table.get("plugins", [])
-    if not isinstance(plugins, list) or not all(isinstance(module, str) for module in plugins):
+    if not is_list(plugins) or not all(isinstance(module, str) for module in plugins):
         raise UserError(f"plugins must be a list of modules, got {plugins!r}")
     load_plugins(plugins)
+    method = table.get("method")
+    if isinstance(method, str):
+        catalogue.is_known(method)  # a rule of an installed package brings its own parameters along
     for key in table:
         if key not in (*KEYS, *PARAMETERS, *VARIANTS):
             raise UserError(f"{key} is not a known key of a recipe; known: {', '.join((*KEYS, *PARAMETERS, *VARIANTS))}")
     models = table.get("model")
-    if not isinstance(models, list) or not models or not all(isinstance(item, dict) for item in models):
+    if not is_list(models) or not models or not all(is_table(item) for item in models):
         raise UserError("a recipe must have at least one [[model]] with a path")
-    method, compat, seed = table.get("method"), table.get("compat", "paper"), table.get("seed", 0)
+    compat, seed = table.get("compat", "paper"), table.get("seed", 0)
     if not isinstance(method, str):
         raise UserError(f"method must be the name of a method, got {method!r}")
     if compat not in ("paper", "mergekit"):

@@ -14,6 +14,7 @@ from typing import Any
 from distmerge.errors import UserError
 from distmerge.files.models import TOKENIZER_FILES, Model, read_json
 from distmerge.files.output import RECORD
+from distmerge.merging.json_types import is_table
 from distmerge.merging.recipe import Recipe
 from distmerge.rules import catalogue
 
@@ -152,7 +153,7 @@ def verify_merged(path: Path) -> VerifiedModel:
     if not (path / RECORD).is_file():
         raise UserError(f"{path} has no {RECORD}, so there is nothing to verify")
     outputs = read_json(path / RECORD).get("outputs")
-    if not isinstance(outputs, dict) or not all(isinstance(entry, dict) for entry in outputs.values()):
+    if not is_table(outputs) or not all(is_table(entry) for entry in outputs.values()):
         raise UserError(f"{path / RECORD} must have a table of outputs")
     for name, entry in outputs.items():
         file = path / name

@@ -7,11 +7,12 @@ layers move, all of it moves with them; what cannot is found when transformers b
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 from distmerge.errors import UserError
 from distmerge.files.header import FLOATS
 from distmerge.files.models import Model
+from distmerge.merging.json_types import is_list
 from distmerge.merging.pairing import Pairing
 from distmerge.merging.recipe import Recipe
 from distmerge.theta.layers import place_of
@@ -46,7 +47,7 @@ def restacked(recipe: Recipe, models: dict[str, Model], config: dict[str, Any]) 
 def stacked(whole: dict[str, dict[str, Any]], donor: str, out: dict[str, Any], layers: list[tuple[str, int]]) -> dict[str, Any]:
     """``out`` with the lists over layers that the models' ``whole`` configurations have at ``layers``."""
     for key, value in whole[donor].items():
-        if not isinstance(value, list):
+        if not is_list(value):
             continue
         if key in INDEX_LISTS:
             out[key] = [place for place, (name, index) in enumerate(layers) if index in (whole[name].get(key) or ())]
@@ -61,7 +62,7 @@ def count_of(config: dict[str, Any]) -> Any:
 
 def beginning(config: dict[str, Any], layers: int) -> dict[str, Any]:
     """The configuration of the first ``layers`` layers alone."""
-    held = {key: value for key, value in config.items() if isinstance(value, list)}
+    held = {key: value for key, value in config.items() if is_list(value)}
     cut = {key: value[:layers] for key, value in held.items() if is_per_layer(key, value, count_of(config))}
     cut |= {key: [index for index in held[key] if index < layers] for key in INDEX_LISTS if key in held}
     return config | cut | {key: layers for key in COUNTS if key in config}
@@ -73,7 +74,7 @@ def is_per_layer(key: str, value: list[Any], layers: Any) -> bool:
 
 
 def of_layer(key: str, values: Any, model: str, index: int) -> Any:
-    if not isinstance(values, list) or index >= len(values):
+    if not is_list(values) or index >= len(values):
         raise UserError(f"the config.json of {model} must have {key} for layer {index}, as the first model's has")
     return values[index]
 
@@ -83,6 +84,12 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     if not is_known(config):
         return config
     return config | {key: value for key, value in parsed(config).to_dict().items() if config.get(key) is None}
+
+
+def within(name: str, layers: int) -> bool:
+    """Whether a tensor lies in the first ``layers`` layers, or in none."""
+    place = place_of(name)
+    return place is None or place.index < layers
 
 
 def is_known(config: dict[str, Any]) -> bool:
@@ -105,7 +112,7 @@ def parsed(config: dict[str, Any]) -> Any:
     from distmerge.model import first_line
 
     try:
-        return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        return cast(Any, CONFIG_MAPPING[config["model_type"]]).from_dict(dict(config))
     except Exception as error:  # each architecture checks its keys in its own way
         raise UserError(f"the config.json of {config['model_type']} is not valid: {first_line(error)}") from None
 
@@ -129,7 +136,7 @@ def prove(config: dict[str, Any], pairings: list[Pairing]) -> None:
     built = parsed(config)
     if count_of(config) > PROVED_LAYERS:
         built = parsed(beginning(config, PROVED_LAYERS))
-        pairings = [item for item in pairings if (place_of(item.name) or ("", 0))[1] < PROVED_LAYERS]
+        pairings = [item for item in pairings if within(item.name, PROVED_LAYERS)]
     named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
     kind: Any = named if hasattr(named, "from_pretrained") else transformers.AutoModelForCausalLM
     kinds = {True: torch.float32, False: torch.int64}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from distmerge.files.stream import Job
 from distmerge.merging.pairing import Pairing
 from distmerge.rules.protocol import Block, Measured, Tally, deltas
 from distmerge.rules.threshold import COARSE, LOW_BITS, histogram, locate, patterns, within
+from distmerge.rules.torch_typed import to_list
 
 SAMPLE = 64
 """A look before the pass takes the first of so many elements of every block."""
@@ -52,7 +55,7 @@ class ThresholdSurvey:
         if self._sampling:
             share = -(-len(block.members[0]) // SAMPLE)
             assert block.base is not None
-            block = block._replace(members=[member[:share] for member in block.members], base=block.base[:share])
+            block = replace(block, members=[member[:share] for member in block.members], base=block.base[:share])
         return Measured(added={"counts": histogram(self._patterns(block), 0, 2, [])})
 
     def _patterns(self, block: Block) -> Tensor:
@@ -66,7 +69,7 @@ class ThresholdSurvey:
             self._lows = [min(max(0, bin - WINDOW // 2), COARSE - WINDOW) for bin in bins]
             return False
         found: list[int] = []
-        for row, above, low, one in zip(counts, tally.added["above"].tolist(), self._lows, self.density, strict=True):
+        for row, above, low, one in zip(counts, to_list(tally.added["above"]), self._lows, self.density, strict=True):
             k = self._rank(one, int(tally.added["numel"]))
             if not above < k <= above + int(row.sum()):
                 self._lows, self._sampling = None, False

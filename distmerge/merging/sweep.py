@@ -9,13 +9,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distmerge.errors import UserError
+from distmerge.files.header import FLOATS
 from distmerge.files.sources import DTYPES, InMemory, Maps
 from distmerge.files.stream import Job, Stream, in_memory
 from distmerge.judge import Judge, texts_of, tokenizer_of
@@ -28,15 +29,12 @@ from distmerge.merging.pairing import check_structure, pair
 from distmerge.merging.recipe import Entry, Recipe, Slice
 from distmerge.merging.results import MergeResult
 from distmerge.model import check_fits, load_model, load_tokenizer
-from distmerge.rules.task import GlobalTrim, TaskArithmetic, TaskVectors
+from distmerge.rules import catalogue
 
 SOUP = "greedy_soup"
 
 Skills = Mapping[str, Sequence[str]]
 """Globs of the text of each skill, by its name; the first one stands for the general ability."""
-
-FROM_TASK_VECTORS = (TaskArithmetic, TaskVectors, GlobalTrim)
-"""Rules whose result is the base plus something that depends on the task vectors alone."""
 
 
 class RecipeJudge(Judge):
@@ -64,28 +62,34 @@ class RecipeJudge(Judge):
         pairings = pair(recipe, models)
         survey = survey_of(recipe, pairings)
         built = build(recipe, pairings, Maps(), survey.thresholds if survey else [])
+        allowed = catalogue.entry(recipe.method).from_vectors
+        vectors = {job.name for job in built if allowed and has_vectors(job)}
         dtypes = {job.name: DTYPES[job.dtype] for job in built}
 
         def keep(job: Job, offset: int, elements: Tensor) -> None:
             if job.name not in self.places:
                 raise UserError(f"{job.name} is no tensor of the model that {recipe.donor}'s config.json describes")
             stop = offset + elements.numel()
-            if job.name in self._bases and isinstance(job.rule, FROM_TASK_VECTORS):
+            if job.name in vectors:
                 elements = (elements + self._bases[job.name][offset:stop]).to(dtypes[job.name])
             self.places[job.name][offset:stop].copy_(elements)
 
-        with Stream([self.from_vectors(job) for job in built], self.settings, survey) as stream:
+        with Stream([self.from_vectors(job) if job.name in vectors else job for job in built], self.settings, survey) as stream:
             in_memory(stream, keep)
 
     def from_vectors(self, job: Job) -> Job:
-        """The job on task vectors in memory and a base of zeros, where its rule allows that."""
-        if not isinstance(job.rule, FROM_TASK_VECTORS) or job.base is None or job.base.dtype == torch.float64:
-            return job
+        """The job on task vectors in memory and a base of zeros."""
+        assert job.base is not None
         if job.name not in self._vectors:
             base = self._bases[job.name] = job.base.read(0, job.numel).float()
             self._vectors[job.name] = tuple(InMemory(member.read(0, job.numel).float() - base) for member in job.members)
         zeros = InMemory(torch.zeros(1).expand(job.numel))
         return replace(job, dtype="F32", members=self._vectors[job.name], base=zeros)
+
+
+def has_vectors(job: Job) -> bool:
+    """Whether a tensor has task vectors that can be kept in float32 without loss of more than rounding."""
+    return job.dtype in FLOATS and job.base is not None and job.base.dtype != torch.float64
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ def draw_pareto(result: SweepResult, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     points, best = result.points, result.best
     general, *others = points[0].losses
-    figure = Figure(figsize=(6, 5), layout="constrained")
+    figure = cast(Any, Figure(figsize=(6, 5), layout="constrained"))
     axes = figure.add_subplot()
     x = [point.losses[general] for point in points]
     y = [float(np.mean([point.losses[name] for name in others or [general]])) for point in points]

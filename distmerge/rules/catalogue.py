@@ -46,28 +46,40 @@ ENTRIES: dict[str, Entry] = {
         MERGEKIT, BUILDERS + "nuslerp", ("weight", "nuslerp_row_wise", "nuslerp_flatten"), base="allowed", least=2, most=2
     ),
     "task_arithmetic": Entry(
-        "https://arxiv.org/abs/2212.04089", BUILDERS + "task_vectors", TASK, linear=True, elementwise=True
+        "https://arxiv.org/abs/2212.04089", BUILDERS + "task_vectors", TASK, linear=True, elementwise=True, from_vectors=True
     ),
     "wise_ft": Entry(
-        "https://arxiv.org/abs/2109.01903", BUILDERS + "wise_ft", ("omega",), most=1, linear=True, elementwise=True
+        "https://arxiv.org/abs/2109.01903", BUILDERS + "wise_ft", ("omega",), most=1, linear=True, elementwise=True,
+        from_vectors=True,
     ),
     "ptm": Entry(
         "https://arxiv.org/abs/2410.12937", BUILDERS + "ptm", ("omega",), least=2, first="general", linear=True,
         elementwise=True,
     ),
     "ties": Entry(
-        TIES, BUILDERS + "task_vectors", THINNED, sparsify="magnitude", elect=True, normalize=True, paper={"trim": "global"}
+        TIES, BUILDERS + "task_vectors", THINNED, from_vectors=True, sparsify="magnitude", elect=True, normalize=True,
+        paper={"trim": "global"},
     ),
-    "dare": Entry(DARE, BUILDERS + "task_vectors", THINNED, elementwise=True, sparsify="random", rescale=True),
+    "dare": Entry(
+        DARE, BUILDERS + "task_vectors", THINNED, elementwise=True, from_vectors=True, sparsify="random", rescale=True
+    ),
     "dare_ties": Entry(
-        DARE, BUILDERS + "task_vectors", THINNED, elementwise=True, sparsify="random", elect=True, rescale=True
+        DARE, BUILDERS + "task_vectors", THINNED, elementwise=True, from_vectors=True, sparsify="random", elect=True,
+        rescale=True,
     ),
     "della": Entry(
-        DELLA, BUILDERS + "task_vectors", (*THINNED, "epsilon"), sparsify="magprune", elect=True, normalize=True, rescale=True
+        DELLA, BUILDERS + "task_vectors", (*THINNED, "epsilon"), from_vectors=True, sparsify="magprune", elect=True,
+        normalize=True, rescale=True,
     ),
-    "della_linear": Entry(DELLA, BUILDERS + "task_vectors", (*THINNED, "epsilon"), sparsify="magprune", rescale=True),
-    "breadcrumbs": Entry(BREADCRUMBS, BUILDERS + "task_vectors", (*THINNED, "gamma"), sparsify="outliers"),
-    "breadcrumbs_ties": Entry(BREADCRUMBS, BUILDERS + "task_vectors", (*THINNED, "gamma"), sparsify="outliers", elect=True),
+    "della_linear": Entry(
+        DELLA, BUILDERS + "task_vectors", (*THINNED, "epsilon"), from_vectors=True, sparsify="magprune", rescale=True
+    ),
+    "breadcrumbs": Entry(
+        BREADCRUMBS, BUILDERS + "task_vectors", (*THINNED, "gamma"), from_vectors=True, sparsify="outliers"
+    ),
+    "breadcrumbs_ties": Entry(
+        BREADCRUMBS, BUILDERS + "task_vectors", (*THINNED, "gamma"), from_vectors=True, sparsify="outliers", elect=True
+    ),
     "model_stock": Entry("https://arxiv.org/abs/2403.19522", BUILDERS + "model_stock", ("filter_wise",), least=2),
     "sce": Entry("https://arxiv.org/abs/2408.07990", BUILDERS + "sce", ("select_topk", "int8_mask")),
     "passthrough": Entry(
@@ -96,6 +108,18 @@ def canonical(name: str) -> str:
     return found if found in ENTRIES else name
 
 
+def is_known(name: str) -> bool:
+    """Whether there is a rule of that name. One that is not in the catalogue yet is looked for among the installed packages'
+    rules, whose module then registers it, and with it the parameters that it brings along.
+
+    Raises:
+        UserError: when a package offers it and cannot be imported.
+    """
+    if canonical(name) not in ENTRIES:
+        plugins.load_entry_point(name)
+    return canonical(name) in ENTRIES
+
+
 def entry(name: str, where: str = "method") -> Entry:
     """What is known of the rule of that name. One that is not known is looked for among the installed packages' rules.
 
@@ -105,13 +129,10 @@ def entry(name: str, where: str = "method") -> Entry:
     Raises:
         UserError: when there is none.
     """
-    if canonical(name) not in ENTRIES:
-        plugins.load_entry_point(name)
-    found = ENTRIES.get(canonical(name))
-    if found is None:
+    if not is_known(name):
         reason = f": {ELSEWHERE[name]}" if name in ELSEWHERE else ""
         raise UserError(f"{where} must be one of {', '.join(ENTRIES)}, got {name!r}{reason}")
-    return found
+    return ENTRIES[canonical(name)]
 
 
 def register(name: str, made: Entry) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import c_int, c_void_p
 from importlib.util import find_spec
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 
-def library(module: str, form_name: str, form: int, functions: dict[str, Iterable[Any]]) -> ctypes.CDLL | None:
+def library(module: str, form_name: str, form: int, functions: Mapping[str, Iterable[Any]]) -> ctypes.CDLL | None:
     """The compiled functions; None where they were not compiled, or are of another form than the caller's.
 
     Other threads run while a function does.

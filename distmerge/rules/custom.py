@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ Formula = Callable[[Tensor, Tensor], Tensor]
 """``(delta [M, n], weight [M]) -> [n]``."""
 
 Made = TypeVar("Made", bound="type[Rule] | Formula")
+
+
+def is_rule(given: object) -> TypeGuard[type[Rule]]:
+    return isinstance(given, type) and issubclass(given, Rule)
 
 
 class FunctionRule(Rule):
@@ -43,7 +47,7 @@ class FunctionRule(Rule):
 
     def merge(self, block: Block, state: Any) -> Tensor:
         base, delta = deltas(block, self.dtype)
-        merged = self.formula(delta, self.weights.to(delta.device))
+        merged = cast(object, self.formula(delta, self.weights.to(delta.device)))  # whatever the function really gives
         if not isinstance(merged, Tensor) or merged.shape != delta.shape[1:]:
             got = list(merged.shape) if isinstance(merged, Tensor) else type(merged).__name__
             raise UserError(f"rule {self.name} must give a tensor of shape {list(delta.shape[1:])}, got {got}")
@@ -75,7 +79,7 @@ def rule(
         given: Any = of
         defaults = {"weight": 1.0} | (parameters or {})
         takes = ("weight", *(key for key in parameters or {} if key != "weight"))
-        if isinstance(given, type) and issubclass(given, Rule):
+        if is_rule(given):
             # What an instance decides, as a property, may need whole tensors.
             whole = given.passes == 0 and given.unit == 1
             entry = Entry(

@@ -1,14 +1,14 @@
 /* DARE's two passes over a block of bfloat16, each in one loop: what TaskVectors (task.py) computes operation by operation.
 
    The numbers are the same to the bit wherever sums do not overflow: each step is rounded to bfloat16, sums have the order of
-   `folded` (rule.py), and no multiplication is contracted with an addition. A bfloat16 is the upper half of a float. */
+   `folded` (protocol.py), and no multiplication is contracted with an addition. A bfloat16 is the upper half of a float. */
 
 #include <stdint.h>
 #include <string.h>
 
 const int dare_form = 1; /* dare.py has the same */
 
-#define LANES 256  /* rule.py has the same */
+#define LANES 256  /* protocol.py has the same */
 #define TOGETHER 4 /* rows whose sums never leave the registers */
 #define LEVELS 48  /* a sum of fewer than 2^48 times so many rows */
 

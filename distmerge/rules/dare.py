@@ -18,6 +18,7 @@ from distmerge.rules.compiled import all_at, at
 from distmerge.rules.protocol import Block, Measured, folded
 from distmerge.rules.sparsify import AtRandom
 from distmerge.rules.task import Settled, TaskVectors
+from distmerge.rules.torch_typed import to_list
 
 FORM = 1
 """Of dare.c's functions, raised when they change; dare.c has the same."""
@@ -48,7 +49,7 @@ class Dare(TaskVectors):
         keep, ones = list(self.sparsifier.kept(block.start, len(block.base))), [1.0] * len(block.members)
         divisors = self.sparsifier.density if self.rescale == "inverse" else ones
         factors = ones if state is None or state.factors is None else state.factors
-        weights = torch.tensor(self.weights, dtype=self.dtype).tolist()
+        weights = to_list(torch.tensor(self.weights, dtype=self.dtype))
         numbers = torch.tensor([divisors, factors, weights], dtype=torch.float32, device="cpu")
         out = torch.empty(len(block.base), dtype=torch.float32, device="cpu")
         fast.dare_merge(

@@ -29,18 +29,35 @@ class Parameter(NamedTuple):
     each: bool = False
 
 
-FINITE = ("a finite number", lambda value: True)
+def anything(value: float) -> bool:
+    """Whether it is finite is asked where a setting is read."""
+    return True
+
+
+def positive_share(value: float) -> bool:
+    return 0 < value <= 1
+
+
+def share_below_one(value: float) -> bool:
+    return 0 <= value < 1
+
+
+def share_below_half(value: float) -> bool:
+    return 0 <= value < 0.5
+
+
+FINITE = ("a finite number", anything)
 PARAMETERS: dict[str, Parameter] = {
     "weight": Parameter(*FINITE, each=True),
-    "density": Parameter("in (0, 1]", lambda value: 0 < value <= 1, 1.0, each=True),
-    "gamma": Parameter("in [0, 1)", lambda value: 0 <= value < 1, 0.01, each=True),
-    "epsilon": Parameter("in [0, 1)", lambda value: 0 <= value < 1, 0.15, each=True),
+    "density": Parameter("in (0, 1]", positive_share, 1.0, each=True),
+    "gamma": Parameter("in [0, 1)", share_below_one, 0.01, each=True),
+    "epsilon": Parameter("in [0, 1)", share_below_one, 0.15, each=True),
     "omega": Parameter(*FINITE, each=True),
     "scale": Parameter(*FINITE, None, each=True),
     "lambda": Parameter(*FINITE, 1.0),
     "t": Parameter(*FINITE),
-    "trim": Parameter("in [0, 0.5)", lambda value: 0 <= value < 0.5, 0.1),
-    "select_topk": Parameter("in (0, 1]", lambda value: 0 < value <= 1, 1.0),
+    "trim": Parameter("in [0, 0.5)", share_below_half, 0.1),
+    "select_topk": Parameter("in (0, 1]", positive_share, 1.0),
     "normalize": Parameter("true or false", None, None),
     "rescale": Parameter("true or false", None, None),
     "int8_mask": Parameter("true or false", None, False),

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from distmerge.rules.torch_typed import to_list, vector_norm
+
 BLOCK = 1 << 19
 """Elements of a block on a CPU. Smaller ones stay in a nearer cache, but threads then wait for the interpreter in turn."""
 
@@ -24,7 +26,8 @@ INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat
 """As wide as a float: its bits."""
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Block:
     """One block of every member.
 
     Attributes:
@@ -64,7 +67,7 @@ class Tally:
                 self.added[name] = value.clone()
         for name, value in measured.kept.items():
             # As Python's numbers: small tensors that live on pin the allocator's memory, hundreds of megabytes in all.
-            self._kept.setdefault(name, {})[index] = value.tolist()
+            self._kept.setdefault(name, {})[index] = to_list(value)
             self._dtypes[name] = value.dtype
 
     def join(self, other: Tally) -> None:
@@ -104,12 +107,12 @@ class Target:
     name: str
     shape: tuple[int, ...]
     each: tuple[dict[str, Any], ...]
-    shared: dict[str, Any] = field(default_factory=dict)
-    variants: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict[str, Any])
+    variants: dict[str, str] = field(default_factory=dict[str, str])
     dtype: torch.dtype = torch.float32
     seed: int = 0
     embedding: bool = False
-    thresholds: list[int] = field(default_factory=list)
+    thresholds: list[int] = field(default_factory=list[int])
 
     @property
     def numel(self) -> int:
@@ -218,7 +221,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def total_norm(tally: Tally, name: str) -> Tensor:
     """The norm over all blocks, float64, from ``name``, each block's norm."""
-    return torch.linalg.vector_norm(tally.blocks(name).double(), dim=0)
+    return vector_norm(tally.blocks(name).double(), dim=0)
 
 
 def deltas_to_read(block: Block, dtype: torch.dtype) -> Tensor:
@@ -249,13 +252,14 @@ def onto(base: Tensor | None, merged: Tensor) -> Tensor:
 def summed(rows: Iterable[Tensor], count: int) -> Tensor:
     """``[n]``: the sum of ``count`` tensors ``[n]`` of one dtype, added up one by one and rounded to that dtype once."""
     total: Tensor | None = None
+    dtype: torch.dtype | None = None
     for row in rows:
         if total is None:
             # Two of half precision are added and rounded in one step; more need a wider sum.
             dtype, total = row.dtype, row.to(row.dtype if count <= 2 else wide(row.dtype), copy=True)
         else:
             total.add_(row)
-    assert total is not None
+    assert total is not None and dtype is not None
     return total.to(dtype)
 
 

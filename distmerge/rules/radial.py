@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distmerge.rules.mean import weighted_sum
 from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, onto, total_norm
+from distmerge.rules.torch_typed import vector_norm
 
 DEGENERATE = 1e-6
 """A mean direction shorter than this has none: the members cancel out."""
@@ -64,5 +65,5 @@ class Radial(Rule):
 def norm(x: Tensor) -> Tensor:
     """The norm of ``x [n]``, float64; summed in its own dtype over short pieces only."""
     whole = len(x) - len(x) % PIECE
-    pieces = [torch.linalg.vector_norm(x[:whole].view(-1, PIECE), dim=1), torch.linalg.vector_norm(x[whole:]).view(1)]
-    return torch.linalg.vector_norm(torch.cat(pieces).double())
+    pieces = [vector_norm(x[:whole].view(-1, PIECE), dim=1), vector_norm(x[whole:]).view(1)]
+    return vector_norm(torch.cat(pieces).double())

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distmerge.rules.torch_typed import from_numpy
+
 LOW = 32
 WORD = 1 << LOW
 ONE = 1 << 48
@@ -72,7 +74,7 @@ def below(key: int, start: int, bars: Tensor) -> Tensor:
     found = drawn < high
     close = np.flatnonzero(drawn == high)
     found[close] = lower(key, close + start) < (own[close] & (WORD - 1)).astype(np.uint64)
-    return torch.from_numpy(found).to(bars.device)
+    return from_numpy(found).to(bars.device)
 
 
 def chance(key: int, probability: float, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -81,6 +83,11 @@ def chance(key: int, probability: float, start: int, count: int, device: torch.d
     64 coins are flipped at once. A coin has a number, one digit from each of the key's streams and then the lower bits, and is
     true where it is below the probability. From the last digit upwards: where the probability has a 1, a 0 of the number wins;
     where it has a 0, a 1 loses; else the lower digits decide.
+
+    Example: a chance of 0.625 is 0.101 in binary. A number 0.abc is below it if a = 0, or else if b = 0 and c = 0. Let the
+    words A, B and C have a set bit for each of 64 coins whose digit a, b or c is 0. From the last digit upwards that is
+    ``won = C``, ``won &= B``, ``won |= A``: three operations for 64 coins, of which 1/2 + 1/2 * 1/4 = 0.625 win. No digit
+    after the last 1 of the chance matters, so none is drawn.
     """
     share, (first, skip) = round(probability * (WORD << DIGITS)), divmod(start, 64)
     upper_share, rest = divmod(share, WORD)
@@ -100,7 +107,7 @@ def chance(key: int, probability: float, start: int, count: int, device: torch.d
         close = some[which] * 64 + bit - skip
         close = close[(close >= 0) & (close < count)]
         found[close] = lower(key, close + start) < rest
-    return torch.from_numpy(found).to(device)
+    return from_numpy(found).to(device)
 
 
 EVERY = (1 << 64) - 1
@@ -119,4 +126,4 @@ def last_one(share: int) -> int:
 def uniform(key: int, start: int, count: int) -> Tensor:
     """``[count]`` float64 in [0, 1), multiples of 2^-48: ``uniform < p`` is ``below(bar(p))``."""
     numbers = lower(key, np.arange(start, start + count, dtype=np.int64))
-    return torch.from_numpy((upper(key, start, count) * float(WORD) + numbers) / ONE)
+    return from_numpy((upper(key, start, count) * float(WORD) + numbers) / ONE)

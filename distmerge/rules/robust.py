@@ -47,7 +47,8 @@ def network(members: int, first: int, stop: int) -> tuple[Comparator, ...]:
                         pairs.append((i + j, i + j + k))
             k //= 2
         p *= 2
-    wanted, found = set(range(first, stop)), []
+    wanted = set(range(first, stop))
+    found: list[Comparator] = []
     for low, high in reversed(pairs):
         if low in wanted or high in wanted:
             found.append(Comparator(low, high, low in wanted, high in wanted))

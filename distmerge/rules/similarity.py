@@ -5,10 +5,13 @@ Correlation is measured on task vectors, never on weights: a shared base makes a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from distmerge.rules.protocol import Measured, Tally
+from distmerge.rules.torch_typed import to_list
 
 
 def measure(delta: Tensor) -> Measured:
@@ -25,10 +28,10 @@ def measure(delta: Tensor) -> Measured:
     )
 
 
-def settle(tally: Tally) -> dict[str, list]:
+def settle(tally: Tally) -> dict[str, Any]:
     """The sums of a tensor, as JSON; those of several tensors add."""
-    return {name: value.tolist() for name, value in tally.added.items()} | {
-        name: tally.total(name).tolist() for name in ("gram", "mass", "l1")
+    return {name: to_list(value) for name, value in tally.added.items()} | {
+        name: to_list(tally.total(name)) for name in ("gram", "mass", "l1")
     }
 
 

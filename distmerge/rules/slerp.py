@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distmerge.rules.protocol import Block, Measured, Rule, Tally, total_norm, wide
+from distmerge.rules.torch_typed import vector_norm
 
 NEARLY_PARALLEL = 0.9995
 
@@ -32,7 +33,7 @@ class Slerp(Rule):
     def measure(self, step: int, block: Block, state: Any) -> Measured:
         a, b = (member.to(self.dtype) for member in block.members)
         if step == 0:
-            return Measured(kept={"norms": torch.stack([torch.linalg.vector_norm(a), torch.linalg.vector_norm(b)])})
+            return Measured(kept={"norms": torch.stack([vector_norm(a), vector_norm(b)])})
         return Measured(kept={"dot": ((a / state[0]) * (b / state[1])).sum()})
 
     def settle(self, step: int, tally: Tally, state: Any) -> Any:
@@ -85,7 +86,7 @@ class Nuslerp(Rule):
 
     def norms(self, a: Tensor, b: Tensor) -> Tensor:
         """``[2, ...]``: of this block's part of each vector."""
-        return torch.stack([torch.linalg.vector_norm(x, dim=self.dim, keepdim=True, dtype=wide(self.dtype)) for x in (a, b)])
+        return torch.stack([vector_norm(x, dim=self.dim, keepdim=True, dtype=wide(self.dtype)) for x in (a, b)])
 
     def dots(self, a: Tensor, b: Tensor, norms: Tensor) -> Tensor:
         return ((a / norms[0]) * (b / norms[1])).sum(self.dim, keepdim=True, dtype=wide(self.dtype))
@@ -97,12 +98,13 @@ class Nuslerp(Rule):
     def settle(self, step: int, tally: Tally, state: Any) -> Any:
         if step == 0:
             return self.clamped(total_norm(tally, "norms"))
-        return self.coefficients(tally.total("dots"))
+        return self.shares(tally.total("dots"))
 
     def clamped(self, norms: Tensor) -> Tensor:
         return norms.to(self.dtype).clamp(min=1e-7)
 
-    def coefficients(self, dots: Tensor) -> tuple[Tensor, ...]:
+    def shares(self, dots: Tensor) -> tuple[Tensor, ...]:
+        """The factors of the two vectors, what their sum is divided by, and where a straight line is taken instead."""
         cosine = dots.to(self.dtype).clamp(-1, 1)
         straight = (1 - cosine.square()) <= 1e-16
         angle = torch.acos(torch.where(straight, 0, cosine))
@@ -111,7 +113,7 @@ class Nuslerp(Rule):
     def merge(self, block: Block, state: Any) -> Tensor:
         base, a, b = self.vectors(block)
         if self.passes == 0:
-            state = self.coefficients(self.dots(a, b, self.clamped(self.norms(a, b))))
+            state = self.shares(self.dots(a, b, self.clamped(self.norms(a, b))))
         first, second, sine, straight = state
         curved = (first * a + second * b) / sine
         merged = torch.where(straight, (1 - self.t) * a + self.t * b, curved).view(-1)

@@ -17,6 +17,7 @@ from torch.nn.functional import hardshrink
 from distmerge.rules.protocol import INTEGERS, Measured, Tally
 from distmerge.rules.random_masks import bar, below, chance
 from distmerge.rules.threshold import Cut, ascending, histogram, levels, locate, patterns, refine, signed_patterns, value_of
+from distmerge.rules.torch_typed import to_list
 
 
 class Keep(NamedTuple):
@@ -24,6 +25,11 @@ class Keep(NamedTuple):
 
     Kept: ``low < bits < high``; of those equal to ``low``, the ones from ``first`` up to ``last`` in the tensor's order; of
     those equal to ``high``, the ones before ``last_high``. Where low is high, ``first`` and ``last`` alone decide.
+
+    Example: of the magnitudes 1 3 2 3 1 3 two are to be kept after the very largest is left out. Equal ones rank by their
+    place, so the largest is the last 3, and the other two survive: low = high = 3, and of the elements that equal it, counted
+    0, 1, 2 along the tensor, those from first = 0 up to last = 2. Without gamma there is no upper end (high = 2^31), and the
+    same two survive by the same first and last. A block counts on from the equal ones before it, and so decides alone.
     """
 
     low: int
@@ -60,7 +66,7 @@ class Trim(NamedTuple):
 
     def thin(self, delta: Tensor, dtype: torch.dtype, index: int) -> Tensor:
         """``delta [M, n]`` of block ``index``, with what does not survive set to 0."""
-        rows = []
+        rows: list[Tensor] = []
         for member, (row, keep) in enumerate(zip(delta, self.keeps, strict=True)):
             if keep is NONE:
                 rows.append(torch.zeros_like(row))
@@ -68,7 +74,7 @@ class Trim(NamedTuple):
             low = high = Among(0, 0)
             if self.equal is not None:
                 counts = self.equal[:, member]
-                before, here = counts[:index].sum(0).tolist(), counts[index].tolist()
+                before, here = to_list(counts[:index].sum(0)), to_list(counts[index])
                 low, high = Among(before[0], here[0]), Among(before[1], here[1])
             kept = above(row, dtype, keep.low, keep.first, keep.last, low)
             if keep.high < 1 << 31:
@@ -120,7 +126,7 @@ class ByMagnitude:
 
     def ranks(self, numel: int) -> list[list[int]]:
         """The descending ranks (from 1) whose magnitudes must be known, for each member; [] where all or none is kept."""
-        wanted = []
+        wanted: list[list[int]] = []
         for index, density in enumerate(self.density):
             if density >= 1 or numel == 0:
                 wanted.append([])
@@ -162,7 +168,7 @@ class ByMagnitude:
 
     def keeps(self, cuts: list[list[Cut]], numel: int) -> list[Keep]:
         """The interval of each member."""
-        found = []
+        found: list[Keep] = []
         for m, ks in enumerate(self.ranks(numel)):
             if not ks:
                 found.append(ALL if self.density[m] >= 1 else NONE)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, total_norm, wide
+from distmerge.rules.torch_typed import vector_norm
 
 TINY = 1e-6
 
@@ -36,7 +37,7 @@ class ModelStock(Rule):
         delta = deltas(block, self.dtype)[1]
         rows = delta.view(len(delta), -1, self.columns) if self.columns else delta.unsqueeze(1)
         dots = [(rows[i] * rows[j]).sum(-1, dtype=self.sums) for i, j in self.pairs]
-        return torch.linalg.vector_norm(rows, dim=-1, dtype=self.sums), torch.stack(dots)
+        return vector_norm(rows, dim=-1, dtype=self.sums), torch.stack(dots)
 
     def measure(self, step: int, block: Block, state: Any) -> Measured:
         norms, dots = self.products(block)

@@ -17,6 +17,7 @@ from distmerge.rules.combine import Combine
 from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, deltas_to_read, onto, summed, wide
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, Trim
 from distmerge.rules.threshold import value_of
+from distmerge.rules.torch_typed import to_list
 
 Sparsifier = ByMagnitude | AtRandom | Magprune
 TINY = 1e-7
@@ -85,7 +86,7 @@ class TaskVectors(Rule):
             return Settled(self.sparsifier.settle(step, tally, state.trim if state else None, self.numel))
         before, after = tally.total("norms").to(rescaling_dtype(self.dtype))
         factor = torch.where((before < TINY) | (after < TINY), torch.ones_like(before), before / after)
-        return Settled(state.trim if state else None, factor.tolist(), bool(torch.isfinite(before).all()))
+        return Settled(state.trim if state else None, to_list(factor), bool(torch.isfinite(before).all()))
 
     def merge(self, block: Block, state: Settled | None) -> Tensor:
         whole = self.sparsifier is None and block.base is None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distmerge.rules import ties
+from distmerge.rules.torch_typed import from_numpy
 
 LOW_BITS = 16
 COARSE = 1 << 15
@@ -70,7 +71,8 @@ def unsigned(bits: Tensor) -> Tensor:
 def within(bits: Tensor, lows: list[int], window: int) -> tuple[Tensor, Tensor]:
     """Of ``bits [M, n]`` of single precision: ``[M]``, how many lie above row m's ``window`` coarse bins from ``lows[m]`` on;
     ``[M, window FINE]``, counts of those inside; int64."""
-    above, counts = [], []
+    above: list[Tensor] = []
+    counts: list[Tensor] = []
     for row, low in zip(bits, lows, strict=True):
         offset = row - (low << LOW_BITS)
         above.append((offset >= window * FINE).sum())
@@ -126,4 +128,4 @@ def ascending(size: Tensor) -> Tensor:
 
 def argsort(digits: Tensor) -> Tensor:
     """``[rows, columns]`` int64 of integers that fit 16 bits, on a CPU."""
-    return torch.from_numpy(digits.to(torch.int16).numpy().argsort(axis=1, kind="stable"))
+    return from_numpy(digits.to(torch.int16).numpy().argsort(axis=1, kind="stable"))

@@ -15,10 +15,10 @@ import contextlib
 import hashlib
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -130,7 +130,7 @@ class FlatParameters:
         return () if set(dtypes) <= {torch.float32} else dtypes
 
     @contextlib.contextmanager
-    def borrowed(self) -> Iterator[Tensor]:
+    def borrowed(self) -> Generator[Tensor, None, None]:
         """A stretch in which the vector may hold other values; push() brings them to the model. Afterwards every bit of the
         parameters is as it was."""
         self.pull()
@@ -144,7 +144,7 @@ class FlatParameters:
     def sum_over_shards(self, scalars: Tensor) -> None:
         """Complete sums over this rank's part of theta to sums over all of it, in place."""
         if self.inside is not None:
-            dist.all_reduce(scalars, group=self.inside)
+            cast(Any, dist).all_reduce(scalars, group=self.inside)  # its stub leaves out the types
 
     def parts(self) -> list[Part]:
         """What lies where in this rank's vector, in the layout's order."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 NUMBER = re.compile(r"(?:^|\.|(?:layer|block)_)(\d+)\.")
 
@@ -28,7 +29,8 @@ NORM = re.compile(r"norm|(?:^|\.)(?:ln|bn)(?:_?\w)?\.[^.]+$", re.IGNORECASE)
 TOKENS = re.compile(r"(?:embed_tokens|wte|word_embeddings|embed_in)\.[^.]+$")
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where a parameter lies.
 
     Attributes:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distmerge.checkpoints.store import published_checkpoints, step_of
-from distmerge.config import toml
+from distmerge.config import plugins, toml
 from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
 from distmerge.files.atomic import give_name, make_directory, write_atomically
 from distmerge.files.directories import guarded, verify
+from distmerge.rules.plugins import load_plugins
 from distmerge.rundir.identity import Identity, read_identity
 from distmerge.windows.prediction import predict
 
@@ -24,19 +26,26 @@ LEDGER = "ledger.jsonl"
 
 
 def begin_fork(
-    run_dir: Path, step: int, decay_steps: int, curve: str, siblings: list[Path]
+    run_dir: Path, step: int, decay_steps: int, curve: str, siblings: list[Path], modules: Sequence[str] = ()
 ) -> tuple[TrainConfig, dict[str, Any]]:
     """Make the fork and write the prediction; the fork's configuration, and its line of the ledger.
 
     Args:
         siblings: other runs whose ledgers may correct the prediction.
+        modules: plugins that the user gives. What only the run's own record names is not imported.
+
+    Raises:
+        UserError: where the record names a module that is not given, or anything else is wrong with the run.
     """
     config = configuration_of(run_dir)
+    path = run_dir / "config.toml"
+    plugins.refuse_stored(str(path), toml.read_table(str(path)), set(modules))
+    load_plugins([*modules], "--plugins")
     checkpoint = checkpoint_at(run_dir, step)
     stable = config.steps - (config.schedule.decay if config.schedule.name == "wsd" else 0)
     if config.schedule.name not in ("constant", "wsd") or step > stable or step < config.schedule.warmup:
         raise UserError(f"--from must lie where the learning rate is constant, got {step} of a {config.schedule.name} schedule")
-    fork = fork_config(run_dir, config, step, decay_steps, curve)
+    fork = fork_config(run_dir, config, step, decay_steps, curve, modules)
     entry: dict[str, Any] = {"from": step, "decay_steps": decay_steps, "curve": curve}
     known = [line for line in read_ledger(run_dir) if not same_fork(line, entry)]
     for sibling in siblings:
@@ -83,14 +92,17 @@ def checkpoint_at(run_dir: Path, step: int) -> Path:
     return steps[step]
 
 
-def fork_config(run_dir: Path, config: TrainConfig, step: int, decay_steps: int, curve: str) -> TrainConfig:
+def fork_config(
+    run_dir: Path, config: TrainConfig, step: int, decay_steps: int, curve: str, modules: Sequence[str] = ()
+) -> TrainConfig:
     """The run's own configuration with a decay from ``step`` on, in a directory of its own."""
     table = config.model_dump(mode="json", by_alias=True, exclude_none=True)
     table |= {"run_dir": str(run_dir / "anneals" / f"from-{step:08}-{curve}-{decay_steps}"), "steps": step + decay_steps}
     table["schedule"] |= {"name": "wsd", "decay": decay_steps, "curve": curve}
     table.pop("window", None)
     table.pop("preview", None)
-    return toml.validate_as(TrainConfig, table, stored=True)
+    table["plugins"] = [*modules]
+    return toml.validate_as(TrainConfig, table)
 
 
 def prepare(fork: Path, config: TrainConfig, checkpoint: Path, parent: Identity | None) -> None:

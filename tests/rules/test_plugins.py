@@ -70,18 +70,60 @@ def test_a_module_that_the_recipe_names(tmp_path: Path, monkeypatch: pytest.Monk
     assert str(tmp_path) not in sys.path
 
 
+def install(site: Path, name: str) -> None:
+    """A package as pip installs it: a module, and a folder that says which rule it offers."""
+    metadata = site / f"{name}-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (site / f"{name}.py").write_text(MODULE.format(name=f"{name}-drawn"))
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[distmerge.rules]\n{name}-drawn = {name}\n")
+
+
 def test_an_installed_package_is_found_by_the_name_of_its_rule(tmp_path: Path) -> None:
-    """As pip installs it: modules, and a folder that says what they offer."""
+    """With its own parameter in the recipe, which is known once the package is imported."""
     site, models = tmp_path / "site", family(tmp_path / "models", members=3)
-    (site / "foreign-1.0.dist-info").mkdir(parents=True)
-    (site / "foreign.py").write_text(MODULE.format(name="foreign-drawn"))
-    (site / "foreign-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1.0\n")
-    (site / "foreign-1.0.dist-info" / "entry_points.txt").write_text("[distmerge.rules]\nforeign-drawn = foreign\n")
-    path = recipe(tmp_path, "foreign-drawn", models)
+    install(site, "foreign")
+    path = recipe(tmp_path, "foreign-drawn", models, "beta = 0.5")
     command = [sys.executable, "-m", "distmerge", "merge", str(path), "--out", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": f"{site}{os.pathsep}{Path(dm.__file__).parents[1]}"}
     subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    assert same(load_file(tmp_path / "out" / "model.safetensors"), drawn(models, 0.5))
+
+
+@pytest.mark.parametrize("verb", ["merge", "window", "merge by Python", "window by Python"])
+def test_every_verb_finds_the_rule_of_an_installed_package(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, name = family(tmp_path / "models", members=3), f"installed_{verb.replace(' ', '_')}"
+    install(tmp_path / "site", name)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    base, *members = map(str, models)
+    out, rule = tmp_path / "out", f"{name}-drawn"
+    flags = ["--base", base, "--out", str(out)]
+    match verb:
+        case "merge":
+            named = [word for model in members for word in ("--model", model)]
+            assert main.run(["merge", "--method", rule, *named, "--out-dtype", "float32", *flags]) == 0
+        case "window":
+            assert main.run(["window", *members, "--rule", rule, "--dtype", "F32", *flags]) == 0
+        case "merge by Python":
+            options = dm.MergeOptions(out_dtype="float32")
+            dm.merge(method=rule, models=members, base=base, out=out, options=options, beta=2.0)
+        case _:
+            dm.window(members, rule=rule, base=base, out=out, options=dm.WindowOptions(dtype="F32"), beta=2.0)
+    assert same(load_file(out / "model.safetensors"), drawn(models, 2.0))
+
+
+def test_flags_name_a_module_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = family(tmp_path / "models", members=3)
+    (tmp_path / "flagged_rules.py").write_text(MODULE.format(name="flagged-drawn"))
+    monkeypatch.chdir(tmp_path)
+    base, *members = map(str, models)
+    command = ["window", *members, "--rule", "flagged-drawn", "--base", base, "--dtype", "F32", "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"--rule must be one of .*, got 'flagged-drawn'"):
+        main.run(command)
+    assert main.run([*command, "--plugins", "flagged_rules"]) == 0
     assert same(load_file(tmp_path / "out" / "model.safetensors"), drawn(models, 2.0))
+    with pytest.raises(UserError, match="--plugins: there is no module missing_rules on Python's path"):
+        main.run([*command, "--plugins", "missing_rules"])
 
 
 def test_a_plain_function() -> None:
