@@ -61,7 +61,7 @@ def measure(rank: int, repetitions: int) -> dict[str, Any]:
             if name == "masks":
                 facts["masks"] = {"payload": masked_round(parameters) / numel, "collectives": 2 * len(parameters)}
             else:
-                ledger = mergers[name].peers.ledger
+                ledger = mergers[name].workers.ledger
                 collectives, payload = ledger.collectives, ledger.payload_bytes
                 mergers[name].step()
                 facts[name] = {

@@ -104,11 +104,11 @@ class DiLoCo:
             outer_sharded=outer_sharded, outer_device=outer_device, bucket_bytes=bucket_bytes, nonfinite=nonfinite,
             **parameters,
         )  # fmt: skip
-        self.peers = WorkerGroup(group)
-        self.settings = settings.completed(self.peers.size)
+        self.workers = WorkerGroup(group)
+        self.settings = settings.completed(self.workers.size)
         self.every = every
         self.flat = flatten(model)
-        check_peers(self.flat, self.peers.group)
+        check_peers(self.flat, self.workers.group)
         self.policies = buffer_policies(self.flat.model, buffers)
         choice = choice_of(self.settings)
         bucket_numel = bucket_bytes // 4 if choice is None else max(1, self.flat.vector.numel())  # a rule wants whole tensors
@@ -117,21 +117,21 @@ class DiLoCo:
         self.weight = 1.0
         self.round = 0
         self.progress = Progress(fragments)
-        self.flying: PendingFragment | None = None
-        self.peers.start_equal(self.flat)
-        self.outer = start_outer(self.settings, self.flat, self.buckets, self.peers)
-        self.reducer = DeltaReducer(self.settings, self.flat, self.peers, self.buckets, self.outer, choice)
+        self.pending_fragment: PendingFragment | None = None
+        self.workers.start_equal(self.flat)
+        self.outer = start_outer(self.settings, self.flat, self.buckets, self.workers)
+        self.reducer = DeltaReducer(self.settings, self.flat, self.workers, self.buckets, self.outer, choice)
 
     def step(self, tokens: float | Tensor = 1.0) -> MergeReport | None:
         """Count one inner step, on ``tokens`` tokens, and merge what is due."""
         self.progress.count(tokens)
-        report = self._fly() if self.flying else None
+        report = self._advance_pending() if self.pending_fragment else None
         number = due_fragment(self.steps, self.every, len(self.fragments))
         if number is None:
             return report
         if not self.settings.overlap:
             return self.merge(number, self.settings.mix)
-        self._send_off(number)
+        self._send_fragment(number)
         return report
 
     def finish(self) -> MergeReport | None:
@@ -141,9 +141,9 @@ class DiLoCo:
         steps, it moves the anchor along its momentum and away from what was trained: the mean of the workers is better at
         every length of the tail (``benchmarks/tails.py``). So the last merge is the plain mean, in float32 on any wire. A
         fragment in flight is given up, since the mean holds what its worker made of it."""
-        if self.flying is not None:
-            self.flying.wait()
-            self.flying = None
+        if self.pending_fragment is not None:
+            self.pending_fragment.wait()
+            self.pending_fragment = None
         if self.progress.equal_at == self.steps:
             return None
         *others, last = range(len(self.fragments))
@@ -161,13 +161,13 @@ class DiLoCo:
     def restart(self) -> None:
         """Take the present parameters, the same on all workers, for what is shared. The velocity stays; what is in flight, and
         what the wire's rounding lost, are of other parameters and are dropped. Called by all workers together."""
-        for flight in self.flying.flights if self.flying else []:
-            flight.finish()
-        self.flying = None
+        for pending in self.pending_fragment.pending if self.pending_fragment else []:
+            pending.finish()
+        self.pending_fragment = None
         self.reducer.forget()
         if self.outer is not None:
             vector = self.flat.vector
-            self.outer.anchor.copy_(own_shares(vector, self.buckets, self.peers) if self.settings.outer_sharded else vector)
+            self.outer.anchor.copy_(own_shares(vector, self.buckets, self.workers) if self.settings.outer_sharded else vector)
 
     def start_again(self) -> None:
         """This worker alone got new parameters: what its earlier messages lost by rounding is not theirs."""
@@ -181,55 +181,55 @@ class DiLoCo:
         steps, weight = self._begin_round(number)
         merged = PendingFragment(number, [], Divergence(self.flat.vector.device), weight, steps)
         for bucket in self.fragments[number]:
-            flight = self.reducer.send(bucket, None, weight, merged.spread, self.round, plain=closing)
-            self._receive(bucket, flight, merged, mix, closing)
-            merged.flights.append(flight)
+            pending = self.reducer.send(bucket, None, weight, merged.divergence, self.round, plain=closing)
+            self._receive(bucket, pending, merged, mix, closing)
+            merged.pending.append(pending)
         return self._report(merged, began, mix, closing)
 
     @torch.no_grad()
-    def _send_off(self, number: int) -> None:
+    def _send_fragment(self, number: int) -> None:
         """Send a fragment, and go on training."""
         self.flat.pull()
         steps, weight = self._begin_round(number)
-        spread, room = Divergence(self.flat.vector.device), self.flat.vector.new_empty
-        flights = [self.reducer.send(b, room(b.numel + 1), weight, spread, self.round) for b in self.fragments[number]]
+        divergence, room = Divergence(self.flat.vector.device), self.flat.vector.new_empty
+        pending = [self.reducer.send(b, room(b.numel + 1), weight, divergence, self.round) for b in self.fragments[number]]
         if not self.settings.outer_sharded and self.reducer.rule is None:
-            spread.begin(self.peers, self.flat, weight)
-        self.flying = PendingFragment(number, flights, spread, weight, steps)
+            divergence.begin(self.workers, self.flat, weight)
+        self.pending_fragment = PendingFragment(number, pending, divergence, weight, steps)
 
-    def _fly(self) -> MergeReport | None:
+    def _advance_pending(self) -> MergeReport | None:
         """What is due at this step for the fragment in flight, at the same step on all workers."""
-        assert self.flying is not None
-        flown, overlap = self.progress.since_sent(self.flying.fragment), self.settings.overlap
-        if flown == (overlap + 1) // 2:
-            for flight in self.flying.flights:
-                flight.advance()
-        return self._land() if flown == overlap else None
+        assert self.pending_fragment is not None
+        steps_since, overlap = self.progress.since_sent(self.pending_fragment.fragment), self.settings.overlap
+        if steps_since == (overlap + 1) // 2:
+            for pending in self.pending_fragment.pending:
+                pending.advance()
+        return self._apply_pending() if steps_since == overlap else None
 
     @torch.no_grad()
-    def _land(self) -> MergeReport:
+    def _apply_pending(self) -> MergeReport:
         """Apply the fragment that is in flight."""
-        assert self.flying is not None
-        began, flying, self.flying = time.perf_counter(), self.flying, None
+        assert self.pending_fragment is not None
+        began, sent, self.pending_fragment = time.perf_counter(), self.pending_fragment, None
         self.flat.pull()
-        for bucket, flight in zip(self.fragments[flying.fragment], flying.flights, strict=True):
-            self._receive(bucket, flight, flying, self.settings.mix, False)
-        return self._report(flying, began, self.settings.mix)
+        for bucket, pending in zip(self.fragments[sent.fragment], sent.pending, strict=True):
+            self._receive(bucket, pending, sent, self.settings.mix, False)
+        return self._report(sent, began, self.settings.mix)
 
-    def _receive(self, bucket: Bucket, flight: PendingReduce, merged: PendingFragment, mix: float, closing: bool) -> None:
+    def _receive(self, bucket: Bucket, pending: PendingReduce, merged: PendingFragment, mix: float, closing: bool) -> None:
         """Take the outer step along the mean, and start the next round from the anchor; ``closing``, take the mean itself."""
-        flight.finish()
-        weights = total_weight(flight)
-        check_mean(flight.message, self.settings.nonfinite, self.steps)
+        pending.finish()
+        weights = total_weight(pending)
+        check_mean(pending.message, self.settings.nonfinite, self.steps)
         for part, place in bucket.parts(self.flat.vector):
-            theta, mean = self.flat.vector[part], flight.message[place].div_(weights)
+            theta, mean = self.flat.vector[part], pending.message[place].div_(weights)
             if self.outer is None or self.settings.outer_sharded:
                 anchor = mean
                 if merged.weight > 0:
-                    merged.spread.add_own(theta - anchor)
+                    merged.divergence.add_own(theta - anchor)
             else:
                 if self.reducer.rule is None or closing:
-                    merged.spread.add_merged(mean)
+                    merged.divergence.add_merged(mean)
                 anchor = self.outer.add(mean, part) if closing else self.outer.step(mean, part)
             theta.copy_(anchor) if mix == 0 or merged.weight == 0 else theta.lerp_(anchor, 1 - mix)
 
@@ -237,23 +237,24 @@ class DiLoCo:
         """Inner steps since this fragment was last sent, and this worker's weight."""
         steps, tokens = self.progress.send(number)
         by_tokens = self.settings.weights == "tokens" and steps > 0  # a fragment may be closed right after it was sent
-        well = self.settings.nonfinite == "raise" or is_finite(self.flat, self.fragments[number])
-        return steps, well * self.weight * (token_weight(tokens, steps) if by_tokens else 1.0)
+        healthy = self.settings.nonfinite == "raise" or is_finite(self.flat, self.fragments[number])
+        return steps, healthy * self.weight * (token_weight(tokens, steps) if by_tokens else 1.0)
 
     def _report(self, merged: PendingFragment, began: float, mix: float, closing: bool = False) -> MergeReport:
         self.flat.push()
         last, weight = merged.fragment == len(self.fragments) - 1, merged.weight
         if last:
-            self.peers.merge_buffers(self.flat, self.policies, full=closing, counts=weight > 0)
+            self.workers.merge_buffers(self.flat, self.policies, full=closing, counts=weight > 0)
         self.progress.note_merge(mix, closing, last)
-        divergence, correlation = merged.spread.finish(self.peers, self.flat, weight, anchored=self.anchor is not None)
+        measured = merged.divergence
+        divergence, correlation = measured.finish(self.workers, self.flat, weight, anchored=self.anchor is not None)
         self.round += 1
-        collectives, sent = self.peers.ledger.take()
+        collectives, sent = self.workers.ledger.take()
         return MergeReport(
             round=self.round, steps=merged.steps, divergence=divergence, correlation=correlation, collectives=collectives,
             bytes_sent=sent, seconds=time.perf_counter() - began,
-            wait_seconds=sum(flight.waited for flight in merged.flights), left_out=weight == 0 and self.weight > 0,
-            rule=merged.spread.rule, because=merged.spread.because,
+            wait_seconds=sum(pending.waited for pending in merged.pending), left_out=weight == 0 and self.weight > 0,
+            rule=measured.rule, because=measured.because,
         )  # fmt: skip
 
     @property
@@ -269,12 +270,12 @@ class DiLoCo:
     @property
     def bytes_sent(self) -> float:
         """Bytes that left this rank for merging since the start, a resumed run's earlier part included."""
-        return self.peers.ledger.bytes_sent
+        return self.workers.ledger.bytes_sent
 
     @property
     def collectives(self) -> int:
         """Collective operations for merging since the start, a resumed run's earlier part included."""
-        return self.peers.ledger.collectives
+        return self.workers.ledger.collectives
 
     def state_dict(self) -> dict[str, Any]:
         """All that later merges depend on, besides the parameters; no copies. All workers drain what is in flight together."""
@@ -283,8 +284,8 @@ class DiLoCo:
             "progress": self.progress.state_dict(),
             "outer": None if self.outer is None else self.outer.state_dict(),
             "residuals": self.reducer.residuals,
-            "flying": None if self.flying is None else self.flying.state_dict(),
-            "ledger": self.peers.ledger.state_dict(),
+            "flying": None if self.pending_fragment is None else self.pending_fragment.state_dict(),
+            "ledger": self.workers.ledger.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -294,5 +295,6 @@ class DiLoCo:
         if self.outer is not None:
             self.outer.load_state_dict(state["outer"])
         self.reducer.restore(state["residuals"])
-        self.flying = None if state["flying"] is None else PendingFragment.from_state(state["flying"], self.flat.vector.device)
-        self.peers.ledger.load_state_dict(state["ledger"])
+        sent, device = state["flying"], self.flat.vector.device
+        self.pending_fragment = None if sent is None else PendingFragment.from_state(sent, device)
+        self.workers.ledger.load_state_dict(state["ledger"])

@@ -85,29 +85,29 @@ class Divergence:
         self.merged_share += merged
         self.members = members
 
-    def begin(self, peers: WorkerGroup, flat: FlatParameters, weight: float) -> None:
+    def begin(self, workers: WorkerGroup, flat: FlatParameters, weight: float) -> None:
         """Send this worker's scalars; ``own`` must be complete."""
         measured = [self.own, self.merged_share] if self.members is None else [self.own, self.merged_share, self.own_share]
         sums = torch.stack(measured)
         flat.sum_over_shards(sums)
         factors = torch.tensor([weight, 1.0, 1.0][: len(sums)]).to(sums)
         self.sums = torch.cat([torch.tensor([weight]).to(sums), sums * factors])
-        self._work = peers.begin_total(self.sums)
+        self._work = workers.begin_total(self.sums)
 
-    def finish(self, peers: WorkerGroup, flat: FlatParameters, weight: float, anchored: bool) -> tuple[float, float | None]:
+    def finish(self, workers: WorkerGroup, flat: FlatParameters, weight: float, anchored: bool) -> tuple[float, float | None]:
         """Divergence and mean correlation."""
         if self.sums is None:
-            self.begin(peers, flat, weight)
+            self.begin(workers, flat, weight)
         self.wait()
         assert self.sums is not None
         merged = self.merged.reshape(1)
         flat.sum_over_shards(merged)
-        weights, spread, share, *own_share = self.sums.tolist()
-        spread, merged = spread / weights + sum(own_share), merged.item() + share
-        # |d|^2 = spread / M + (M - 1) / M * correlation * spread, for M equal weights
-        size = self.members or peers.size
-        correlation = (size * merged / spread - 1) / (size - 1) if anchored and size > 1 and spread > 0 else None
-        difference = spread - merged
+        weights, own, share, *own_share = self.sums.tolist()
+        own, merged = own / weights + sum(own_share), merged.item() + share
+        # |d|^2 = own / M + (M - 1) / M * correlation * own, for M equal weights
+        size = self.members or workers.size
+        correlation = (size * merged / own - 1) / (size - 1) if anchored and size > 1 and own > 0 else None
+        difference = own - merged
         return 0.0 if difference < 0 else difference, correlation  # max() would make 0 of NaN
 
     def wait(self) -> None:

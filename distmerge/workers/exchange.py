@@ -44,7 +44,7 @@ class Exchange:
 
     def __init__(
         self,
-        group: WorkerGroup,
+        workers: WorkerGroup,
         message: Tensor,
         weight: float,
         wire: Wire,
@@ -54,20 +54,20 @@ class Exchange:
         shares: Shares | None = None,
         scratch: Scratch | None = None,
     ):
-        self.group, self.message, self.wire, self.residual, self.then = group, message, wire, residual, then
+        self.workers, self.message, self.wire, self.residual, self.then = workers, message, wire, residual, then
         self.reduce, self.scratch = reduce, scratch or Scratch(message.device)
-        self.shares = shares or equal_shares(message.numel() - 1, group.size)
+        self.shares = shares or equal_shares(message.numel() - 1, workers.size)
         self.waited, self._stage = 0.0, 1
         weigh(message, weight)
-        self._weights = message[-1:].expand(group.size).clone()
-        self._own, self._counts = group.rank, weight > 0 or weight != weight
+        self._weights = message[-1:].expand(workers.size).clone()
+        self._own, self._counts = workers.rank, weight > 0 or weight != weight
         outgoing, self._incoming = self._outgoing_rows(), self._incoming_rows()
         sends = [(peer, part) for peer, row in enumerate(outgoing) for part in (row, message[-1:])]
         receives = [(peer, part) for peer, row in enumerate(self._incoming) for part in (row, self._weights[peer : peer + 1])]
         sent = sum(row.numel() * row.element_size() + WEIGHT_BYTES for row in outgoing)
         own = outgoing[self._own].numel() * outgoing[self._own].element_size() + WEIGHT_BYTES
-        group.ledger.exchange(sent - own, payload_bytes=sent)
-        self._works = begin(group, sends, receives)
+        workers.ledger.exchange(sent - own, payload_bytes=sent)
+        self._works = begin(workers, sends, receives)
         self._outgoing = outgoing  # must live as long as it is read
 
     def advance(self) -> None:
@@ -88,9 +88,9 @@ class Exchange:
             Row(self.wire, result, len(mean)).encode(mean, self.residual[1] if self.residual else None)
             self.scratch.give(mean)
         self._incoming = self._results(result)
-        peers = [peer for peer in range(self.group.size) if peer != self._own]
-        self.group.ledger.exchange(len(peers) * result.numel() * result.element_size())
-        self._works = begin(self.group, [(peer, result) for peer in peers], list(enumerate(self._incoming)))
+        peers = [peer for peer in range(self.workers.size) if peer != self._own]
+        self.workers.ledger.exchange(len(peers) * result.numel() * result.element_size())
+        self._works = begin(self.workers, [(peer, result) for peer in peers], list(enumerate(self._incoming)))
         self._stage = 2
 
     def finish(self) -> None:
@@ -115,7 +115,7 @@ class Exchange:
     def _outgoing_rows(self) -> list[Tensor]:
         """What each worker gets of this one's values."""
         if self.wire.name == "fp32":
-            return [self._slice(peer) for peer in range(self.group.size)]
+            return [self._slice(peer) for peer in range(self.workers.size)]
         rows, at = [], 0
         for peer, numel in enumerate(self.shares.rows):
             row = self.scratch.take(self.wire.size_bytes(numel), torch.uint8)
@@ -129,19 +129,19 @@ class Exchange:
         """Room for every worker's values of this one's share. Its own row is where it is."""
         if self.wire.name == "fp32":
             start, stop = self.shares.bounds[self._own]
-            fresh = (self.scratch.take(stop - start, torch.float32) for _ in range(self.group.size))
-            return [self._slice(self._own) if peer == self._own else next(fresh) for peer in range(self.group.size)]
+            fresh = (self.scratch.take(stop - start, torch.float32) for _ in range(self.workers.size))
+            return [self._slice(self._own) if peer == self._own else next(fresh) for peer in range(self.workers.size)]
         size = self.wire.size_bytes(self.shares.rows[self._own])
-        return [self.scratch.take(size, torch.uint8) for _ in range(self.group.size)]
+        return [self.scratch.take(size, torch.uint8) for _ in range(self.workers.size)]
 
     def _results(self, own: Tensor) -> list[Tensor]:
         """Room for the result of every share."""
         if self.wire.name == "fp32":
-            return [self._slice(peer) for peer in range(self.group.size)]
+            return [self._slice(peer) for peer in range(self.workers.size)]
         rows = self.shares.rows
         return [
             own if peer == self._own else self.scratch.take(self.wire.size_bytes(rows[peer]), torch.uint8)
-            for peer in range(self.group.size)
+            for peer in range(self.workers.size)
         ]
 
     def _reduce_rows(self, rows: list[Tensor], out: Tensor) -> None:
@@ -176,14 +176,14 @@ class Exchange:
         self.scratch.give(*rows)
 
 
-def begin(group: WorkerGroup, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> list[dist.Work]:
+def begin(workers: WorkerGroup, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> list[dist.Work]:
     """Send to and receive from the other workers. All of them call it in the same order, with sizes that agree."""
     wanted = [(dist.isend, sends), (dist.irecv, receives)]
     operations = [
-        dist.P2POp(operation, part, group=group.group, group_peer=peer)
+        dist.P2POp(operation, part, group=workers.group, group_peer=peer)
         for operation, parts in wanted
         for peer, part in parts
-        if peer != group.rank and part.numel()
+        if peer != workers.rank and part.numel()
     ]
     return dist.batch_isend_irecv(operations) if operations else []
 

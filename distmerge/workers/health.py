@@ -17,9 +17,9 @@ def is_finite(flat: FlatParameters, buckets: Iterable[Bucket]) -> bool:
     """Whether this worker's parameters in the buckets are finite, on all of its ranks; a collective inside the worker."""
     parts = [part for bucket in buckets for part in bucket.slices]
     found = [nonfinite(flat.vector[part]) for part in parts if part.stop > part.start]
-    sick_parts = torch.stack(found).sum() if found else torch.zeros((), device=flat.vector.device)
-    flat.sum_over_shards(sick_parts)
-    return sick_parts.item() == 0
+    nonfinite_values = torch.stack(found).sum() if found else torch.zeros((), device=flat.vector.device)
+    flat.sum_over_shards(nonfinite_values)
+    return nonfinite_values.item() == 0
 
 
 def check_mean(message: Tensor, nonfinite: str, step: int) -> None:

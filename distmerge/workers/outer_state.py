@@ -76,7 +76,7 @@ class OuterState:
 
 
 def start_outer(
-    settings: mergers.DiLoCoSettings, flat: FlatParameters, buckets: Sequence[Bucket], peers: WorkerGroup
+    settings: mergers.DiLoCoSettings, flat: FlatParameters, buckets: Sequence[Bucket], workers: WorkerGroup
 ) -> OuterState | None:
     """The outer state at the start of a run; None where theta itself travels and no anchor is needed."""
     # Averaging in float32 sends theta itself. Formats, overlap and mix need the delta, and so the anchor.
@@ -85,7 +85,7 @@ def start_outer(
     if s.outer_lr == 1 and s.outer_momentum == 0 and plain:
         return None
     assert s.outer_lr is not None and s.outer_momentum is not None, "a merger's settings are complete"
-    start = own_shares(flat.vector, buckets, peers) if s.outer_sharded else flat.vector
+    start = own_shares(flat.vector, buckets, workers) if s.outer_sharded else flat.vector
     return OuterState(start, s.outer_lr, s.outer_momentum, s.nesterov, s.outer_device, written_of(flat, s.outer_sharded))
 
 
@@ -103,13 +103,13 @@ def share_slices(buckets: Sequence[Bucket], peers: int) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
-def own_shares(vector: Tensor, buckets: Sequence[Bucket], peers: WorkerGroup) -> Tensor:
+def own_shares(vector: Tensor, buckets: Sequence[Bucket], workers: WorkerGroup) -> Tensor:
     """This peer's share of each bucket, end to end: what it keeps of a sharded anchor."""
     shares = []
     for bucket in buckets:
-        share = share_numel(bucket.numel, peers.size)
-        values = vector.new_zeros(peers.size * share)
+        share = share_numel(bucket.numel, workers.size)
+        values = vector.new_zeros(workers.size * share)
         for part, place in bucket.parts(values):
             values[place] = vector[part]
-        shares.append(values[peers.rank * share : (peers.rank + 1) * share])
+        shares.append(values[workers.rank * share : (workers.rank + 1) * share])
     return torch.cat(shares)

@@ -1,6 +1,6 @@
 """Means over the peers that are under way: begun at one step, finished at the same or a later one.
 
-Every flight carries a message ``[n + 1]`` float32: values, and room for this worker's weight. After :meth:`finish`, on
+Every pending reduce carries a message ``[n + 1]`` float32: values, and room for this worker's weight. After :meth:`finish`, on
 every peer with the same bits, ``message[:-1] / message[-1]`` is the weighted mean. A worker of weight 0 takes part in the
 collectives, but its values, finite or not, don't count.
 """
@@ -45,12 +45,12 @@ class PendingReduce(Protocol):
 class AllReduce:
     """Float32 values in one all-reduce; the weight rides along."""
 
-    def __init__(self, peers: WorkerGroup, message: Tensor, weight: float):
+    def __init__(self, workers: WorkerGroup, message: Tensor, weight: float):
         self.message, self.waited = message, 0.0
         weigh(message, weight)
         if weight not in (0, 1):
             message[:-1].mul_(weight)
-        self._work = peers.begin_total(message)
+        self._work = workers.begin_total(message)
 
     def advance(self) -> None:
         pass
@@ -60,7 +60,7 @@ class AllReduce:
 
 
 class CompletedReduce:
-    """A flight that had finished when the state was saved."""
+    """A reduce that had finished when the state was saved."""
 
     def __init__(self, message: Tensor):
         self.message, self.waited = message, 0.0
@@ -84,39 +84,39 @@ class PendingFragment:
     """A fragment that was sent and not yet applied."""
 
     fragment: int
-    flights: list[PendingReduce]
-    spread: Divergence
+    pending: list[PendingReduce]
+    divergence: Divergence
     weight: float
     steps: int
 
     def wait(self) -> None:
         """Until all that is under way has arrived; called by all peers together."""
-        for flight in self.flights:
-            flight.finish()
-        self.spread.wait()
+        for pending in self.pending:
+            pending.finish()
+        self.divergence.wait()
 
     def state_dict(self) -> dict[str, Any]:
         """What is left to apply, once all that is under way has arrived; called by all peers together."""
         self.wait()
         return {
             "fragment": self.fragment,
-            "messages": [flight.message for flight in self.flights],
-            "spread": self.spread.state_dict(),
+            "messages": [pending.message for pending in self.pending],
+            "spread": self.divergence.state_dict(),
             "weight": self.weight,
             "steps": self.steps,
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> PendingFragment:
-        spread = Divergence(device)
-        spread.load_state_dict(state["spread"])
-        flights: list[PendingReduce] = [CompletedReduce(message.to(device)) for message in state["messages"]]
-        return cls(state["fragment"], flights, spread, state["weight"], state["steps"])
+        divergence = Divergence(device)
+        divergence.load_state_dict(state["spread"])
+        pending: list[PendingReduce] = [CompletedReduce(message.to(device)) for message in state["messages"]]
+        return cls(state["fragment"], pending, divergence, state["weight"], state["steps"])
 
 
-def total_weight(flight: PendingReduce) -> Tensor:
-    """The sum of the workers' weights, by which a finished flight's values are to be divided."""
-    weights = flight.message[-1].clone()
+def total_weight(pending: PendingReduce) -> Tensor:
+    """The sum of the workers' weights, by which a finished reduce's values are to be divided."""
+    weights = pending.message[-1].clone()
     if not weights > 0:
         raise UserError("every worker is out of order (weight 0), so there is nothing to merge")
     return weights

@@ -38,24 +38,24 @@ class DeltaReducer:
         self,
         settings: mergers.DiLoCoSettings,
         flat: FlatParameters,
-        peers: WorkerGroup,
+        workers: WorkerGroup,
         buckets: list[Bucket],
         outer: OuterState | None,
         choice: Choice | None = None,
     ):
-        self.settings, self.flat, self.peers, self.outer = settings, flat, peers, outer
-        self.rule = None if choice is None else WorkerRule(choice, flat, peers)
+        self.settings, self.flat, self.workers, self.outer = settings, flat, workers, outer
+        self.rule = None if choice is None else WorkerRule(choice, flat, workers)
         self.wire = WIRES[settings.wire]
-        self.sharded = share_slices(buckets, peers.size) if settings.outer_sharded else []
+        self.sharded = share_slices(buckets, workers.size) if settings.outer_sharded else []
         self.shares = {bucket.index: self._shares_of(bucket) for bucket in buckets}
         new, memory = flat.vector.new_zeros, buckets if settings.error_feedback else []
         rows = {bucket.index: self.shares[bucket.index].rows for bucket in memory}
-        self.residuals = {index: (new(sum(row)), new(row[peers.rank])) for index, row in rows.items()}
+        self.residuals = {index: (new(sum(row)), new(row[workers.rank])) for index, row in rows.items()}
         self.scratch = Scratch(flat.vector.device)
         self._room = flat.vector.new_empty(0)
 
     def _shares_of(self, bucket: Bucket) -> Shares:
-        return equal_shares(bucket.numel, self.peers.size) if self.rule is None else self.rule.shares(bucket)
+        return equal_shares(bucket.numel, self.workers.size) if self.rule is None else self.rule.shares(bucket)
 
     def _room_for(self, bucket: Bucket) -> Tensor:
         """Room for one message, used for one bucket after the other and kept: fresh memory costs as much as a copy."""
@@ -77,7 +77,7 @@ class DeltaReducer:
                 mine.copy_(values)
 
     def send(
-        self, bucket: Bucket, message: Tensor | None, weight: float, spread: Divergence, round: int, plain: bool = False
+        self, bucket: Bucket, message: Tensor | None, weight: float, divergence: Divergence, round: int, plain: bool = False
     ) -> PendingReduce:
         """Begin to reduce a bucket's deltas; the parameters themselves where no whole anchor is at hand.
 
@@ -95,24 +95,24 @@ class DeltaReducer:
                     continue
                 delta = self.outer.delta(theta[part], part, out=message[place])
                 if self.rule is None or plain:  # otherwise the owners measure it on the rows that they get
-                    spread.add_own(delta)
+                    divergence.add_own(delta)
         if plain:
-            return AllReduce(self.peers, message, weight)
+            return AllReduce(self.workers, message, weight)
         shares, residual = self.shares[bucket.index], self.residuals.get(bucket.index)
         if self.rule is not None:
             weight = self.rule.prepare(bucket, message, weight, round)
-            reduce = self.rule.at_owner(bucket, spread, round)
+            reduce = self.rule.at_owner(bucket, divergence, round)
             return Exchange(
-                self.peers, message, weight, self.wire, residual, reduce=reduce, shares=shares, scratch=self.scratch
+                self.workers, message, weight, self.wire, residual, reduce=reduce, shares=shares, scratch=self.scratch
             )
         if sharded:
-            then = self._owner(bucket, spread)
-            return Exchange(self.peers, message, weight, self.wire, then=then, shares=shares, scratch=self.scratch)
+            then = self._owner(bucket, divergence)
+            return Exchange(self.workers, message, weight, self.wire, then=then, shares=shares, scratch=self.scratch)
         if self.wire.name == "fp32":
-            return AllReduce(self.peers, message, weight)
-        return Exchange(self.peers, message, weight, self.wire, residual, shares=shares, scratch=self.scratch)
+            return AllReduce(self.workers, message, weight)
+        return Exchange(self.workers, message, weight, self.wire, residual, shares=shares, scratch=self.scratch)
 
-    def _owner(self, bucket: Bucket, spread: Divergence) -> Callable[[Tensor], None]:
+    def _owner(self, bucket: Bucket, divergence: Divergence) -> Callable[[Tensor], None]:
         """What this worker does to the mean of its share of a bucket: the outer step of a sharded anchor."""
         whole = self.sharded[bucket.index]
 
@@ -125,7 +125,7 @@ class DeltaReducer:
                 part, values = slice(whole.start + here.start, whole.start + here.stop), mean[here]
                 delta = self.outer.delta(values, part, out=room[: len(values)])
                 anchor = self.outer.step(delta, part)
-                spread.add_merged_share(torch.sub(values, anchor, out=delta))
+                divergence.add_merged_share(torch.sub(values, anchor, out=delta))
                 values.copy_(anchor)
 
         return step

@@ -51,13 +51,13 @@ class WorkerRule:
     """The rule, on the buckets of this rank's vector. One bucket holds all of a fragment, and so all of each of its tensors
     that lies here. Made by all workers together."""
 
-    def __init__(self, choice: Choice, flat: FlatParameters, peers: WorkerGroup):
-        self.choice, self.flat, self.peers = choice, flat, peers
+    def __init__(self, choice: Choice, flat: FlatParameters, workers: WorkerGroup):
+        self.choice, self.flat, self.workers = choice, flat, workers
         self.slots = {slot.name: slot for slot in flat.layout}
         self.inside = [flat.inside] if flat.inside is not None else []
         self._own: dict[int, Holding] = {}
         self._owned: dict[int, Holding] = {}
-        whole = {name: self.rule_of(slot, [1.0] * peers.size, 0) for name, slot in self.slots.items()}
+        whole = {name: self.rule_of(slot, [1.0] * workers.size, 0) for name, slot in self.slots.items()}
         self.split = choice.above is None and any(rule.parts is not None for rule in whole.values())
         across = {name: self._across(rule) for name, rule in whole.items()}
         self.elementwise = all(rule.passes == 0 and rule.unit == 1 for rule in across.values())
@@ -73,15 +73,15 @@ class WorkerRule:
         numel = bucket.numel
         whole = {name: math.prod(slot.shape) for name, slot in self.slots.items()}
         if self.elementwise:
-            shares = equal_shares(numel, self.peers.size)
+            shares = equal_shares(numel, self.workers.size)
         else:
-            shares = aligned_shares(found, numel, self.peers.size, self._units.__getitem__)
-        start, stop = shares.bounds[self.peers.rank]
+            shares = aligned_shares(found, numel, self.workers.size, self._units.__getitem__)
+        start, stop = shares.bounds[self.workers.rank]
         owned = [part for piece in found if (part := piece.within(start, stop))]
-        groups = [self.peers.group, *self.inside]
+        groups = [self.workers.group, *self.inside]
         self._own[bucket.index] = Holding(found, whole, self._each_units.__getitem__, self.inside, grain=self._grain)
         unit_of = (lambda name: 1) if self.elementwise else self._units.__getitem__
-        self._owned[bucket.index] = Holding(owned, whole, unit_of, groups, self.peers.ledger, self._grain)
+        self._owned[bucket.index] = Holding(owned, whole, unit_of, groups, self.workers.ledger, self._grain)
         return shares
 
     def prepare(self, bucket: Bucket, message: Tensor, weight: float, round: int) -> float:
@@ -92,13 +92,13 @@ class WorkerRule:
             values.zero_()
             return math.nan
         if weight > 0 and self.split:
-            holding, rank = self._own[bucket.index], self.peers.rank
+            holding, rank = self._own[bucket.index], self.workers.rank
             rules = {piece.name: self._each(self.slots[piece.name], rank, round) for piece in holding.pieces}
             states = holding.settle(rules, lambda start, stop: [values[start:stop]])
             holding.merge(rules, states, lambda start, stop: [values[start:stop]], values)
         return weight
 
-    def at_owner(self, bucket: Bucket, spread: Divergence, round: int) -> Reduce:
+    def at_owner(self, bucket: Bucket, divergence: Divergence, round: int) -> Reduce:
         """What this worker does to its share of a bucket."""
 
         def reduce(rows: list[Tensor], weights: Tensor, out: Tensor) -> None:
@@ -109,10 +109,10 @@ class WorkerRule:
             kept, shares = [rows[member] for member in alive], [given[member] for member in alive]
             if not alive:
                 return
-            own, merged = spread_of(kept, shares)
-            spread.add_rows(own, merged, len(alive))
-            spread.rule, spread.because = self._decide(own, merged, len(alive))
-            if spread.rule == "mean" and spread.because is not None:
+            own, merged = square_norms(kept, shares)
+            divergence.add_rows(own, merged, len(alive))
+            divergence.rule, divergence.because = self._decide(own, merged, len(alive))
+            if divergence.rule == "mean" and divergence.because is not None:
                 write_mean(kept, shares, out)
                 return
             mean_weight = sum(shares) / len(shares)
@@ -140,7 +140,7 @@ class WorkerRule:
         return catalogue.build(self.choice.name, target)
 
     def _each(self, slot: Slot, member: int, round: int) -> Rule:
-        parts = self.rule_of(slot, [1.0] * self.peers.size, round).parts
+        parts = self.rule_of(slot, [1.0] * self.workers.size, round).parts
         assert parts is not None, "a rule is split for all tensors or for none"
         return parts[0][member]
 
@@ -155,9 +155,9 @@ class WorkerRule:
         if self.choice.above is None:
             return self.choice.name, None
         sums = torch.stack([own, merged])
-        for group in (self.peers.group, *self.inside):
+        for group in (self.workers.group, *self.inside):
             dist.all_reduce(sums, group=group)
-        self.peers.ledger.all_reduce(sums.numel() * sums.element_size())
+        self.workers.ledger.all_reduce(sums.numel() * sums.element_size())
         own, merged = sums
         correlation = (members * merged / own - 1) / (members - 1) if own > 0 else own
         name = "mean" if correlation > self.choice.above else self.choice.name
@@ -190,7 +190,7 @@ def pieces_of(flat: FlatParameters, bucket: Bucket) -> Iterator[Piece]:
         at += run.stop - run.start
 
 
-def spread_of(rows: list[Tensor], weights: list[float]) -> tuple[Tensor, Tensor]:
+def square_norms(rows: list[Tensor], weights: list[float]) -> tuple[Tensor, Tensor]:
     """``(sum_m w_m |row_m|^2 / sum_m w_m, |mean|^2)`` of the rows of a share, float64 scalars."""
     total = sum(weights)
     own = torch.zeros((), dtype=torch.float64, device=rows[0].device)

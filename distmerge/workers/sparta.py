@@ -53,7 +53,7 @@ class Round:
     sent_at: int
     indices: Tensor | None
     own: Tensor | None
-    flight: PendingReduce
+    pending: PendingReduce
     void: bool = False
     taken: Tensor | None = None
 
@@ -103,7 +103,7 @@ class SPARTA:
         self.average = DiLoCo(
             self.flat, every=1 << 62, outer_lr=1.0, outer_momentum=0.0, nonfinite=nonfinite, group=group, buffers=buffers
         )
-        self.peers = self.average.peers
+        self.workers = self.average.workers
         self.wire, self.seed = WIRES[wire], seed
         self.scratch = Scratch(self.flat.vector.device)
         self.weight = 1.0
@@ -128,7 +128,7 @@ class SPARTA:
             self._begin()
         for sparse in self.rounds:
             if sparse.sent_at + (self.settings.delay + 1) // 2 == self.steps:
-                sparse.flight.advance()
+                sparse.pending.advance()
         return report if self.settings.delay else self._apply_due(began)
 
     def due(self) -> bool:
@@ -139,7 +139,7 @@ class SPARTA:
         """Take the present parameters, the same on all workers: what is in flight is of others, and is dropped. Called by all
         workers together."""
         for sparse in self.rounds:
-            sparse.flight.finish()
+            sparse.pending.finish()
         self.rounds.clear()
         if self.under_way is not None:
             self.under_way.zero_()
@@ -182,13 +182,13 @@ class SPARTA:
         weight = self._weight(message[:-1])
         # A worker that does not count takes the mean itself: its own values may be no numbers.
         own = message[:-1].clone() if weight > 0 and (self.settings.delay or self.smoothed is not None) else None
-        flight: PendingReduce
+        pending: PendingReduce
         if self.wire.name == "fp32":
-            flight = AllReduce(self.peers, message, weight)
+            pending = AllReduce(self.workers, message, weight)
         else:
-            flight = Exchange(self.peers, message, weight, self.wire, scratch=self.scratch)
+            pending = Exchange(self.workers, message, weight, self.wire, scratch=self.scratch)
         kept = None if self.settings.delay else indices
-        self.rounds.append(Round(self.round - 1, self.steps, kept, own, flight, taken=taken))
+        self.rounds.append(Round(self.round - 1, self.steps, kept, own, pending, taken=taken))
 
     def _weight(self, values: Tensor) -> float:
         """This worker's weight in a round of its ``values``."""
@@ -209,9 +209,9 @@ class SPARTA:
 
     def _apply(self, sparse: Round, began: float) -> MergeReport:
         """One scatter."""
-        sparse.flight.finish()
-        message = sparse.flight.message
-        weights = total_weight(sparse.flight)
+        sparse.pending.finish()
+        message = sparse.pending.message
+        weights = total_weight(sparse.pending)
         check_mean(message, self.settings.nonfinite, self.steps)
         mean, indices = message[:-1].div_(weights), self._indices_of(sparse)
         if self.under_way is not None:
@@ -220,7 +220,7 @@ class SPARTA:
             self.flat.vector.index_copy_(0, indices, mean)
         elif sparse.own is not None:
             self.flat.vector.index_add_(0, indices, self._smooth(indices, mean.sub_(sparse.own)))
-        collectives, sent = self.peers.ledger.take()
+        collectives, sent = self.workers.ledger.take()
         return MergeReport(
             round=sparse.number + 1,
             steps=self.settings.every,
@@ -229,7 +229,7 @@ class SPARTA:
             collectives=collectives,
             bytes_sent=sent,
             seconds=time.perf_counter() - began,
-            wait_seconds=sparse.flight.waited,
+            wait_seconds=sparse.pending.waited,
         )
 
     def _indices_of(self, sparse: Round) -> Tensor:
@@ -246,21 +246,21 @@ class SPARTA:
     @property
     def bytes_sent(self) -> float:
         """Bytes that left this rank for merging since the start."""
-        return self.peers.ledger.bytes_sent
+        return self.workers.ledger.bytes_sent
 
     @property
     def collectives(self) -> int:
         """Collective operations for merging since the start."""
-        return self.peers.ledger.collectives
+        return self.workers.ledger.collectives
 
     def state_dict(self) -> dict[str, Any]:
         """All that later rounds depend on. Rounds in flight are drained, by all workers together, and applied in time."""
         for sparse in self.rounds:
-            sparse.flight.finish()
+            sparse.pending.finish()
         return {
             "round": self.round,
             "smoothed": self.smoothed,
-            "rounds": [(r.number, r.sent_at, r.own, r.flight.message, r.void, r.taken) for r in self.rounds],
+            "rounds": [(r.number, r.sent_at, r.own, r.pending.message, r.void, r.taken) for r in self.rounds],
             "average": self.average.state_dict(),
         }
 

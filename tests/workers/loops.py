@@ -82,5 +82,5 @@ def run_diloco(kind: str, options: dict[str, Any], optimizer_name: str = "adamw"
         "anchor": merger.anchor,
         "reports": reports,
         "traffic": (traffic.collectives, traffic.bytes_sent),
-        "ledger": (merger.peers.ledger.collectives, merger.bytes_sent),
+        "ledger": (merger.workers.ledger.collectives, merger.bytes_sent),
     }

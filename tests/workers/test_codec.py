@@ -76,10 +76,10 @@ def test_what_rounding_lost_is_added_to_the_next_message(code: str, name: str, n
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
-@pytest.mark.parametrize("sick", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_shows_in_its_whole_block_and_in_no_other(code: str, name: str, sick: float) -> None:
+@pytest.mark.parametrize("unhealthy", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_shows_in_its_whole_block_and_in_no_other(code: str, name: str, unhealthy: float) -> None:
     values, row, read = torch.ones(3 * BLOCK), row_of(WIRES[name], 3 * BLOCK), torch.empty(3 * BLOCK)
-    values[BLOCK + 5] = sick
+    values[BLOCK + 5] = unhealthy
     row.encode(values)
     row.decode(read)
     finite = read.isfinite().view(3, BLOCK)

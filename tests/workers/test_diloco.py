@@ -240,7 +240,7 @@ def interrupted(options: dict[str, Any], stop: int) -> dict[str, Any]:
 
 def whole_state(model: nn.Module, merger: dm.DiLoCo, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = dict(model.state_dict())
-    tensors["counters"] = torch.tensor([merger.round, merger.steps, merger.peers.ledger.collectives, merger.bytes_sent])
+    tensors["counters"] = torch.tensor([merger.round, merger.steps, merger.workers.ledger.collectives, merger.bytes_sent])
     for name, value in ({} if merger.outer is None else merger.outer.state_dict()).items():
         tensors[name] = torch.zeros(0) if value is None else value
     for index, moments in optimizer.state_dict()["state"].items():

@@ -27,7 +27,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-def one_sick(kind: str, settings: dict[str, Any], value: float) -> tuple[str, Tensor, Tensor, Any]:
+def one_unhealthy(kind: str, settings: dict[str, Any], value: float) -> tuple[str, Tensor, Tensor, Any]:
     """A round in which worker 1 holds a value that is not finite; what was said, its own parameters, what they became."""
     model = build("blocks")
     merger: Any = dm.DiLoCo(model, every=2, **settings) if kind == "diloco" else dm.SPARTA(model, fraction=1.0, **settings)
@@ -47,19 +47,19 @@ def one_sick(kind: str, settings: dict[str, Any], value: float) -> tuple[str, Te
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_all_workers_refuse_a_mean_that_is_not_finite(ranks: Ranks, settings: dict, value: float) -> None:
-    for said, _, _, _ in ranks.run(2, one_sick, "diloco", settings, value):
+    for said, _, _, _ in ranks.run(2, one_unhealthy, "diloco", settings, value):
         assert said.startswith("the merge at step ") and "values that are not finite" in said and "\n" not in said
 
 
 @pytest.mark.parametrize("settings", [{}, {"wire": "int8"}, {"delay": 1}], ids=str)
 def test_all_workers_refuse_a_sparse_mean_that_is_not_finite(ranks: Ranks, settings: dict) -> None:
-    for said, _, _, _ in ranks.run(2, one_sick, "sparta", settings, math.nan):
+    for said, _, _, _ in ranks.run(2, one_unhealthy, "sparta", settings, math.nan):
         assert said.startswith("the merge at step ")
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_a_sick_worker_is_left_out_and_takes_the_others_values(ranks: Ranks, settings: dict) -> None:
-    results = ranks.run(3, one_sick, "diloco", settings | {"nonfinite": "leave-out"}, math.nan)
+def test_an_unhealthy_worker_is_left_out_and_takes_the_others_values(ranks: Ranks, settings: dict) -> None:
+    results = ranks.run(3, one_unhealthy, "diloco", settings | {"nonfinite": "leave-out"}, math.nan)
     for said, _, vector, _ in results:
         assert said == "" and bool(vector.isfinite().all())
     assert [left_out for _, _, _, left_out in results] == [False, True, False]
@@ -70,21 +70,21 @@ def test_a_sick_worker_is_left_out_and_takes_the_others_values(ranks: Ranks, set
 
 
 @pytest.mark.parametrize("settings", [{}, {"delay": 1}, {"ema": 0.5, "delay": 1}], ids=str)
-def test_a_sick_worker_is_left_out_of_sparse_rounds(ranks: Ranks, settings: dict) -> None:
-    for said, _, vector, _ in ranks.run(3, one_sick, "sparta", settings | {"nonfinite": "leave-out"}, math.nan):
+def test_an_unhealthy_worker_is_left_out_of_sparse_rounds(ranks: Ranks, settings: dict) -> None:
+    for said, _, vector, _ in ranks.run(3, one_unhealthy, "sparta", settings | {"nonfinite": "leave-out"}, math.nan):
         assert said == "" and bool(vector.isfinite().all())
 
 
 def divergence_of_nan() -> float:
-    flat, peers = dm.flatten(build("blocks")), WorkerGroup()
-    spread = Divergence(flat.vector.device)
-    spread.add_own(torch.tensor([1.0, math.nan if dist.get_rank() else 2.0]))
-    spread.add_merged(torch.tensor([1.0]))
-    return spread.finish(peers, flat, 1.0, anchored=True)[0]
+    flat, workers = dm.flatten(build("blocks")), WorkerGroup()
+    measured = Divergence(flat.vector.device)
+    measured.add_own(torch.tensor([1.0, math.nan if dist.get_rank() else 2.0]))
+    measured.add_merged(torch.tensor([1.0]))
+    return measured.finish(workers, flat, 1.0, anchored=True)[0]
 
 
-def test_the_divergence_of_a_sick_worker_is_no_number(ranks: Ranks) -> None:
-    """max(0.0, nan) is 0.0, which says that all is well."""
+def test_the_divergence_of_an_unhealthy_worker_is_nan(ranks: Ranks) -> None:
+    """max(0.0, nan) is 0.0, which says that the workers are healthy."""
     assert all(math.isnan(divergence) for divergence in ranks.run(2, divergence_of_nan))
 
 

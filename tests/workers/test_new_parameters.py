@@ -55,12 +55,12 @@ def started_again(kind: str) -> bool:
     for step in range(1, 12):
         for parameter in model.parameters():
             parameter += torch.randn_like(parameter)
-        sick = step == 4 and dist.get_rank() == 1
-        if sick:
+        unhealthy = step == 4 and dist.get_rank() == 1
+        if unhealthy:
             next(model.parameters()).view(-1)[:] = math.nan
             merger.weight = 0.0
         merger.step()
-        if sick:
+        if unhealthy:
             for parameter in model.parameters():
                 parameter.fill_(1.0)
             merger.start_again()
@@ -74,23 +74,23 @@ def test_a_worker_that_starts_again_leaves_its_nan_behind(ranks: Ranks, kind: st
     assert ranks.run(2, started_again, kind) == [True, True]
 
 
-def norm_of_a_sick_worker(sick: int) -> dict[str, Tensor]:
+def norm_of_an_unhealthy_worker(unhealthy: int) -> dict[str, Tensor]:
     model = build("norm")
     merger = DiLoCo(model, every=1)
     rank = dist.get_rank()
     state = model.state_dict()
-    state["1.running_mean"].fill_(math.nan if rank == sick else rank)
-    state["1.running_var"].fill_(math.inf if rank == sick else 2.0 * rank)
+    state["1.running_mean"].fill_(math.nan if rank == unhealthy else rank)
+    state["1.running_var"].fill_(math.inf if rank == unhealthy else 2.0 * rank)
     state["1.num_batches_tracked"].fill_(rank + 5)
-    merger.weight = float(rank != sick)
+    merger.weight = float(rank != unhealthy)
     merger.step()
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("sick", [0, 2])
-def test_the_buffers_of_a_worker_of_weight_0_reach_nobody(ranks: Ranks, sick: int) -> None:
-    mean = {0: 1.5, 2: 0.5}[sick]
-    for state in ranks.run(3, norm_of_a_sick_worker, sick):
+@pytest.mark.parametrize("unhealthy", [0, 2])
+def test_the_buffers_of_a_worker_of_weight_0_reach_nobody(ranks: Ranks, unhealthy: int) -> None:
+    mean = {0: 1.5, 2: 0.5}[unhealthy]
+    for state in ranks.run(3, norm_of_an_unhealthy_worker, unhealthy):
         assert torch.equal(state["1.running_mean"], torch.full((5,), mean))
         assert torch.equal(state["1.running_var"], torch.full((5,), 2 * mean))
-        assert state["1.num_batches_tracked"].item() == {0: 6, 2: 5}[sick]
+        assert state["1.num_batches_tracked"].item() == {0: 6, 2: 5}[unhealthy]

@@ -171,15 +171,15 @@ def test_a_sum_is_asked_for_by_a_parameter_of_the_mean(ranks: Ranks) -> None:
     ],
 )
 @pytest.mark.parametrize("nonfinite", ["raise", "leave-out"])
-def test_a_sick_worker_is_refused_or_left_out(ranks: Ranks, settings: dict[str, Any], nonfinite: str) -> None:
-    answers = ranks.run(3, sick_merge, settings | {"nonfinite": nonfinite})
+def test_an_unhealthy_worker_is_refused_or_left_out(ranks: Ranks, settings: dict[str, Any], nonfinite: str) -> None:
+    answers = ranks.run(3, unhealthy_merge, settings | {"nonfinite": nonfinite})
     if nonfinite == "raise":
         assert all("not finite" in answer for answer in answers)
     else:
         assert all(answer == "finite" for answer in answers)
 
 
-def sick_merge(settings: dict[str, Any]) -> str:
+def unhealthy_merge(settings: dict[str, Any]) -> str:
     """Of three workers the last one holds a NaN, which a median or a trim would hide."""
     merger = dm.DiLoCo(Zeros(), every=1, outer_lr=1.0, outer_momentum=0.0, **settings)
     merger.flat.vector.normal_()

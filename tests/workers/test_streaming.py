@@ -130,7 +130,7 @@ def ledger_of(settings: dict[str, Any]) -> tuple[float, int, float, int]:
     with counted() as traffic:
         train(model, [merger], STEPS)
         merger.finish()
-    return merger.bytes_sent, merger.peers.ledger.collectives, traffic.bytes_sent, traffic.collectives
+    return merger.bytes_sent, merger.workers.ledger.collectives, traffic.bytes_sent, traffic.collectives
 
 
 @pytest.mark.parametrize("settings", EVERYWHERE, ids=str)

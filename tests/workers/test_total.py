@@ -95,7 +95,7 @@ def equal_buffers_are_counted() -> tuple[tuple[int, float], tuple[int, float]]:
     with counted() as traffic:
         merger.step()
         merger.finish()
-    return (merger.peers.ledger.collectives, merger.bytes_sent), (traffic.collectives, traffic.bytes_sent)
+    return (merger.workers.ledger.collectives, merger.bytes_sent), (traffic.collectives, traffic.bytes_sent)
 
 
 def test_comparing_buffers_is_in_the_ledger(ranks: Ranks) -> None:
@@ -265,7 +265,7 @@ def two_by_two(kind: str, options: dict[str, Any]) -> dict[str, Any]:
             "tail": tail,
             "share": merger.flat.vector.numel(),
             "traffic": (traffic.collectives, traffic.bytes_sent),
-            "ledger": (merger.peers.ledger.collectives, merger.bytes_sent),
+            "ledger": (merger.workers.ledger.collectives, merger.bytes_sent),
         }
 
 

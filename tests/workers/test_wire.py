@@ -52,19 +52,19 @@ def test_sizes() -> None:
 
 def exchange(name: str, numel: int, weights: list[float], rounds: int) -> tuple[list[Tensor], list[Tensor], tuple[int, float]]:
     """Messages and results of ``rounds`` exchanges of the same values, with error feedback."""
-    peers = WorkerGroup()
+    workers = WorkerGroup()
     torch.manual_seed(dist.get_rank())
     own = torch.randn(numel)
-    share = -(-numel // (peers.size * BLOCK)) * BLOCK
-    residual = (torch.zeros(peers.size * share), torch.zeros(share)) if rounds > 1 else None
+    share = -(-numel // (workers.size * BLOCK)) * BLOCK
+    residual = (torch.zeros(workers.size * share), torch.zeros(share)) if rounds > 1 else None
     results = []
     for _ in range(rounds):
         message = torch.cat([own, torch.zeros(1)])
-        flight = Exchange(peers, message, weights[peers.rank], WIRES[name], residual)
-        flight.advance()
-        flight.finish()
+        pending = Exchange(workers, message, weights[workers.rank], WIRES[name], residual)
+        pending.advance()
+        pending.finish()
         results.append(message[:-1] / message[-1])
-    return [own], results, (peers.ledger.collectives, peers.ledger.bytes_sent)
+    return [own], results, (workers.ledger.collectives, workers.ledger.bytes_sent)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
