@@ -72,7 +72,7 @@ class Combine:
         return delta, sign
 
     def divisor(self, weight: Tensor, kept: Tensor | None) -> Tensor | float:
-        """What the sum is divided by."""
+        """The number, or ``[n]`` numbers, by which the sum is divided."""
         if kept is None:
             if self.divide == "count":
                 return float(len(weight))
@@ -92,7 +92,7 @@ WIDTH = {torch.int16: 15, torch.int32: 31, torch.int64: 63}
 
 
 def bits(x: Tensor) -> Tensor:
-    """The same memory as integers."""
+    """The bits of the floats in ``x`` as integers, in the same memory."""
     return x.view(INTEGERS[x.dtype])
 
 
@@ -101,7 +101,7 @@ class Settled(NamedTuple):
 
     Attributes:
         trim: its thresholds.
-        factors: each member's, of the rescaling.
+        factors: the factor by which each member is rescaled.
         finite: whether all elements are known to be finite.
     """
 
@@ -111,7 +111,7 @@ class Settled(NamedTuple):
 
 
 class TaskVectors(Rule):
-    """The rule of the whole family.
+    """The rule that the whole family shares.
 
     Args:
         weights: one for each member.
@@ -190,7 +190,7 @@ class TaskVectors(Rule):
 
 
 def rescaling_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float16 is drawn and rescaled in float32: its sums would overflow."""
+    """The dtype for drawing and rescaling: float32 instead of float16, whose sums would overflow."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -227,7 +227,7 @@ class TaskArithmetic(Rule):
 
 
 def whole_vectors(weights: list[float], combine: Combine, dtype: torch.dtype, numel: int) -> Rule:
-    """The rule of task vectors that are not thinned: elementwise."""
+    """The rule for task vectors that are not thinned, which is elementwise."""
     if combine.elect == "none":
         return TaskArithmetic(weights, combine, dtype)
     return TaskVectors(weights, combine, None, "none", dtype, numel)
