@@ -16,7 +16,7 @@ from distmerge.rules import catalogue
 from distmerge.rules.parameters import PARAMETERS, VARIANTS, is_variant
 
 RECIPE_BYTES = 1 << 20
-"""The longest recipe that is read, in characters."""
+"""The largest number of characters in a recipe."""
 
 Factor = float | str
 """A model's weight, or omega: a number, or one as it was written on the command line."""
@@ -34,7 +34,7 @@ class Named:
 
 
 def named(models: Models) -> list[Named]:
-    """The models in one form."""
+    """The models, however they were given, as a list of ``Named``."""
     if isinstance(models, Mapping):
         return [Named(str(model), factor) for model, factor in models.items()]
     return [Named(str(item[0]), item[1]) if isinstance(item, tuple) else Named(str(item)) for item in models]
@@ -107,7 +107,7 @@ def recipe_in_file(path: str, parameters: Mapping[str, Setting], options: MergeO
     """The recipe in a file, with what may be changed of it: compat, seed, dtypes and variants; nothing else.
 
     Args:
-        parameters: variants. A parameter or a tokenizer belongs into the file.
+        parameters: variants. Parameters and the tokenizer must be written in the file instead.
 
     Raises:
         UserError: where the file cannot be read or is no recipe, or for anything that belongs into it.

@@ -1,4 +1,4 @@
-"""What the loss says about merging: the barrier between two models, and how far apart their predictions are."""
+"""How models relate by their losses: the barrier between two of them, and how far apart their predictions are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distmerge.rules.torch_typed import from_numpy
 
 STEPS = (0.25, 0.5, 0.75)
 TEXT = "files"
-"""The name of the one text that all is measured on."""
+"""The name of the one text on which everything is measured."""
 
 
 def on_data(models: list[str], files: list[str], sequence_length: int, sequences: int) -> OnText:

@@ -50,14 +50,14 @@ def diagnose_models(references: list[str], base: str, options: DiagnoseOptions) 
 
 
 def directory_of(model: Model) -> str:
-    """Where a whole model lies, to be loaded as one."""
+    """The directory from which a whole model can be loaded."""
     if model.factors:
         raise UserError(f"--files needs whole models, {model.reference} is an adapter: merge it with its base first")
     return str(model.directory)
 
 
 def mean_of(base: str, models: list[str]) -> Recipe:
-    """The plain mean of the task vectors: what a diagnosis looks at."""
+    """The plain mean of the task vectors, which is the merge that a diagnosis examines."""
     entries = tuple(Entry(model, {"weight": 1 / len(models)}) for model in models)
     return Recipe(method="task_arithmetic", slices=(Slice(entries),), base=base)
 

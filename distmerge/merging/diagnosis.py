@@ -1,4 +1,4 @@
-"""A diagnosis: what the task vectors say about merging them, before or while they are merged."""
+"""A diagnosis: how the task vectors relate, and what follows for merging them. It is made before or during a merge."""
 
 from __future__ import annotations
 

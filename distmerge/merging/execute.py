@@ -1,4 +1,4 @@
-"""A recipe that is known to be sound, run: jobs, threads, the report, the record."""
+"""Runs a recipe that is known to be sound: its jobs and threads, the report and the record."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def roles(pairing: Pairing) -> tuple[list[str], str, bool]:
 
 
 def settings_of(options: StreamOptions) -> Settings:
-    """Threads and device; torch's own threads are off, since ours share the work."""
+    """The threads and device of a stream. torch's own threads are turned off, since the stream's share the work."""
     check_device(options.device)
     torch.set_num_threads(1)
     return Settings(options.thread_count, options.chunk, options.device)
 
 
 def survey_of(recipe: Recipe, pairings: list[Pairing]) -> ThresholdSurvey | None:
-    """What a global trim must know first."""
+    """The survey that finds a global trim's thresholds before the merge; None if the recipe needs none."""
     form = catalogue.variants(recipe.method, recipe.compat, recipe.variants)
     if catalogue.entry(recipe.method).sparsify != "magnitude" or form["trim"] != "global":
         return None

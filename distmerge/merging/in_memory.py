@@ -86,7 +86,7 @@ def diagnose(base: Tensor, members: list[Tensor], names: list[str]) -> dict[str,
 
 
 CANDIDATES = {"mean": 1.0, "ties": 0.2, "dare_ties": 0.5}
-"""What the rule of correlation can recommend, and the density that it is tried with."""
+"""The methods that the rule of correlation can recommend, and the density with which each is tried."""
 
 LAMBDAS = (0.3, 0.5, 0.7, 1.0)
 

@@ -33,7 +33,7 @@ from distmerge.rules.random_masks import key_of, uniform
 from distmerge.rules.torch_typed import qr, svd, to_list
 
 WHOLE = ("weight", "1")
-"""What a model on the command line has that was given no weight."""
+"""The weight of a model that was given none on the command line."""
 
 Pair = tuple[Tensor, Tensor]
 """B [rows, r] with the scale in it, A [r, columns]; float32."""
@@ -99,7 +99,7 @@ def adapter_of(entry: Entry) -> Adapter:
 
 
 def combine(adapters: list[Adapter], weights: list[float], maps: Maps) -> dict[str, Pair]:
-    """The exact weighted sum: factors side by side. A weight that an adapter does not change counts as 0 there."""
+    """The exact weighted sum, by factors put side by side. Where an adapter does not change a weight, its part is 0."""
     names = dict.fromkeys(name for adapter in adapters for name in adapter.factors)
     found: dict[str, Pair] = {}
     for name in names:
@@ -123,7 +123,7 @@ def whole(source: OnDisk) -> Tensor:
 
 
 def truncated(b: Tensor, a: Tensor, rank: int) -> Pair:
-    """The best approximation of ``B A`` of a rank, from QR of both sides and an SVD of r x r."""
+    """The best approximation of ``B A`` of the given rank, from a QR of both factors and an SVD of an r x r matrix."""
     left, core_left = qr(b.double())
     right, core_right = qr(a.double().T)
     u, s, v = svd(core_left @ core_right.T)
@@ -151,7 +151,7 @@ def similarity(adapters: list[dict[str, Factors]], maps: Maps) -> AdapterSimilar
 
 
 def extract(recipe: Recipe, entries: list[Entry], rank: int, allow_pickle: bool, maps: Maps) -> dict[str, Pair]:
-    """The adapter of the rank that is nearest to ``model - base``, for every matrix in a layer."""
+    """The adapter of the given rank that is nearest to ``model - base``, for every matrix in a layer."""
     if recipe.base is None or len(entries) != 1:
         raise UserError("extract needs a base and one model")
     base, model = (open_any(reference, allow_pickle) for reference in (recipe.base, entries[0].model))

@@ -1,4 +1,4 @@
-"""How much of each skill ``ptm`` adds where the recipe does not say: |D| / |G|, by the tokens of two trainings.
+"""How much of each skill ``ptm`` adds where the recipe does not say: |D| / |G|, the ratio of the tokens of two trainings.
 
 Imports no torch.
 """

@@ -20,7 +20,7 @@ Compat = Literal["paper", "mergekit"]
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How models are read and computed with. Nothing of it but ``device`` changes a byte of what comes out.
+    """How models are read and computed with. None of these options but ``device`` changes a byte of the output.
 
     Attributes:
         threads: threads that share the work; None for as many as the process may use cores.
@@ -46,7 +46,7 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class MergeOptions(StreamOptions):
-    """What may be chosen for a merge beside its models, its method and the method's parameters.
+    """The options of a merge beside its models, its method and the method's parameters.
 
     Attributes:
         compat: whose form of the method is computed; None for the recipe's own choice (mergekit in YAML, else paper).
@@ -73,7 +73,7 @@ class MergeOptions(StreamOptions):
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How much text a loss is measured on.
+    """The amount of text on which a loss is measured.
 
     Attributes:
         sequence_length: tokens of a sequence, at least 2.
@@ -100,7 +100,7 @@ def check_text(sequence_length: int | None, sequences: int | None) -> None:
 
 @dataclass(frozen=True)
 class DiagnoseOptions(StreamOptions):
-    """What may be chosen for a diagnosis.
+    """The options of a diagnosis.
 
     Attributes:
         files: globs of text on which losses, loss barriers and KL divergences are measured; none leaves them out.
@@ -113,6 +113,6 @@ class DiagnoseOptions(StreamOptions):
 
 @dataclass(frozen=True)
 class SweepOptions(MergeOptions):
-    """What may be chosen for a sweep: all that a merge has, and how much text each point is judged on."""
+    """The options of a sweep: those of a merge, and how much text each point is judged on."""
 
     text: TextOptions = field(default_factory=TextOptions)

@@ -1,4 +1,4 @@
-"""A recipe against the models it names: which tensors make which, with which parameters. Imports no torch.
+"""Pairs a recipe with its models: which input tensors make each output tensor, with which parameters. Imports no torch.
 
 Everything that can be known to fail is refused here, before any tensor is read: names, shapes, dtypes, parameters.
 """
@@ -79,7 +79,7 @@ def pair(recipe: Recipe, models: dict[str, Model]) -> list[Pairing]:
 
 
 def check_structure(recipe: Recipe) -> None:
-    """What the method says about its inputs, and whether all parameters are its own; before any model is opened."""
+    """Check, before any model is opened, that the method gets the inputs that it needs and only parameters that it has."""
     form = catalogue.entry(recipe.method)
     if form.by_tokens:
         catalogue.check(recipe.method, "method")
@@ -149,7 +149,7 @@ def depth_of(index: int, count: int) -> float:
 
 
 def stacked_layers(recipe: Recipe, models: dict[str, Model]) -> Iterator[Site]:
-    """Layers put on each other: what stands before them is the first slice's, what stands behind the last one's."""
+    """Stacked layers. Tensors before the layers come from the first slice, tensors behind them from the last."""
     stack, loose = layer_stack(models[recipe.donor])
     named = {entry.model for slice in recipe.slices for entry in slice.entries}
     stacks = {name: layer_stack(models[name])[0] for name in named}
@@ -194,7 +194,7 @@ def one_layer(
 
 
 def joined(recipe: Recipe, form: catalogue.Entry, site: Site, models: dict[str, Model]) -> Pairing:
-    """The pairing of a site, its shapes compared."""
+    """The pairing of a site, after its tensors' shapes have been compared."""
     base, origin = site.slice.base or recipe.base, None
     entries = list(zip(site.slice.entries, site.names, strict=True))
     inputs = {entry.model: take(models[entry.model], name) for entry, name in entries}
@@ -220,7 +220,7 @@ def joined(recipe: Recipe, form: catalogue.Entry, site: Site, models: dict[str, 
 def check_values(
     recipe: Recipe, form: catalogue.Entry, name: str, shared: dict[str, Any], each: tuple[dict[str, Any], ...]
 ) -> None:
-    """What parameters must be together."""
+    """Refuse parameters that are sound alone, but not together."""
     if not form.elect and "weight" in form.parameters:
         total = sum(one["weight"] for one in each)
         if catalogue.divisor(recipe.method, recipe.compat, recipe.variants, shared) == "weights" and abs(total) < 1e-8:
@@ -265,7 +265,7 @@ def same_shapes(inputs: list[Input], rows_differ: bool) -> None:
 def parameters(
     recipe: Recipe, form: catalogue.Entry, site: Site, entries: list[Entry], names: list[str]
 ) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
-    """Every parameter at the site: shared ones, and those of each member."""
+    """All parameters at the site: the shared ones, and those of each member."""
     tables = (site.slice.parameters, recipe.parameters)
     shared = {
         key: value_of(key, form, tables, Place(site.name, site.depth), site.name)
@@ -284,7 +284,7 @@ def parameters(
 
 
 def value_of(key: str, form: catalogue.Entry, tables: tuple[dict[str, Any], ...], place: Place, where: str) -> Any:
-    """The first table that has the key, and a filter that matches, decides."""
+    """The value of a parameter: that of the first table which has the key with a filter that matches."""
     for table in tables:
         if key in table:
             value = resolve(table[key], place)

@@ -1,4 +1,4 @@
-"""Everything of a merge that can be known to fail, done before torch is imported: pairs, configuration, small files."""
+"""Every step of a merge that can fail early, done before torch is imported: pairs, configuration, small files."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class Place(NamedTuple):
 
 
 def resolve(setting: Setting, place: Place) -> Any:
-    """The scalar that a setting means at a place; None if no filter of it matches."""
+    """The scalar that a setting resolves to at a place; None if none of its filters matches."""
     if is_table(setting):
         setting = [setting]
     if not is_list(setting):
@@ -120,7 +120,7 @@ def resolve(setting: Setting, place: Place) -> Any:
 
 
 def gradient(values: list[Any], depth: float) -> Any:
-    """Values evenly spaced over the depth, straight lines between them; words and booleans jump."""
+    """Values spaced evenly over the depth: numbers are interpolated linearly, words and booleans change in steps."""
     if not all(is_number(value) for value in values):
         return values[int(depth * (len(values) - 1))]
     numbers = [float(value) for value in values]
@@ -156,7 +156,7 @@ def check_setting(key: str, setting: Setting, depth: int = 0) -> None:
 
 
 def check_parameters(where: str, parameters: Any) -> dict[str, Setting]:
-    """A table of settings, each of them sound."""
+    """Check every setting of a table, and return the table."""
     if parameters is None:
         return {}
     if not is_table(parameters) or not all(isinstance(key, str) for key in cast(dict[object, Any], parameters)):

@@ -1,4 +1,4 @@
-"""What a merged model says about itself: merge.json, the model card, config.json; and whether it is still what it was.
+"""What a merged model records about itself (merge.json, the model card, config.json), and the check that it is unchanged.
 
 Imports no torch.
 """
@@ -54,7 +54,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
 
 
 def identity(recipe: Recipe, models: dict[str, Model], more: dict[str, Any]) -> str:
-    """A hash of all that the output depends on. Inputs count by path, size and time of change."""
+    """A hash of all that the output depends on. Inputs are identified by path, size and modification time."""
     files = sorted({file for model in models.values() for file in model.files})
     stats = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     text = json.dumps([FORM, describe(recipe), more, stats], sort_keys=True, default=str)
@@ -145,7 +145,7 @@ class VerifiedModel:
 
 
 def verify_merged(path: Path) -> VerifiedModel:
-    """Hash every file of a merged model again.
+    """Hash every file of a merged model and compare it with the record.
 
     Raises:
         UserError: naming the first file that is not what merge.json says.

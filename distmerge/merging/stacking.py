@@ -1,7 +1,8 @@
 """The configuration of a model that is stacked from layers of others, and the proof that it loads.
 
-Configurations say much of layers by their index: which of them slide, which have no rotary embedding, which are experts. Where
-layers move, all of it moves with them; what cannot is found when transformers builds the model, before anything is written.
+A configuration describes layers by their index: which use sliding attention, which have no rotary embedding, which hold
+experts. When layers move, these entries move with them; an entry that cannot is found when transformers builds the model,
+before anything is written.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from distmerge.theta.layers import place_of
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 INDEX_LISTS = ("moe_layers", "mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "hybrid_layer_ids")
-"""Keys whose lists hold the layers' numbers, not a value for each layer."""
+"""Keys whose lists hold numbers of layers, instead of one value per layer."""
 
 PROVED_LAYERS = 128
-"""The proof builds the first so many layers: more than any common model has, and it takes a second."""
+"""How many layers the proof builds at most: more than common models have, and still built in a second."""
 
 
 def restacked(recipe: Recipe, models: dict[str, Model], config: dict[str, Any]) -> dict[str, Any]:

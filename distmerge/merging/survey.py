@@ -16,16 +16,15 @@ from distmerge.rules.threshold import COARSE, LOW_BITS, histogram, locate, patte
 from distmerge.rules.torch_typed import to_list
 
 SAMPLE = 64
-"""A look before the pass takes the first of so many elements of every block."""
+"""The sample that precedes the pass reads the first one in so many elements of every block."""
 
 WINDOW = 3
-"""Bins of the coarse histogram, each 0.8% wide, that the pass counts to the last bit."""
+"""How many bins of the coarse histogram, each 0.8% wide, the pass counts exactly."""
 
 
 class ThresholdSurvey:
-    """A sample says roughly where each threshold lies; one pass over all tensors counts exactly in a window around that place.
-
-    Should one lie outside of its window, two more passes follow: a histogram of everything, then a window that is right.
+    """Finds the thresholds. A sample tells roughly where each lies; one pass over all tensors then counts exactly in a window
+    around that place. If one lies outside its window, two more passes follow: a full histogram, then the right window.
 
     Attributes:
         thresholds: bit patterns, one for each member; filled in when they are known.

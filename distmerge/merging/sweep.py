@@ -1,6 +1,7 @@
-"""A sweep: a parameter over a grid, or a greedy soup, judged by the loss on each named skill. It writes nothing.
+"""A sweep judges merges by the loss on each named skill, along a grid of a parameter or for a greedy soup. It writes nothing.
 
-Greedy soup: https://arxiv.org/abs/2203.05482. From the best model on, each next one is kept if the mean loss does not rise.
+Greedy soup, https://arxiv.org/abs/2203.05482: starting from the best model, each next one is kept if the mean loss does not
+rise.
 """
 
 from __future__ import annotations

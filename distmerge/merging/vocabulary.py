@@ -37,7 +37,7 @@ class Alignment:
             raise UserError(f"tokenizer_source must be base, union or a model of the recipe, got {source}")
         origin = source if source in models else recipe.donor
         chosen, self.base = tokenizers[origin], recipe.donor
-        # Before the chosen one is changed: what a model has a row for is what its own tokenizer says.
+        # This is read before the chosen tokenizer is changed: a model's own tokenizer says which tokens it has a row for.
         own = {name: own_tokens(tokenizers[name], models[name]) for name in models}
         strip(chosen, models[origin], own[origin])
         if source == "union":
@@ -49,7 +49,7 @@ class Alignment:
         self.files = files_of(chosen)
 
     def align(self, models: list[str], sources: list[Source]) -> list[Source]:
-        """The sources of one embedding, each in the output's order of rows."""
+        """The sources of one embedding, each with its rows in the order of the output's tokens."""
         return [Aligned(self, models, sources, index) for index in range(len(sources))]
 
 
@@ -89,7 +89,7 @@ class Aligned:
 
 
 def load(model: Model) -> Any:
-    """The tokenizer beside a model's weights. No code from there is run."""
+    """Load the tokenizer beside a model's weights, without running any code from there."""
     from distmerge.model import load_tokenizer
 
     for name in TOKENIZER_FILES:

@@ -32,7 +32,7 @@ from distmerge.rules.task import (
 
 
 def of_each(target: Target, key: str) -> list[Any]:
-    """One parameter of every member."""
+    """The values of one parameter, in the order of the members."""
     return [one[key] for one in target.each]
 
 
@@ -41,7 +41,7 @@ def mean(target: Target) -> Rule:
 
 
 def radial(target: Target) -> Rule:
-    """An embedding's rows are vectors of their own, seldom trained ones among them: it takes the plain mean."""
+    """The radial mean; but the plain mean for an embedding, whose rows are vectors of their own, many hardly trained."""
     if target.embedding:
         return WeightedMean(of_each(target, "weight"), True, wide(target.dtype))
     return Radial(of_each(target, "weight"), wide(target.dtype))
@@ -66,7 +66,7 @@ def nuslerp(target: Target) -> Rule:
 
 
 def vectors_of(target: Target) -> tuple[int | None, bool]:
-    """What NuSLERP takes as vectors: (None, _) the tensor, (columns, True) its rows, (columns, False) its columns."""
+    """What NuSLERP takes as vectors: (None, _) is the tensor, (columns, True) its rows, (columns, False) its columns."""
     if target.shared["nuslerp_flatten"] or len(target.shape) == 0:
         return None, False
     by_row = not target.shared["nuslerp_row_wise"]
@@ -127,7 +127,7 @@ def rescaling(target: Target) -> str:
 
 
 def sparsifier(target: Target) -> Sparsifier | None:
-    """What thins the task vectors out; None where all is kept."""
+    """The sparsifier of the task vectors; None if everything is kept."""
     kind = target.variants["sparsify"]
     if kind == "none":
         return None

@@ -75,7 +75,7 @@ class Combine:
         return delta, sign
 
     def divisor(self, weight: Tensor, kept: Tensor | None) -> Tensor | float:
-        """What the sum is divided by."""
+        """The number, or ``[n]`` numbers, by which the sum is divided."""
         if kept is None:
             if self.divide == "count":
                 return float(len(weight))
@@ -95,5 +95,5 @@ WIDTH = {torch.int16: 15, torch.int32: 31, torch.int64: 63}
 
 
 def bits(x: Tensor) -> Tensor:
-    """The same memory as integers."""
+    """The bits of the floats in ``x`` as integers, in the same memory."""
     return x.view(INTEGERS[x.dtype])

@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def library(module: str, form_name: str, form: int, functions: Mapping[str, Iterable[Any]]) -> ctypes.CDLL | None:
-    """The compiled functions; None where they were not compiled, or are of another form than the caller's.
+    """The compiled functions; None if they were not compiled, or if their interface has another version than the caller's.
 
-    Other threads run while a function does.
+    The interpreter lock is released while one of them runs.
 
     Args:
         module: its name as an extension module, such as "distmerge.rules._dare".
-        form_name, form: the number that the C code carries, raised whenever its functions change.
+        form_name, form: the name and value of the version number in the C code, raised whenever its functions change.
         functions: the types of each function's arguments; they return nothing.
     """
     found = find_spec(module)
@@ -27,7 +27,7 @@ def library(module: str, form_name: str, form: int, functions: Mapping[str, Iter
     try:
         compiled = ctypes.CDLL(found.origin)
         theirs = c_int.in_dll(compiled, form_name).value
-    except (OSError, ValueError):  # of another machine, or half a file
+    except (OSError, ValueError):  # compiled for another machine, or an incomplete file
         return None
     if theirs != form:
         return None
@@ -38,7 +38,7 @@ def library(module: str, form_name: str, form: int, functions: Mapping[str, Iter
 
 
 def at(tensor: Tensor) -> c_void_p:
-    """Where a contiguous tensor's elements lie."""
+    """The address of a contiguous tensor's elements."""
     assert tensor.is_contiguous()
     return c_void_p(tensor.data_ptr())
 

@@ -21,14 +21,14 @@ from distmerge.rules.task import Settled, TaskVectors
 from distmerge.rules.torch_typed import to_list
 
 FORM = 1
-"""Of dare.c's functions, raised when they change; dare.c has the same."""
+"""The version of the interface to dare.c, raised whenever its functions change. dare.c holds the same number."""
 
 MOST = 1000
-"""Members that its stack has room for."""
+"""The largest number of members for which dare.c reserves room on its stack."""
 
 
 class Dare(TaskVectors):
-    """``TaskVectors`` whose elements are drawn ``AtRandom``."""
+    """``TaskVectors`` with the sparsifier ``AtRandom``, run by compiled code where there is some for the block."""
 
     def measure(self, step: int, block: Block, state: Settled | None) -> Measured:
         fast = self.compiled(block)
@@ -59,7 +59,7 @@ class Dare(TaskVectors):
         return out
 
     def compiled(self, block: Block) -> ctypes.CDLL | None:
-        """The code for such a block, if there is some."""
+        """The compiled code if it handles a block like this one, else None."""
         combine = self.combine
         known = combine.elect in ("none", "after") and combine.on_cancel == "positive" and combine.divide == "none"
         known &= len(block.members) <= MOST
@@ -78,7 +78,7 @@ class Dare(TaskVectors):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled dare.c, if there is one."""
+    """Load the compiled dare.c; None if it was not compiled."""
     many = POINTER(c_void_p)
     norms = (c_int64, c_void_p, c_void_p, c_void_p, c_void_p)
     merge = (c_int64, c_int64, c_void_p, many, many, c_void_p, c_void_p, c_void_p, c_int, c_float, c_void_p)

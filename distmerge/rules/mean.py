@@ -44,7 +44,7 @@ def weighted_sum(members: list[Tensor], weights: Tensor) -> Tensor:
 
 
 def token_weight(tokens: float, steps: int) -> float:
-    """``tokens^2 / steps``: favours members that trained on more tokens, and on larger batches.
+    """``tokens^2 / steps``: this favours members that trained on more tokens, and on larger batches.
 
     Source: Decoupled DiLoCo, https://arxiv.org/abs/2604.21428
     """

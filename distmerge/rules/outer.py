@@ -10,9 +10,10 @@ def outer_step(
 ) -> None:
     """Move ``anchor`` and ``velocity`` in place along the merged ``delta``.
 
-    The pseudo-gradient is ``g = -delta``; no other place knows that sign. With ``buf = momentum * buf + g``, Nesterov's
-    form is ``anchor -= lr * (g + momentum * buf)`` and the plain one ``anchor -= lr * buf``. Here ``velocity = -buf``, which
-    turns each minus into a plus. ``lr = 1`` without momentum adds the delta: parameter averaging, if it is a mean.
+    The pseudo-gradient is ``g = -delta``; its sign is handled here and nowhere else. With ``buf = momentum * buf + g``,
+    Nesterov's form is ``anchor -= lr * (g + momentum * buf)`` and the plain one is ``anchor -= lr * buf``. Here ``velocity``
+    is ``-buf``, which turns each minus into a plus. ``lr = 1`` without momentum adds the delta, which is parameter averaging
+    if the delta is a mean.
 
     Args:
         anchor: ``[n]`` float32, updated.

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from distmerge.errors import UserError
 
 REQUIRED = object()
-"""The default of what must be given."""
+"""Stands for the default of a parameter that must be given."""
 
 Compat = Literal["paper", "mergekit", "workers"]
 
@@ -77,7 +77,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "epsilon_is": ("half", "full"),
     "arithmetic": ("float32", "input"),
 }
-"""In what papers and tools of the same name differ. ``trim`` and ``rescale`` are parameters, too: a number and a boolean."""
+"""The choices in which papers and tools of the same name differ. Two of them, ``trim`` (a number) and ``rescale`` (a boolean),
+are also the names of parameters."""
 
 FORMS: dict[str, dict[str, str]] = {
     "mergekit": {
@@ -93,12 +94,12 @@ FORMS: dict[str, dict[str, str]] = {
         "epsilon_is": "full", "arithmetic": "float32",
     },
 }  # fmt: skip
-"""What is not chosen is as in mergekit, as in the papers, or as suits workers: their weights differ from round to round, and a
-sum of deltas is always divided by them."""
+"""The variants that hold unless the user chooses others: mergekit's, those of the papers, or those for merges across workers,
+whose weights differ from round to round, so that a sum of deltas is always divided by them."""
 
 
 def is_number(value: Any) -> bool:
-    """Numbers, and strings that are numbers: YAML reads 1e-3 as a string."""
+    """Whether a value is a number, or a string that spells one: YAML reads 1e-3 as a string."""
     if isinstance(value, str):
         try:
             float(value)
@@ -114,12 +115,12 @@ def is_variant(key: str, value: Any) -> bool:
 
 
 def half_width(form: dict[str, str], epsilon: float) -> float:
-    """Half the width of DELLA's window of probabilities: mergekit's epsilon; half the paper's."""
+    """Half the width of DELLA's window of probabilities, which is mergekit's epsilon, and half of the paper's."""
     return epsilon / 2 if form["epsilon_is"] == "full" else epsilon
 
 
 def checked(name: str, value: Any, where: str) -> Any:
-    """A parameter's value at one place, as a number or a boolean.
+    """Check the value of a parameter and return it as a number or a boolean.
 
     Raises:
         UserError: when it is neither, or out of bounds.

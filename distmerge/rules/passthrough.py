@@ -1,4 +1,4 @@
-"""Rules that average nothing: one member as it is, or what must be equal in all of them."""
+"""Rules that average nothing: one returns its only member, the other requires all members to be equal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distmerge.rules.protocol import Block, Rule
 
 
 class Same(Rule):
-    """For what cannot be averaged (integers, booleans): all members must be equal, and that is the result."""
+    """The rule of tensors that cannot be averaged, of integers or booleans: all members must be equal, and so is the result."""
 
     needs_base = True  # what it compares with is the base as it is
 
@@ -24,7 +24,7 @@ class Same(Rule):
 
 
 class Scaled(Rule):
-    """One member, times ``scale``: passthrough."""
+    """mergekit's passthrough: the one member, multiplied by ``scale`` if it is given."""
 
     linear = True
     most = 1

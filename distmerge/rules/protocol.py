@@ -19,11 +19,11 @@ from torch.nn.functional import pad
 from distmerge.rules.torch_typed import to_list, vector_norm
 
 BLOCK = 1 << 19
-"""Elements of a block on a CPU. Smaller ones stay in a nearer cache, but threads then wait for the interpreter in turn."""
+"""Elements of a block on a CPU. Smaller blocks stay in a nearer cache, but then threads wait for the interpreter lock."""
 
 
 INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-"""As wide as a float: its bits."""
+"""The integer type that is as wide as each float type, through which a float's bits are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,14 @@ class Block:
 
 
 class Measured(NamedTuple):
-    """What one block gives to a tally. ``added`` is exact in any order (integers); ``kept`` is kept for each block."""
+    """What one block adds to a tally. ``added`` holds integers, exact in any order; ``kept`` is stored block by block."""
 
     added: dict[str, Tensor] = {}  # noqa: RUF012
     kept: dict[str, Tensor] = {}  # noqa: RUF012
 
 
 class Tally:
-    """Measurements of all blocks of a tensor, or of many tensors where they are only added."""
+    """The measurements of all blocks of a tensor, or of many tensors if they are only added up."""
 
     def __init__(self) -> None:
         self.added: dict[str, Tensor] = {}
@@ -66,12 +66,12 @@ class Tally:
             else:
                 self.added[name] = value.clone()
         for name, value in measured.kept.items():
-            # As Python's numbers: small tensors that live on pin the allocator's memory, hundreds of megabytes in all.
+            # Stored as Python numbers: small tensors that stay alive would pin hundreds of megabytes of the allocator's memory.
             self._kept.setdefault(name, {})[index] = to_list(value)
             self._dtypes[name] = value.dtype
 
     def join(self, other: Tally) -> None:
-        """Take in what was measured of other blocks."""
+        """Add the measurements of other blocks."""
         for name, value in other.added.items():
             self.added[name] = self.added[name] + value if name in self.added else value
         for name, parts in other._kept.items():
@@ -79,12 +79,12 @@ class Tally:
         self._dtypes |= other._dtypes
 
     def blocks(self, name: str) -> Tensor:
-        """``[blocks, ...]``: what every block measured, in order."""
+        """``[blocks, ...]``: the measurement of every block, in the order of the blocks."""
         parts = self._kept[name]
         return torch.tensor([parts[index] for index in sorted(parts)], dtype=self._dtypes[name])
 
     def total(self, name: str) -> Tensor:
-        """The sum over the blocks, in float64, in their order."""
+        """The sum over the blocks in float64, added in the order of the blocks."""
         return self.blocks(name).double().sum(0)
 
 
@@ -93,15 +93,15 @@ class Target:
     """One tensor that a rule is built for.
 
     Attributes:
-        name: the tensor's; random masks are keyed on it.
-        shape: the tensor's.
+        name: the tensor's name; random masks are keyed on it.
+        shape: the tensor's shape.
         each: the parameters of every member, such as its weight; M of them.
         shared: the parameters of the merge.
         variants: how the rule differs from the form that "compat" names, see ``distmerge.rules.parameters.VARIANTS``.
-        dtype: of the arithmetic.
-        seed: of random masks. Across workers it changes with every round.
+        dtype: the dtype of the arithmetic.
+        seed: the seed of random masks. Across workers it changes with every round.
         embedding: whether its rows belong to tokens, so that each is a vector of its own.
-        thresholds: of a trim over the whole model, one bit pattern for each member, filled in before the merge.
+        thresholds: the thresholds of a trim over the whole model, one bit pattern per member, filled in before the merge.
     """
 
     name: str
@@ -125,14 +125,14 @@ class Target:
 
 
 class Rule:
-    """A way to merge the members of a block. This one measures nothing; a subclass has at least ``merge``.
+    """A way to merge the members of a block. The base class measures nothing; a subclass implements at least ``merge``.
 
-    A rule says of itself what it needs, and whoever brings the members together reads it there:
+    A rule declares what it needs, and the code that brings the members together reads the declaration:
 
     Attributes:
         passes: how often it passes over all blocks of a tensor before it merges. Without passes it is elementwise, up to
             ``unit``: any part of the members gives that part of the result.
-        unit: elements that no block may divide, such as a row.
+        unit: how many elements must stay together in one block, such as those of a row.
         linear: whether the result is a weighted sum with weights that are known beforehand, as an all-reduce computes it.
         needs_base: whether it computes with the base itself, and not with the members' deltas alone. Where it does not, deltas
             as the members without a base give the merged delta.
@@ -140,7 +140,7 @@ class Rule:
         exact: whether its tallies are exact in any order of the blocks. Where they hold floats, sums over blocks that were
             cut elsewhere differ by rounding, up to 1e-6 of the result.
         parts: ``(each, across)``, where what concerns one member alone (trimming, masking, rescaling) can be done apart, by
-            whoever has the whole member: ``each[m]`` is a rule for member m alone, and ``across`` one for what these give.
+            whoever has the whole member: ``each[m]`` is a rule for member m alone, and ``across`` merges what these rules give.
             None where there is no such part.
     """
 
@@ -158,19 +158,19 @@ class Rule:
 
     @property
     def coefficients(self) -> Tensor:
-        """``[M]``: what the members' deltas are multiplied by before they are added up; of a linear rule."""
+        """``[M]``: the factors by which a linear rule multiplies the members' deltas before it adds them up."""
         raise NotImplementedError
 
     def measure(self, step: int, block: Block, state: Any) -> Measured:
-        """What pass ``step`` needs to know of a block; ``state`` is what the last pass settled."""
+        """Measure one block in pass ``step``; ``state`` is what the previous pass settled."""
         raise NotImplementedError
 
     def settle(self, step: int, tally: Tally, state: Any) -> Any:
-        """The state after pass ``step``."""
+        """Compute the state after pass ``step`` from the measurements of all blocks."""
         raise NotImplementedError
 
     def merge(self, block: Block, state: Any) -> Tensor:
-        """``[n]``, the merged block."""
+        """Return the merged block, ``[n]``."""
         raise NotImplementedError
 
     def hides(self, state: Any) -> bool:
@@ -186,7 +186,7 @@ def spans(numel: int, unit: int, block: int = BLOCK) -> Iterator[tuple[int, int]
 
 
 def cut(rule: Rule, members: list[Tensor], base: Tensor | None = None, block: int = BLOCK) -> list[Block]:
-    """The blocks of tensors in memory, all of one shape, as the rule may have them."""
+    """Cut tensors in memory, all of one shape, into blocks at places that the rule allows."""
     flat = [member.reshape(-1) for member in members]
     origin = base.reshape(-1) if base is not None else None
     return [
@@ -215,7 +215,7 @@ def run(rule: Rule, members: list[Tensor], base: Tensor | None = None, block: in
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """In which a block's elements are summed; the blocks' sums are then added in float64."""
+    """The dtype in which a block's elements are summed; the blocks' sums are then added in float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -245,7 +245,7 @@ def deltas(block: Block, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
 
 
 def onto(base: Tensor | None, merged: Tensor) -> Tensor:
-    """The merged delta ``[n]``, used up, added to the base, if there is one."""
+    """Add the merged delta ``[n]``, whose memory is reused, to the base if there is one."""
     return merged if base is None else merged.add_(base)
 
 
@@ -264,7 +264,7 @@ def summed(rows: Iterable[Tensor], count: int) -> Tensor:
 
 
 LANES = 256
-"""Elements of a row of ``folded``; dare.c has the same."""
+"""Elements of a row in ``folded``. dare.c uses the same number."""
 
 
 def folded(x: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, onto,
 from distmerge.rules.torch_typed import vector_norm
 
 DEGENERATE = 1e-6
-"""A mean direction shorter than this has none: the members cancel out."""
+"""If the mean direction is shorter than this, the members cancel out and there is no direction to follow."""
 
 PIECE = 4096
-"""Elements whose squares are added up in single precision."""
+"""How many elements' squares are added up in single precision before the sum goes on in float64."""
 
 
 class Radial(Rule):
@@ -55,7 +55,7 @@ class Radial(Rule):
         return onto(base, weighted_sum(rows, state.to(self.dtype)))
 
     def rows(self, block: Block) -> tuple[Tensor | None, list[Tensor]]:
-        """The base and the deltas ``[n]``, which are only read."""
+        """The base and the deltas ``[n]``. Callers only read them, so they may be the members themselves."""
         if block.base is None:
             return None, [member.to(self.dtype) for member in block.members]
         base, delta = deltas(block, self.dtype)
@@ -63,7 +63,7 @@ class Radial(Rule):
 
 
 def norm(x: Tensor) -> Tensor:
-    """The norm of ``x [n]``, float64; summed in its own dtype over short pieces only."""
+    """The norm of ``x [n]`` in float64. Only short pieces are summed in the dtype of ``x``."""
     whole = len(x) - len(x) % PIECE
     pieces = [vector_norm(x[:whole].view(-1, PIECE), dim=1), vector_norm(x[whole:]).view(1)]
     return vector_norm(torch.cat(pieces).double())

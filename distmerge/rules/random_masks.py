@@ -1,9 +1,10 @@
-"""Random numbers that are a function of a key and a position: no state, no order.
+"""Random numbers that are a function of a key and a position, so that they need no state and can be drawn in any order.
 
 Their bits come from PCG64DXSM (Melissa O'Neill's, in numpy, whose streams do not change between versions), which can be set to
 any position of its stream. A number has 48 bits. The lower 32 are a hash of the position, the two-round multiply-xorshift of
-Chris Wellons (https://nullprogram.com/blog/2018/07/31/): far dearer, and wanted only where the upper ones equal a bar's. A
-coin, of which all have one chance, takes a bit for each digit of the chance, up to 12; again the hash decides what is left.
+Chris Wellons (https://nullprogram.com/blog/2018/07/31/). The hash costs far more, and is computed only where the upper bits
+equal those of the threshold. Coins that all have the same chance take one bit for each digit of the chance, up to 12; again
+the hash decides the few that are left.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from distmerge.rules.torch_typed import from_numpy
 LOW = 32
 WORD = 1 << LOW
 ONE = 1 << 48
-"""The number of all numbers: a probability in their unit."""
+"""How many different numbers there are: the probability 1, counted in numbers."""
 
 DIGITS = 12
-"""Binary digits of a coin's number that are drawn: one coin in 4,096 then wants the lower 32."""
+"""How many binary digits of a coin's number are drawn. One coin in 4,096 is still undecided then and needs the lower 32."""
 
 
 def key_of(*parts: object) -> int:
-    """64 bits of whatever names a stream of numbers, such as a seed, a tensor and an expert."""
+    """A 64-bit hash of whatever names a stream of numbers, such as a seed, a tensor and an expert."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")
 
 
@@ -63,12 +64,12 @@ def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def bar(probability: Tensor) -> Tensor:
-    """int64: the numbers below it are the probability's share of all."""
+    """The int64 threshold for which the share of numbers below it is the probability."""
     return (probability.double() * ONE).ceil().to(torch.int64)
 
 
 def below(key: int, start: int, bars: Tensor) -> Tensor:
-    """``[n]`` bool: which numbers from ``start`` on lie below their own of ``bars [n]``, int64 in [0, ONE]."""
+    """``[n]`` bool: which of the numbers from ``start`` on lie below their own threshold in ``bars [n]``, int64 in [0, ONE]."""
     own = bars.cpu().numpy()
     drawn, high = upper(key, start, len(own)), (own >> LOW).astype(np.int32)
     found = drawn < high

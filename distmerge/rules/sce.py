@@ -1,4 +1,4 @@
-"""SCE: task vectors are selected by variance, weighed by energy, and elements of the minority's sign are erased."""
+"""SCE selects elements by variance, weighs task vectors by energy, and erases elements of the minority's sign."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ TINY = 1e-6
 
 
 class SceState(NamedTuple):
-    """Attributes: the cut through the variances; how many equal it before each block; the members' coefficients ``[M, 1]``."""
+    """What the passes found.
+
+    Attributes:
+        cut: the threshold among the variances.
+        last: how many elements are selected.
+        before: how many elements before each block equal the threshold, ``[blocks]``.
+        coefficients: the members' weights, ``[M, 1]``.
+    """
 
     cut: Cut | None = None
     last: int = 0
@@ -71,7 +78,7 @@ class Sce(Rule):
         return (state or SceState())._replace(coefficients=share.unsqueeze(1))
 
     def variances(self, delta: Tensor) -> Tensor:
-        """``[n]``: patterns of the variance between the members."""
+        """``[n]``: the bit patterns of each element's variance between the members."""
         return patterns(delta.var(0, unbiased=False).to(wide(self.dtype)), self.dtype)
 
     def kept(self, delta: Tensor, index: int, state: SceState | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""How alike task vectors are: sums over blocks from which cosines, norms and sign conflicts follow.
+"""How alike task vectors are, in sums over blocks from which cosines, norms and sign conflicts follow.
 
 Correlation is measured on task vectors, never on weights: a shared base makes any two models look alike.
 """
@@ -29,7 +29,7 @@ def measure(delta: Tensor) -> Measured:
 
 
 def settle(tally: Tally) -> dict[str, Any]:
-    """The sums of a tensor, as JSON; those of several tensors add."""
+    """The sums of a whole tensor, as JSON. The sums of several tensors may be added up."""
     return {name: to_list(value) for name, value in tally.added.items()} | {
         name: to_list(tally.total(name)) for name in ("gram", "mass", "l1")
     }

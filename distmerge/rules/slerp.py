@@ -1,7 +1,7 @@
 """Spherical interpolation between two members, of whole tensors or of their rows or columns.
 
-SLERP: Shoemake 1985, https://dl.acm.org/doi/10.1145/325334.325242. NuSLERP is mergekit's name for the one with weights, a base
-and a choice of what is a vector.
+SLERP: Shoemake 1985, https://dl.acm.org/doi/10.1145/325334.325242. NuSLERP is mergekit's name for the variant that takes
+weights and a base, and lets users choose whether tensors, rows or columns count as vectors.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Slerp(Rule):
 
 
 def interpolation(t: float, cosine: Tensor) -> tuple[Tensor, Tensor]:
-    """The two coefficients."""
+    """The factors of the two vectors at ``t`` between them, given the cosine of their angle."""
     cosine = cosine.clamp(-1, 1)
     if abs(cosine) > NEARLY_PARALLEL:
         return cosine.new_tensor(1 - t), cosine.new_tensor(t)
@@ -81,11 +81,11 @@ class Nuslerp(Rule):
 
     @property
     def dim(self) -> int:
-        """Along which the vectors lie in ``vectors``."""
+        """The dimension along which the vectors lie in what ``vectors`` returns."""
         return -1 if self.columns is None or self.by_row else 0
 
     def norms(self, a: Tensor, b: Tensor) -> Tensor:
-        """``[2, ...]``: of this block's part of each vector."""
+        """``[2, ...]``: the norms of this block's part of each vector."""
         return torch.stack([vector_norm(x, dim=self.dim, keepdim=True, dtype=wide(self.dtype)) for x in (a, b)])
 
     def dots(self, a: Tensor, b: Tensor, norms: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which elements of a task vector survive: the largest, the middle, a random draw, a draw that favours the large.
+"""Which elements of a task vector survive: the largest, those in the middle, a random draw, or a draw that favours large ones.
 
 A sparsifier works on ``delta [M, n]``, one block of every member, each member with its own density, and sets what does not
 survive to 0.
@@ -45,7 +45,7 @@ NONE = Keep((1 << 31) - 1, 0, ENDLESS, 1 << 31, 0)
 
 
 class Trim(NamedTuple):
-    """What is known of a tensor's threshold.
+    """What the passes have found out about a tensor's thresholds so far.
 
     Attributes:
         cuts: each member's places in the order of magnitudes.
@@ -167,7 +167,7 @@ class ByMagnitude:
         return Trim(cuts, self.keeps(cuts, numel) if step == self.levels - 1 else [], None)
 
     def keeps(self, cuts: list[list[Cut]], numel: int) -> list[Keep]:
-        """The interval of each member."""
+        """The interval of magnitudes that each member keeps."""
         found: list[Keep] = []
         for m, ks in enumerate(self.ranks(numel)):
             if not ks:
@@ -202,7 +202,7 @@ def count(bits: Tensor, value: int) -> int:
 
 
 class AtRandom:
-    """Each element with probability ``density``, drawn by position: DARE.
+    """DARE: each element is kept with probability ``density``, by a random number that depends on its position alone.
 
     Source: https://arxiv.org/abs/2311.03099
     """
@@ -236,7 +236,7 @@ def keep_bits(row: Tensor, mask: Tensor) -> None:
 
 
 class Magprune:
-    """Each element with a probability that grows with the rank of its magnitude in its row, around ``density``: DELLA.
+    """DELLA: each element is kept with a probability around ``density`` that grows with its magnitude's rank in its row.
 
     The probability goes linearly from ``density - half`` (the smallest) to ``density + half``; mergekit's epsilon is the half
     width, the paper's the whole. Blocks hold whole rows of ``columns``. It depends on the rank alone, and is computed once

@@ -1,4 +1,4 @@
-"""Model Stock: the members' mean, drawn back to the base by the angles between their task vectors."""
+"""Model Stock: the members' mean is drawn back to the base, the further the larger the angles between task vectors are."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ModelStock(Rule):
     """``t mean + (1 - t) base``, ``t = N cos / (1 + (N - 1) cos)``, cos the mean cosine between pairs of task vectors.
 
     Args:
-        columns: None for one cosine a tensor; the length of a row for one a row.
-        sums: in which a block's products are summed; float64 where blocks are cut in other places now and then.
+        columns: the length of a row for one cosine per row; None for one cosine per tensor.
+        sums: the dtype in which a block's products are summed; float64 where blocks may be cut at other places.
         floor: products of norms count as at least this (mergekit: 1e-6, which damps very small task vectors).
 
     Source: https://arxiv.org/abs/2403.19522. Where the denominator vanishes there is no estimate, and the base stays.

@@ -28,7 +28,7 @@ class Settled(NamedTuple):
 
     Attributes:
         trim: its thresholds.
-        factors: each member's, of the rescaling.
+        factors: the factor by which each member is rescaled.
         finite: whether all elements are known to be finite.
     """
 
@@ -38,7 +38,7 @@ class Settled(NamedTuple):
 
 
 class TaskVectors(Rule):
-    """The rule of the whole family.
+    """The rule that the whole family shares.
 
     Args:
         weights: one for each member.
@@ -120,7 +120,7 @@ class TaskVectors(Rule):
 
 
 def rescaling_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float16 is drawn and rescaled in float32: its sums would overflow."""
+    """The dtype for drawing and rescaling: float32 instead of float16, whose sums would overflow."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -157,7 +157,7 @@ class TaskArithmetic(Rule):
 
 
 def whole_vectors(weights: list[float], combine: Combine, dtype: torch.dtype, numel: int) -> Rule:
-    """The rule of task vectors that are not thinned: elementwise."""
+    """The rule for task vectors that are not thinned, which is elementwise."""
     if combine.elect == "none":
         return TaskArithmetic(weights, combine, dtype)
     return TaskVectors(weights, combine, None, "none", dtype, numel)

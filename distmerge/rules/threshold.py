@@ -35,7 +35,7 @@ def signed_patterns(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def value_of(pattern: int, dtype: torch.dtype) -> float:
-    """The number that has a pattern; -1 is the pattern below 0's."""
+    """The number that has a pattern. The pattern -1, one below that of 0, stands for the number -1."""
     if pattern < 0:
         return -1.0
     if dtype in HALVES:
@@ -44,7 +44,7 @@ def value_of(pattern: int, dtype: torch.dtype) -> float:
 
 
 def levels(dtype: torch.dtype) -> int:
-    """Histograms that are needed to find a threshold exactly."""
+    """How many histograms are needed to find a threshold exactly."""
     return 1 if dtype in HALVES else 2
 
 

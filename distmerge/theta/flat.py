@@ -125,14 +125,14 @@ class FlatParameters:
 
     @cached_property
     def stored_dtypes(self) -> tuple[torch.dtype, ...]:
-        """In what the model keeps each slot of the layout between merges; () where all is float32."""
+        """The dtype in which the model stores each slot of the layout between merges; () if all are float32."""
         dtypes = () if self._views or self.has_masters else tuple(parameter.dtype for parameter in self._parameters)
         return () if set(dtypes) <= {torch.float32} else dtypes
 
     @contextlib.contextmanager
     def borrowed(self) -> Generator[Tensor, None, None]:
-        """A stretch in which the vector may hold other values; push() brings them to the model. Afterwards every bit of the
-        parameters is as it was."""
+        """A context in which the vector may hold other values, which push() writes to the model. At its end every bit of the
+        parameters is restored."""
         self.pull()
         own = self.vector.clone()
         try:
@@ -147,7 +147,7 @@ class FlatParameters:
             cast(Any, dist).all_reduce(scalars, group=self.inside)  # its stub leaves out the types
 
     def parts(self) -> list[Part]:
-        """What lies where in this rank's vector, in the layout's order."""
+        """The parts of parameters that this rank's vector holds, and where, in the layout's order."""
         found: list[Part] = []
         for slot in self.layout:
             low, high = max(slot.offset, self.start), min(slot.stop, self.start + self.vector.numel())
@@ -218,7 +218,7 @@ class FlatParameters:
 def check_identity(model: nn.Module, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
     """Refuse a model whose trainable parameters are not the very objects that were laid out under these names.
 
-    Whatever was put in their place is merged by nobody, and the workers would stay apart without a word.
+    Otherwise the parameters that replaced them would never be merged, and the workers would drift apart silently.
     """
     present = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if len(present) == len(parameters) and all(map(operator.is_, present, parameters)):
@@ -243,7 +243,7 @@ def check_identity(model: nn.Module, names: Sequence[str], parameters: Sequence[
 
 
 def check_dtype(name: str, parameter: Tensor) -> None:
-    """Merges compute in float32: wider parameters would lose their low bits in silence."""
+    """Refuse dtypes wider than float32, in which merges compute: such parameters would silently lose their low bits."""
     if not parameter.is_floating_point():
         raise UserError(f"parameter {name} must be floating point, got {parameter.dtype}")
     if parameter.dtype == torch.float64:

@@ -49,13 +49,13 @@ def place_of(name: str) -> Place | None:
 
 
 def in_block(name: str, index: int | str) -> str:
-    """The name of the same parameter in another block of its list; with ``*``, what all blocks call it."""
+    """The name of the same parameter in another block of its list; with ``*``, the name that all blocks share."""
     match = NUMBER.search(name)
     return name if match is None else f"{name[: match.start(1)]}{index}{name[match.end(1) :]}"
 
 
 def role_of(name: str) -> Role:
-    """What a parameter does, where its name tells."""
+    """The role of a parameter, as far as its name tells."""
     if HEAD.search(name):
         return "head"
     if EMBEDDING.search(name):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from distmerge.rules import catalogue
 from distmerge.rules.combine import Combine
 from distmerge.rules.mean import WeightedMean
 from distmerge.rules.passthrough import Scaled
-from distmerge.rules.protocol import run
+from distmerge.rules.protocol import Target, run
 from distmerge.rules.random_masks import bar, below, chance, key_of, uniform, upper
 from distmerge.rules.sce import Sce
 from distmerge.rules.slerp import Nuslerp, Slerp
@@ -163,3 +164,18 @@ def test_two_opposed_members_elect_by_the_rule_for_cancellation():
         combine = Combine("before", on_cancel, "count")
         merged = run(TaskVectors([1.0, 1.0], combine, None, "none", torch.float32, 4), [one, -one], base)
         assert merged.tolist() == expected
+
+
+@pytest.mark.parametrize("name", [name for name in catalogue.names() if catalogue.entry(name).from_vectors])
+def test_a_rule_from_vectors_gives_the_base_plus_the_merge_of_the_vectors(name: str) -> None:
+    """What a sweep relies on where it keeps task vectors: numbers are of few bits, so that the sums are exact."""
+    generator = torch.Generator().manual_seed(0)
+    members = 1 if catalogue.entry(name).most == 1 else 3
+    base = torch.randint(-64, 64, (8, 32), generator=generator).float()
+    vectors = [torch.randint(-64, 64, (8, 32), generator=generator).float() for _ in range(members)]
+    each = tuple({"weight": 1.0, "density": 0.5, "omega": 0.5} for _ in vectors)
+    target = Target("x", (8, 32), each, {"lambda": 0.5, "rescale": False}, {"compat": "mergekit", "arithmetic": "float32"})
+    whole = run(catalogue.build(name, target), [base + vector for vector in vectors], base)
+    alone = run(catalogue.build(name, target), vectors, torch.zeros_like(base))
+    assert torch.allclose(whole, base + alone, atol=1e-5)
+    assert not torch.equal(whole, base)
