@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from ctypes import c_float, c_int, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,5 +126,10 @@ def library() -> ctypes.CDLL | None:
     """The compiled codec.c, if there is one."""
     encode = (c_int64, c_void_p, c_void_p, c_void_p, c_void_p)
     decode = (c_int64, c_void_p, c_void_p, c_int, c_float, c_void_p)
-    functions = {"codec_encode_8": encode, "codec_encode_4": encode, "codec_decode_8": decode, "codec_decode_4": decode}
+    functions: dict[str, Iterable[Any]] = {
+        "codec_encode_8": encode,
+        "codec_encode_4": encode,
+        "codec_decode_8": decode,
+        "codec_decode_4": decode,
+    }
     return compiled.library("distmerge.workers._codec", "codec_form", FORM, functions)

@@ -16,6 +16,7 @@ from torch import Tensor
 from distmerge.rules.mean import WeightedMean
 from distmerge.rules.protocol import Block
 from distmerge.workers.codec import Row, pieces
+from distmerge.workers.collectives import floats
 from distmerge.workers.group import WorkerGroup
 from distmerge.workers.pending import WEIGHT_BYTES, wait, weigh
 from distmerge.workers.scratch import Scratch
@@ -115,7 +116,8 @@ class Exchange:
         """What each worker gets of this one's values."""
         if self.wire.name == "fp32":
             return [self._slice(peer) for peer in range(self.workers.size)]
-        rows, at = [], 0
+        rows: list[Tensor] = []
+        at = 0
         for peer, numel in enumerate(self.shares.rows):
             row = self.scratch.take(self.wire.size_bytes(numel), torch.uint8)
             kept = self.residual[0][at : at + numel] if self.residual and self._counts else None
@@ -147,7 +149,7 @@ class Exchange:
         if self.reduce is not None:
             self.reduce(rows, self._weights, out)
             return
-        write_mean(rows, self._weights.tolist(), out)
+        write_mean(rows, floats(self._weights), out)
         if self.then is not None:
             self.then(out)
 
@@ -155,7 +157,7 @@ class Exchange:
         """The same of rows in the wire's format; a mean never holds them all as floats."""
         rows = [Row(self.wire, row, len(out)) for row in self._encoded()]
         if self.reduce is None:
-            for row, weight in zip(rows, self._weights.tolist(), strict=True):
+            for row, weight in zip(rows, floats(self._weights), strict=True):
                 row.add_to(out, weight)
             out.div_(self._weights.sum())
             if self.then is not None:

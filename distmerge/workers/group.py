@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from distmerge.errors import UserError
 from distmerge.theta.buffers import Policy
 from distmerge.theta.flat import FlatParameters, fingerprint
+from distmerge.workers.collectives import all_gather, all_reduce, begin_all_reduce, floats
 from distmerge.workers.ledger import Ledger
 
 
@@ -27,20 +26,22 @@ class WorkerGroup:
     def __init__(self, group: dist.ProcessGroup | None = None):
         if not dist.is_available() or not dist.is_initialized():
             raise UserError("merging needs process groups: call torch.distributed.init_process_group() first")
-        self.group: Any = group or dist.group.WORLD
+        world = group or dist.group.WORLD
+        assert world is not None, "there is a default group once process groups are initialised"
+        self.group: dist.ProcessGroup = world
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.ledger = Ledger(self.size)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over the peers, in place; every peer ends with the same bits."""
         self.ledger.all_reduce(x.numel() * x.element_size())
-        dist.all_reduce(x, group=self.group)
+        all_reduce(x, self.group)
         return x
 
     def begin_total(self, x: Tensor) -> dist.Work | None:
         """Begin :meth:`total`; ``x`` is the sum once the work is waited for."""
         self.ledger.all_reduce(x.numel() * x.element_size())
-        return dist.all_reduce(x, group=self.group, async_op=True)
+        return begin_all_reduce(x, self.group)
 
     def start_equal(self, flat: FlatParameters) -> None:
         """Give every peer the first one's parameters, frozen ones too, and buffers, and prove it.
@@ -64,9 +65,9 @@ class WorkerGroup:
             return []
         low = torch.stack([fingerprint(tensor) for tensor in tensors])
         high = low.clone()
-        dist.all_reduce(low, dist.ReduceOp.MIN, group=self.group)
-        dist.all_reduce(high, dist.ReduceOp.MAX, group=self.group)
-        return [tensor for tensor, differs in zip(tensors, (low != high).tolist(), strict=True) if differs]
+        all_reduce(low, self.group, dist.ReduceOp.MIN)
+        all_reduce(high, self.group, dist.ReduceOp.MAX)
+        return [tensor for tensor, differs in zip(tensors, floats(low != high), strict=True) if differs]
 
     def merge_buffers(self, flat: FlatParameters, policies: dict[str, Policy], full: bool, counts: bool = True) -> None:
         """Merge the model's buffers by policy; the constant ones are compared only in a ``full`` merge.
@@ -95,9 +96,9 @@ class WorkerGroup:
         self.total(packed)
         packed = packed[:-1] / packed[-1]
         if flat.inside is not None:
-            dist.all_reduce(packed, group=flat.inside)
+            all_reduce(packed, flat.inside)
             packed /= dist.get_world_size(flat.inside)
-        for buffer, part in zip(buffers, packed.split([buffer.numel() for buffer in buffers]), strict=True):
+        for buffer, part in zip(buffers, packed.split_with_sizes([buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(part.view(buffer.shape))
 
     def _take_first(self, buffers: list[Tensor], flat: FlatParameters, counts: bool) -> None:
@@ -105,20 +106,20 @@ class WorkerGroup:
         packed = torch.cat([buffer.detach().contiguous().view(-1).view(torch.uint8) for buffer in buffers])
         first = torch.tensor([self.rank if counts else self.size], device=packed.device)
         self.ledger.all_reduce(first.element_size())
-        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self.group)
+        all_reduce(first, self.group, dist.ReduceOp.MIN)
         self.ledger.gather(packed.numel())
         dist.broadcast(packed, dist.get_global_rank(self.group, int(first.item())), group=self.group)
         if flat.inside is not None:
             dist.broadcast(packed, dist.get_global_rank(flat.inside, 0), group=flat.inside)
         sizes = [buffer.numel() * buffer.element_size() for buffer in buffers]
-        for buffer, part in zip(buffers, packed.split(sizes), strict=True):
+        for buffer, part in zip(buffers, packed.split_with_sizes(sizes), strict=True):
             buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
 
     def _compare(self, what: str, value: Tensor) -> None:
         """Raise, on every peer, if ``value`` is not the same on all."""
         value = value.reshape(-1)
         theirs = [torch.empty_like(value) for _ in range(self.size)]
-        dist.all_gather(theirs, value, group=self.group)
+        all_gather(theirs, value, self.group)
         for peer, other in enumerate(theirs):
             if not torch.equal(other, theirs[0]):
                 raise UserError(f"all workers must agree on {what}: worker {peer} differs from worker 0")

@@ -10,7 +10,7 @@ import pickle
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,11 @@ from torch import Tensor
 
 from distmerge.errors import UserError
 from distmerge.rules.protocol import Block, Rule, Tally, run
+from distmerge.workers.collectives import all_gather_object
 from distmerge.workers.ledger import Ledger
 from distmerge.workers.shares import CUT, Piece
+
+T = TypeVar("T")
 
 Rows = Callable[[int, int], list[Tensor]]
 """``rows(start, stop)``: the members' elements of a stretch, counted from where the first piece begins."""
@@ -31,7 +34,7 @@ class Place(NamedTuple):
     start: int
     stop: int
     offset: int
-    index: int
+    number: int
 
 
 class Holding:
@@ -57,7 +60,7 @@ class Holding:
         pieces: Sequence[Piece],
         shapes: dict[str, int],
         unit: Callable[[str], int],
-        groups: list[Any],
+        groups: Sequence[dist.ProcessGroup],
         ledger: Ledger | None = None,
     ):
         self.shapes = shapes
@@ -98,8 +101,8 @@ class Holding:
                 if piece.name not in tallies:
                     continue
                 for place in self.places(piece):
-                    block = Block(rows(place.start - self.start, place.stop - self.start), None, place.offset, place.index)
-                    tallies[piece.name].add(place.index, rules[piece.name].measure(step, block, states[piece.name]))
+                    block = Block(rows(place.start - self.start, place.stop - self.start), None, place.offset, place.number)
+                    tallies[piece.name].add(place.number, rules[piece.name].measure(step, block, states[piece.name]))
             self._join([name for name in self.shared if name in tallies], tallies)
             for name in tallies.keys() & here:
                 states[name] = rules[name].settle(step, tallies[name], states[name])
@@ -116,7 +119,7 @@ class Holding:
             if piece.name in self.torn:
                 continue
             for place in self.places(piece):
-                block = Block(rows(place.start - self.start, place.stop - self.start), None, place.offset, place.index)
+                block = Block(rows(place.start - self.start, place.stop - self.start), None, place.offset, place.number)
                 out[place.start - self.start : place.stop - self.start] = rules[piece.name].merge(block, states[piece.name])
 
     def _whole(self, rows: Rows) -> Iterator[tuple[Piece, list[Tensor]]]:
@@ -148,14 +151,12 @@ class Holding:
             for name, tally in theirs.items():
                 tallies[name].join(tally)
 
-    def _gathered(self, own: Any, counted: bool = True) -> list[Any]:
+    def _gathered(self, own: T, counted: bool = True) -> list[T]:
         """What every holder has to say, in the order of their ranks; ``counted`` where it is part of a merge."""
         said = [own]
         for index, group in enumerate(self.groups):
             size = dist.get_world_size(group)
             if index == 0 and counted and self.ledger is not None:
                 self.ledger.exchange(len(pickle.dumps(said)) * (size - 1))
-            answers: list[Any] = [None] * size
-            dist.all_gather_object(answers, said, group=group)
-            said = [one for answer in answers for one in answer]
+            said = [one for answer in all_gather_object(said, group) for one in answer]
         return said

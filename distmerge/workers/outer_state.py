@@ -36,7 +36,7 @@ class OuterState:
         device: torch.device | str | None = None,
         written: Callable[[Tensor, slice], Tensor] | None = None,
     ):
-        self.written = written or (lambda anchor, part: anchor)
+        self.written = written or unrounded
         self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
         self.device = start.device
         pinned = self.device.type == "cuda" and str(device) == "cpu"
@@ -97,6 +97,11 @@ def written_of(flat: FlatParameters, sharded: bool) -> Callable[[Tensor, slice],
     return flat.written if len(set(flat.stored_dtypes)) == 1 else None
 
 
+def unrounded(anchor: Tensor, part: slice) -> Tensor:
+    """A part of the anchor as it is, for a model that takes it in float32."""
+    return anchor
+
+
 def share_slices(buckets: Sequence[Bucket], peers: int) -> list[slice]:
     """Where a peer's share of each bucket lies in its sharded anchor."""
     bounds = itertools.accumulate((share_numel(bucket.numel, peers) for bucket in buckets), initial=0)
@@ -105,7 +110,7 @@ def share_slices(buckets: Sequence[Bucket], peers: int) -> list[slice]:
 
 def own_shares(vector: Tensor, buckets: Sequence[Bucket], workers: WorkerGroup) -> Tensor:
     """This peer's share of each bucket, end to end: what it keeps of a sharded anchor."""
-    shares = []
+    shares: list[Tensor] = []
     for bucket in buckets:
         share = share_numel(bucket.numel, workers.size)
         values = vector.new_zeros(workers.size * share)

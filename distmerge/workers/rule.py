@@ -10,19 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from distmerge.config import mergers
+from distmerge.config.rules import Value
 from distmerge.finite import finite
 from distmerge.rules import catalogue
 from distmerge.rules.protocol import Rule, Target
 from distmerge.theta.flat import FlatParameters, Slot
 from distmerge.theta.layers import has_rows_of_their_own
 from distmerge.workers.codec import pieces as cached_pieces
+from distmerge.workers.collectives import all_reduce, floats
 from distmerge.workers.divergence import Divergence
 from distmerge.workers.exchange import Reduce, write_mean
 from distmerge.workers.fragments import Bucket
@@ -43,7 +43,7 @@ class Choice:
     """
 
     name: str
-    parameters: dict[str, Any]
+    parameters: dict[str, Value]
     above: float | None = None
     raises: bool = True
 
@@ -79,7 +79,7 @@ class WorkerRule:
         owned = [part for piece in pieces if (part := piece.within(start, stop))]
         groups = [self.workers.group, *self.inside]
         self._own[bucket.index] = Holding(pieces, whole, self._each_units.__getitem__, self.inside)
-        unit_of = (lambda name: 1) if self.elementwise else self._units.__getitem__
+        unit_of = one_element if self.elementwise else self._units.__getitem__
         self._owned[bucket.index] = Holding(owned, whole, unit_of, groups, self.workers.ledger)
         return shares
 
@@ -101,7 +101,7 @@ class WorkerRule:
         """What this worker does to its share of a bucket."""
 
         def reduce(rows: list[Tensor], weights: Tensor, out: Tensor) -> None:
-            given = weights.tolist()
+            given = floats(weights)
             if any(math.isnan(weight) for weight in given):  # all workers will refuse it
                 return
             alive = [member for member, weight in enumerate(given) if weight > 0]
@@ -155,7 +155,7 @@ class WorkerRule:
             return self.choice.name, None
         sums = torch.stack([own, merged])
         for group in (self.workers.group, *self.inside):
-            dist.all_reduce(sums, group=group)
+            all_reduce(sums, group)
         self.workers.ledger.all_reduce(sums.numel() * sums.element_size())
         own, merged = sums
         correlation = (members * merged / own - 1) / (members - 1) if own > 0 else own
@@ -174,6 +174,11 @@ def choice_of(settings: mergers.DiLoCoSettings) -> Choice | None:
     name, key = settings.named_rule
     above = settings.auto_above if key == "auto_rule" else None
     return Choice(name, settings.parameters, above, raises=settings.nonfinite == "raise")
+
+
+def one_element(name: str) -> int:
+    """The unit of every tensor where the rule works element by element."""
+    return 1
 
 
 def pieces_of(flat: FlatParameters, bucket: Bucket) -> Iterator[Piece]:

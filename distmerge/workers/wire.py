@@ -41,7 +41,7 @@ class Wire:
         if self.name in ("fp32", "bf16"):
             dtype = torch.float32 if self.name == "fp32" else torch.bfloat16
             return values.to(dtype).contiguous().view(torch.uint8)
-        blocks = values.unflatten(-1, (-1, BLOCK))
+        blocks = in_blocks(values)
         scale = blocks.abs().amax(-1, keepdim=True) / self.levels
         # Beyond the levels only where the scale is so small a number that it has few bits.
         whole = (blocks / torch.where(scale > 0, scale, 1)).round_().clamp_(-self.levels, self.levels)
@@ -62,7 +62,12 @@ class Wire:
             whole = torch.stack([body & 15, body >> 4], dim=-1).flatten(-2).view(torch.int8) - 8
         else:
             whole = body.contiguous().view(torch.int8)
-        return (whole.unflatten(-1, (-1, BLOCK)).float() * scales.unsqueeze(-1)).flatten(-2)
+        return (in_blocks(whole).float() * scales.unsqueeze(-1)).flatten(-2)
+
+
+def in_blocks(values: Tensor) -> Tensor:
+    """``[..., n]`` as ``[..., n / 64, 64]``, in the same memory."""
+    return values.view(*values.shape[:-1], values.shape[-1] // BLOCK, BLOCK)
 
 
 WIRES: dict[str, Wire] = {
