@@ -1,8 +1,8 @@
-"""A rule of the catalogue over the workers' deltas.
+"""A rule of the catalogue applied to the workers' deltas.
 
-What concerns one member alone, such as trimming, is done by its sender, who has the whole of it. What crosses members runs at
-the owners of an exchange's shares, on ``[M, n / M]``, as it runs on disk. The members are the workers that count: one of
-weight 0 is left out, and where too few are left for the rule the mean is taken.
+The part of a rule that concerns one member alone, such as trimming, is done by the sender, which has the member's whole delta.
+The part across members runs at the owners of an exchange's shares, on ``[M, n / M]``, as it runs on disk. The members are the
+workers that count: one of weight 0 is left out, and if too few remain for the rule, the mean is taken.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from distmerge.workers.shares import Piece, Shares, aligned_shares, equal_shares
 
 @dataclass(frozen=True)
 class Choice:
-    """Which rule the workers' deltas are merged by.
+    """The rule by which the workers' deltas are merged.
 
     Attributes:
-        name: in the catalogue.
-        parameters: its own, such as a density.
-        above: with a number, the rule is taken where the deltas' correlation is at most that, and the mean above (``auto``).
+        name: the rule's name in the catalogue.
+        parameters: its own parameters, such as a density.
+        above: if given (``auto``), the rule is used while the deltas' correlation is at most this, and the mean above it.
         raises: whether a worker that is not finite makes the merge fail on all workers.
     """
 
@@ -49,8 +49,8 @@ class Choice:
 
 
 class WorkerRule:
-    """The rule, on the buckets of this rank's vector. One bucket holds all of a fragment, and so all of each of its tensors
-    that lies here. Made by all workers together."""
+    """A rule for the buckets of this rank's vector. One bucket holds a whole fragment, and so everything that this rank has of
+    its tensors. All workers create it at the same time, since that takes collectives."""
 
     def __init__(self, choice: Choice, flat: FlatParameters, workers: WorkerGroup):
         self.choice, self.flat, self.workers = choice, flat, workers
@@ -67,7 +67,7 @@ class WorkerRule:
         self._each_units = {name: rule.unit for name, rule in whole.items()}
 
     def shares(self, bucket: Bucket) -> Shares:
-        """How a bucket is dealt out to the owners. Called once for each bucket, by all workers together."""
+        """How a bucket is divided among the owners. All workers call it once for each bucket, in the same order."""
         pieces = list(pieces_of(self.flat, bucket))
         numel = bucket.numel
         whole = {name: math.prod(slot.shape) for name, slot in self.slots.items()}
@@ -84,8 +84,8 @@ class WorkerRule:
         return shares
 
     def prepare(self, bucket: Bucket, message: Tensor, weight: float, round: int) -> float:
-        """Do the sender's part to this worker's deltas, in place; the weight to be sent. Where this worker must not be merged,
-        that is NaN, and so is every result: all workers refuse it."""
+        """Apply the sender's part to this worker's deltas in place, and return the weight to send. If this worker must not be
+        merged, the weight is NaN, and so is every result: all workers refuse it."""
         values = message[:-1]
         if weight > 0 and self.choice.raises and not finite(values):
             values.zero_()
@@ -98,7 +98,7 @@ class WorkerRule:
         return weight
 
     def at_owner(self, bucket: Bucket, divergence: Divergence, round: int) -> Reduce:
-        """What this worker does to its share of a bucket."""
+        """The function by which this worker reduces its share of a bucket."""
 
         def reduce(rows: list[Tensor], weights: Tensor, out: Tensor) -> None:
             given = floats(weights)
@@ -126,7 +126,7 @@ class WorkerRule:
         return reduce
 
     def rule_of(self, slot: Slot, weights: list[float], round: int) -> Rule:
-        """The rule of a tensor, for members of these weights, whose mean is 1."""
+        """The rule of a tensor, for members of these weights. The mean of the weights is 1."""
         each, shared = catalogue.spread(self.choice.name, len(weights), self.choice.parameters)
         target = Target(
             name=slot.name,
@@ -147,8 +147,8 @@ class WorkerRule:
         return rule.parts[1] if self.split and rule.parts is not None else rule
 
     def _decide(self, own: Tensor, merged: Tensor, members: int) -> tuple[str, str | None]:
-        """The rule's name, or "mean" where it has too few members, or where the deltas are so alike that no rule is wanted;
-        and why, where there was a choice. The same on all workers."""
+        """The rule's name, or "mean" if there are too few members or the deltas are too alike to need the rule; and the reason
+        if there was a choice. The answer is the same on all workers."""
         if members < max(2, self.least):
             return "mean", f"{self.choice.name} needs {max(2, self.least)} members, and {members} counted"
         if self.choice.above is None:
@@ -163,12 +163,12 @@ class WorkerRule:
         return name, f"the deltas' correlation is {correlation.item():.3f}"
 
     def _names(self, bucket: Bucket) -> list[str]:
-        """All tensors of the bucket, also those of which nothing lies here."""
+        """All tensors of the bucket, including those of which this rank owns nothing."""
         return list(self._owned[bucket.index].starts)
 
 
 def choice_of(settings: mergers.DiLoCoSettings) -> Choice | None:
-    """The rule that a merger's settings ask for; None for a plain weighted mean, which travels as a sum."""
+    """The rule that a merger's settings ask for; None for a plain weighted mean, which is an all-reduce."""
     if settings.rule == "mean" and not settings.parameters:
         return None
     name, key = settings.named_rule
@@ -182,7 +182,7 @@ def one_element(name: str) -> int:
 
 
 def pieces_of(flat: FlatParameters, bucket: Bucket) -> Iterator[Piece]:
-    """What the bucket's message holds of each tensor."""
+    """The pieces of tensors that the bucket's message holds."""
     at = 0
     parts = flat.parts()
     for run in bucket.slices:
