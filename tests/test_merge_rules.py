@@ -71,6 +71,8 @@ def test_parameters_are_given_on_the_command_line(path: str) -> None:
         ('rule = "median"\nweights = "tokens"', 2, 'weights must be "equal" for rule "median", which takes no weights, .*'),
         ('rule = "median"\nouter_sharded = true', 2, 'outer_sharded needs a rule that is linear, which "median" is not, .*'),
         ('auto_rule = "sce"', 2, 'rule must be "auto" where auto_rule or auto_above is given, got "mean"'),
+        ('rule = "auto"\nauto_rule = "tokens"', 2, 'auto_rule must be a rule that is no weighted mean, .*, got "tokens"'),
+        ('rule = "auto"\nauto_rule = "mean"', 2, 'auto_rule must be a rule that is no weighted mean, .*, got "mean"'),
         ('rule = "auto"\nauto_rule = "slerp"\nt = 0.5', 3, "auto_rule = 'slerp' takes exactly 2 members, but there are 3 .*"),
     ],
 )  # fmt: skip

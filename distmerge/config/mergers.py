@@ -90,6 +90,8 @@ class DiLoCoSettings(PeriodicSettings):
         if name is None:  # from outside, in a run directory's configuration
             return self
         entry = rules.catalogue.entry(name)
+        if key == "auto_rule" and rules.is_weighted_mean(name):
+            raise UserError(f'auto_rule must be a rule that is no weighted mean, which auto takes by itself, got "{given}"')
         if self.weights == "tokens" and "weight" not in entry.parameters:
             raise UserError(f'weights must be "equal" for rule "{name}", which takes no weights, got "tokens"')
         if self.outer_sharded and not (entry.linear and key == "rule"):

@@ -43,6 +43,12 @@ def is_loaded(name: str) -> bool:
     return catalogue.canonical(name) in catalogue.ENTRIES
 
 
+def is_weighted_mean(rule: str) -> bool:
+    """Whether the rule is the workers' mean under some weights; that is what ``auto`` takes where the deltas agree."""
+    entry = catalogue.entry(rule)
+    return entry.linear and entry.normalize and entry.base == "none"
+
+
 def own_parameters(rule: str) -> list[str]:
     """The parameters that an entry may set of a rule. Weights are the workers' own."""
     return [name for name in catalogue.entry(rule).parameters if name != "weight"]

@@ -1,1 +1,1 @@
-"""The workers axis: merging the replicas of one run. Each algorithm's file reads like its paper's box."""
+"""The workers axis: merging the replicas of one run. Each algorithm's module follows the algorithm box of its paper."""

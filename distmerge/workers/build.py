@@ -17,7 +17,7 @@ from distmerge.workers.sparta import SPARTA
 
 
 def build_mergers(config: TrainConfig, flat: FlatParameters, mesh: Mesh) -> list[Merger]:
-    """A merger for each [[merge]] entry, among this rank's peers."""
+    """A merger for each [[merge]] entry, over the ranks that hold the same shard as this one."""
     mergers: list[Merger] = []
     for index, entry in enumerate(config.merge):
         settings = entry.model_dump(exclude={"kind"})
@@ -39,10 +39,10 @@ def build_mergers(config: TrainConfig, flat: FlatParameters, mesh: Mesh) -> list
 
 
 def outside(entry: sections.OutsideSettings, flat: FlatParameters, mesh: Mesh) -> Merger:
-    """A merger from outside of this package, made of the keys of its table.
+    """A merger from outside this package, made with the keys of its table.
 
     Raises:
-        UserError: for a class that is not loaded, is no merger, or does not take these keys.
+        UserError: for a class that is not loaded, is not a merger, or does not accept these keys.
     """
     made = plugins.loaded(entry.kind)
     if missing := sorted(getattr(made, "__abstractmethods__", ())):
@@ -55,6 +55,6 @@ def outside(entry: sections.OutsideSettings, flat: FlatParameters, mesh: Mesh) -
 
 
 def notes(config: TrainConfig) -> list[str]:
-    """What the user should know of the mergers before the run starts."""
+    """Warnings about the mergers that the user should see before the run starts."""
     found = [(index, entry.warning(config.steps)) for index, entry in enumerate(config.merge)]
     return [f"config.merge[{index}]: {warning}" for index, warning in found if warning is not None]

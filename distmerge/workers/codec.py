@@ -1,15 +1,16 @@
-"""The wire's formats at the speed of memory: into buffers that are kept, in pieces that stay in a cache, or in compiled code.
+"""Fast encoding and decoding of the wire's formats: into reused buffers, in pieces that fit a cache, or in compiled code.
 
-:mod:`distmerge.workers.wire` says what the bytes are. Here the same bytes are made without temporaries of the message's size:
-on a CPU by codec.c, where distmerge was installed with a C compiler, else by the plain functions on one piece after the other.
+:mod:`distmerge.workers.wire` defines the bytes. This module produces the same bytes without temporaries of the message's size.
+On a CPU it uses codec.c if distmerge was installed with a C compiler; otherwise it applies the plain functions piece by piece.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from ctypes import c_float, c_int, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,14 @@ from distmerge.rules.compiled import at
 from distmerge.workers.wire import BLOCK, Wire
 
 FORM = 1
-"""Of codec.c's functions, raised when they change; codec.c has the same."""
+"""Version of the interface to codec.c; it is raised in both files whenever the C functions change."""
 
 PIECE = 1 << 16
-"""Elements that the plain functions take at a time on a CPU: their temporaries stay in its cache."""
+"""Elements that the plain functions process at a time on a CPU, so that their temporaries stay in the cache."""
 
 
 class Row:
-    """One row of a message: room for ``numel`` values in a wire's format, of which any stretch of blocks is written or read.
+    """One row of a message: memory for ``numel`` values in a wire's format. Any range of blocks can be written or read.
 
     Args:
         memory: ``[wire.size_bytes(numel)]`` uint8, contiguous. The scales of all blocks come first, then the values.
@@ -40,10 +41,11 @@ class Row:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(wire.name)
 
     def encode(self, values: Tensor, residual: Tensor | None = None) -> None:
-        """Write ``values [n]``, n at most ``numel``; what follows them is 0.
+        """Write ``values [n]``, where n is at most ``numel``; the rest of the row is filled with 0.
 
         Args:
-            residual: ``[numel]``, what earlier messages lost: it is added, and becomes what this one loses.
+            residual: ``[numel]``, the rounding errors of earlier messages. They are added to the values, and replaced by the
+                errors of this message.
         """
         whole = len(values) // BLOCK * BLOCK
         self._encode(values[:whole], 0, residual)
@@ -106,7 +108,7 @@ class Row:
                 out[start:stop].add_(values.mul_(weight))
 
     def _places(self, first: int, numel: int) -> tuple[Tensor, Tensor]:
-        """Where the scales and the values of a stretch of blocks lie."""
+        """The parts of the memory that hold the scales and the values of a range of blocks."""
         body_bytes = (self.memory.numel() - self.head) // (self.numel // BLOCK)
         start, stop = first // BLOCK, (first + numel) // BLOCK
         scales = self.memory[start * 4 : stop * 4] if self.head else self.memory[:0]
@@ -114,7 +116,7 @@ class Row:
 
 
 def pieces(values: Tensor) -> Iterator[tuple[int, int]]:
-    """Start and stop of stretches that fit a CPU's cache; all at once on a GPU."""
+    """Start and stop of ranges that fit a CPU's cache; on a GPU one range covers everything."""
     size = PIECE if values.device.type == "cpu" else max(1, len(values))
     for start in range(0, len(values), size):
         yield start, min(start + size, len(values))
@@ -122,8 +124,13 @@ def pieces(values: Tensor) -> Iterator[tuple[int, int]]:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled codec.c, if there is one."""
+    """The compiled codec.c; None if it was not compiled."""
     encode = (c_int64, c_void_p, c_void_p, c_void_p, c_void_p)
     decode = (c_int64, c_void_p, c_void_p, c_int, c_float, c_void_p)
-    functions = {"codec_encode_8": encode, "codec_encode_4": encode, "codec_decode_8": decode, "codec_decode_4": decode}
+    functions: dict[str, Iterable[Any]] = {
+        "codec_encode_8": encode,
+        "codec_encode_4": encode,
+        "codec_decode_8": decode,
+        "codec_decode_4": decode,
+    }
     return compiled.library("distmerge.workers._codec", "codec_form", FORM, functions)

@@ -1,4 +1,4 @@
-"""Several mergers on one model, as one: each acts at its own steps, in the order in which they are given."""
+"""Several mergers of one model that are used as one. Each acts at its own steps, in the order in which they are given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distmerge.workers.merger import Merger
 
 
 class Composed:
-    """What :func:`compose` makes; used as a merger is.
+    """The result of :func:`compose`, which is used like a merger.
 
     Attributes:
         mergers: in the order in which they act.
@@ -22,11 +22,11 @@ class Composed:
         self.mergers = mergers
 
     def step(self, tokens: float | Tensor = 1.0) -> list[MergeReport]:
-        """Count one inner step; the merges that were due."""
+        """Count one inner step; the reports of the merges that were due."""
         return [report for merger in self.mergers if (report := merger.step(tokens))]
 
     def finish(self) -> list[MergeReport]:
-        """Merge every round that was begun: all workers end with the same bits."""
+        """Finish all mergers, so that all workers end with the same bits."""
         return [report for merger in self.mergers if (report := merger.finish())]
 
     def due(self) -> bool:
@@ -35,11 +35,11 @@ class Composed:
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that left this rank for merging since the start."""
+        """Bytes that this rank has sent for merging since the start."""
         return sum(merger.bytes_sent for merger in self.mergers)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later merges depend on, besides the parameters."""
+        """All that later merges depend on besides the parameters."""
         return {"mergers": [merger.state_dict() for merger in self.mergers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ class Composed:
 
 
 def compose(*mergers: Merger) -> Composed:
-    """Join mergers of one model: few parameters often and all of them seldom, say.
+    """Join mergers of one model, for example to merge a few parameters often and all of them rarely.
 
         merger = dm.compose(dm.SPARTA(model, fraction=0.005), dm.DiLoCo(model, every=200))
 

@@ -1,4 +1,4 @@
-"""DiLoCo (https://arxiv.org/abs/2311.08105): train H steps alone, then move what is shared along the mean delta.
+"""DiLoCo (https://arxiv.org/abs/2311.08105): workers train H steps alone, then move a shared anchor along their mean delta.
 
     repeat:
         each worker:  theta_m <- H inner steps
@@ -8,11 +8,11 @@
         theta_m = anchor
 
 Streaming DiLoCo (https://arxiv.org/abs/2501.18512) does this for one fragment of theta at a time, staggered over the H
-steps; sends at step t, goes on training, and applies what came back at t + overlap:
+steps. It sends a fragment at step t, goes on training, and applies the result at step t + overlap:
 
         theta_m = mix * theta_m + (1 - mix) * anchor
 
-With outer rate 1 and no momentum this is parameter averaging (local SGD), and on a float32 wire it needs no anchor.
+With outer learning rate 1 and no momentum this is parameter averaging (local SGD), which needs no anchor on a float32 wire.
 """
 
 from __future__ import annotations
@@ -39,36 +39,37 @@ from distmerge.workers.pending import PendingFragment, PendingReduce, total_weig
 from distmerge.workers.progress import Progress
 from distmerge.workers.reduce import DeltaReducer
 from distmerge.workers.rule import choice_of
+from distmerge.workers.saved import check_keys
 
 
 class DiLoCo:
     """Merges the parameters of the workers in a process group every ``every`` inner steps.
 
     Args:
-        model: any module, or parameters already laid out flat.
+        model: any module, or parameters that are already laid out flat.
         every: inner steps between merges of a parameter (H).
-        outer_lr, outer_momentum, nesterov: the outer optimizer; by default 0.7 (1.0 from 4 workers on), 0.5, Nesterov's.
+        outer_lr, outer_momentum, nesterov: the outer optimizer, by default 0.7 (1.0 with 4 workers or more), 0.5 and True.
         fragments, fragment_order, fragment_patterns: parts that merge in turn: "strided", "balanced", or a regex of names each.
-        overlap: inner steps between sending and applying (tau), while the collectives run.
-        mix: share of a worker's own parameters that it keeps in a merge (alpha).
+        overlap: inner steps between sending a fragment and applying its result (tau), while the collectives run.
+        mix: the share of its own parameters that a worker keeps in a merge (alpha).
         wire: the format of the values that travel: "fp32", "bf16", "int8" or "int4".
-        error_feedback: add what the wire's rounding lost to the next message.
-        rule: what becomes of the deltas: any rule of the catalogue, such as "mean", "radial" or "ties", or "auto".
+        error_feedback: whether what the wire's rounding lost is added to the next message.
+        rule: how the deltas are merged: by any rule of the catalogue, such as "mean", "radial" or "ties", or by "auto".
         weights: "equal", or "tokens": tokens^2 / steps since the last merge. ``rule="tokens"`` is the mean with these.
-        auto_rule, auto_above: the rule of "auto" where the deltas' mean correlation is not above so much.
-        outer_sharded: each worker keeps and steps 1/M of anchor and velocity.
-        outer_device: "cpu" keeps anchor and velocity in host memory.
-        group: the peers, one rank of each worker; all ranks by default.
+        auto_rule, auto_above: "auto" takes this rule unless the deltas' mean correlation is above this threshold.
+        outer_sharded: whether each worker keeps and steps only 1/M of the anchor and the velocity.
+        outer_device: "cpu" keeps the anchor and the velocity in host memory.
+        group: one rank of each worker; all ranks by default.
         bucket_bytes: bytes of parameters per collective.
-        nonfinite: where a mean would hold NaN or infinity: "raise", on all workers, or "leave-out", at weight 0, who has them.
+        nonfinite: what to do with NaN and infinity: "raise" on all workers, or "leave-out" (weight 0) whoever has them.
         buffers: policies of buffers that are not known by name, see :mod:`distmerge.theta.buffers`.
-        parameters: of the rule, such as ``density``.
+        parameters: the rule's own parameters, such as ``density``.
 
     Attributes:
-        weight: this worker's weight in the next merges. At 0 it takes part, does not count, and takes what the others share.
+        weight: this worker's weight in the next merges. At 0 it joins the collectives without counting, and takes the result.
 
     Raises:
-        UserError: for a wrong setting or buffer, or no process group; at a merge, for other parameters or a mean not finite.
+        UserError: for a wrong setting or buffer, or no process group; at a merge, for replaced parameters or a mean not finite.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class DiLoCo:
         self.reducer = DeltaReducer(self.settings, self.flat, self.workers, self.buckets, self.outer, choice)
 
     def step(self, tokens: float | Tensor = 1.0) -> MergeReport | None:
-        """Count one inner step, on ``tokens`` tokens, and merge what is due."""
+        """Count one inner step on ``tokens`` tokens, and merge what is due."""
         self.progress.count(tokens)
         report = self._advance_pending() if self.pending_fragment else None
         number = due_fragment(self.steps, self.every, len(self.fragments))
@@ -135,12 +136,12 @@ class DiLoCo:
         return report
 
     def finish(self) -> MergeReport | None:
-        """End with the mean of the workers, bit by bit the same on all; None where they were equal already.
+        """End with the mean of the workers, with the same bits on all; None if they were equal already.
 
-        The papers' outer step is one for a whole round. Taken for a part of one, or once more for a fragment without new
-        steps, it moves the anchor along its momentum and away from what was trained: the mean of the workers is better at
-        every length of the tail (``benchmarks/tails.py``). So the last merge is the plain mean, in float32 on any wire. A
-        fragment in flight is given up, since the mean holds what its worker made of it."""
+        The papers' outer step is meant for a whole round. After part of a round, or for a fragment without new steps, it
+        would move the anchor along its momentum and away from what was trained: the mean of the workers is better at every
+        length of the tail (``benchmarks/tails.py``). The last merge is therefore the plain mean, in float32 on any wire. A
+        fragment in flight is dropped, since the mean already contains its training."""
         if self.pending_fragment is not None:
             self.pending_fragment.wait()
             self.pending_fragment = None
@@ -159,8 +160,8 @@ class DiLoCo:
         return due_fragment(self.steps + 1, self.every, len(self.fragments)) is not None
 
     def restart(self) -> None:
-        """Take the present parameters, the same on all workers, for what is shared. The velocity stays; what is in flight, and
-        what the wire's rounding lost, are of other parameters and are dropped. Called by all workers together."""
+        """Make the present parameters, which are the same on all workers, the anchor. The velocity is kept. Fragments in
+        flight and error feedback belong to other parameters and are dropped. All workers must call it at the same step."""
         for pending in self.pending_fragment.pending if self.pending_fragment else []:
             pending.finish()
         self.pending_fragment = None
@@ -170,12 +171,12 @@ class DiLoCo:
             self.outer.anchor.copy_(own_shares(vector, self.buckets, self.workers) if self.settings.outer_sharded else vector)
 
     def start_again(self) -> None:
-        """This worker alone got new parameters: what its earlier messages lost by rounding is not theirs."""
+        """Forget the rounding errors of earlier messages, since this worker alone got new parameters."""
         self.reducer.forget(own_only=True)
 
     @torch.no_grad()
     def merge(self, number: int = 0, mix: float = 0.0, closing: bool = False) -> MergeReport:
-        """Merge a fragment now, one bucket after the other; ``closing`` without an outer step, by the plain mean."""
+        """Merge a fragment now, one bucket after the other; with ``closing`` by the plain mean and without an outer step."""
         began = time.perf_counter()
         self.flat.pull()
         steps, weight = self._begin_round(number)
@@ -188,7 +189,7 @@ class DiLoCo:
 
     @torch.no_grad()
     def _send_fragment(self, number: int) -> None:
-        """Send a fragment, and go on training."""
+        """Begin the merge of a fragment; training goes on meanwhile."""
         self.flat.pull()
         steps, weight = self._begin_round(number)
         divergence, room = Divergence(self.flat.vector.device), self.flat.vector.new_empty
@@ -198,7 +199,7 @@ class DiLoCo:
         self.pending_fragment = PendingFragment(number, pending, divergence, weight, steps)
 
     def _advance_pending(self) -> MergeReport | None:
-        """What is due at this step for the fragment in flight, at the same step on all workers."""
+        """Do what is due at this step for the fragment in flight; it is due at the same step on all workers."""
         assert self.pending_fragment is not None
         steps_since, overlap = self.progress.since_sent(self.pending_fragment.fragment), self.settings.overlap
         if steps_since == (overlap + 1) // 2:
@@ -217,7 +218,7 @@ class DiLoCo:
         return self._report(sent, began, self.settings.mix)
 
     def _receive(self, bucket: Bucket, pending: PendingReduce, merged: PendingFragment, mix: float, closing: bool) -> None:
-        """Take the outer step along the mean, and start the next round from the anchor; ``closing``, take the mean itself."""
+        """Take the outer step along the mean and start from the new anchor; with ``closing`` start from the mean."""
         pending.finish()
         weights = total_weight(pending)
         check_mean(pending.message, self.settings.nonfinite, self.steps)
@@ -246,15 +247,14 @@ class DiLoCo:
         if last:
             self.workers.merge_buffers(self.flat, self.policies, full=closing, counts=weight > 0)
         self.progress.note_merge(mix, closing, last)
-        measured = merged.divergence
-        divergence, correlation = measured.finish(self.workers, self.flat, weight, anchored=self.anchor is not None)
+        divergence, correlation = merged.divergence.finish(self.workers, self.flat, weight, self.anchor is not None)
         self.round += 1
         collectives, sent = self.workers.ledger.take()
         return MergeReport(
             round=self.round, steps=merged.steps, divergence=divergence, correlation=correlation, collectives=collectives,
             bytes_sent=sent, seconds=time.perf_counter() - began,
             wait_seconds=sum(pending.waited for pending in merged.pending), left_out=weight == 0 and self.weight > 0,
-            rule=measured.rule, because=measured.because,
+            rule=merged.divergence.rule, because=merged.divergence.because,
         )  # fmt: skip
 
     @property
@@ -264,21 +264,21 @@ class DiLoCo:
 
     @property
     def anchor(self) -> Tensor | None:
-        """What the workers share, in the layout of the flat vector; None where it is theta itself, or sharded."""
+        """The shared parameters in the layout of the flat vector; None if there is no anchor, or if it is sharded."""
         return None if self.outer is None or self.settings.outer_sharded else self.outer.anchor
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that left this rank for merging since the start, a resumed run's earlier part included."""
+        """Bytes that this rank has sent for merging since the start, including the part of the run before a resume."""
         return self.workers.ledger.bytes_sent
 
     @property
     def collectives(self) -> int:
-        """Collective operations for merging since the start, a resumed run's earlier part included."""
+        """Collective operations for merging since the start, including the part of the run before a resume."""
         return self.workers.ledger.collectives
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later merges depend on, besides the parameters; no copies. All workers drain what is in flight together."""
+        """What later merges depend on, without copies. It waits for what is in flight: all workers call it at the same step."""
         return {
             "round": self.round,
             "progress": self.progress.state_dict(),
@@ -289,12 +289,12 @@ class DiLoCo:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken; the parameters are restored by their owner."""
+        """Continue from where ``state`` was taken; the caller restores the parameters. A state without all keys is refused."""
+        check_keys(state, ("round", "progress", "outer", "residuals", "flying", "ledger"), "the state of a diloco merger")
         self.round = state["round"]
         self.progress.load_state_dict(state["progress"])
         if self.outer is not None:
             self.outer.load_state_dict(state["outer"])
         self.reducer.restore(state["residuals"])
-        sent, device = state["flying"], self.flat.vector.device
-        self.pending_fragment = None if sent is None else PendingFragment.from_state(sent, device)
+        self.pending_fragment = PendingFragment.from_state(state["flying"], self.flat.vector.device)
         self.workers.ledger.load_state_dict(state["ledger"])

@@ -1,4 +1,4 @@
-"""What a merge reports, and how far apart the workers were."""
+"""The report of a merge, and the divergence of the workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distmerge.theta.flat import FlatParameters
+from distmerge.workers.collectives import floats
 from distmerge.workers.group import WorkerGroup
+from distmerge.workers.saved import check_keys
 
 
 @dataclass(frozen=True)
@@ -20,16 +22,17 @@ class MergeReport:
     Attributes:
         round: merges done by this merger, this one included.
         steps: inner steps since the same parameters were last merged.
-        divergence: ``mean_m |delta_m - d|^2`` over the merged parameters; NaN where a worker that counts is not finite; None
-            where it is not measured.
-        rule, because: by which rule the deltas were merged: the merger's own, or "mean" where it had too few members or chose
-            so; and why, where there was a choice.
-        correlation: the mean cosine between two workers' deltas (as if of equal norms); None without a whole anchor.
-        bytes_sent: what left this rank for it.
-        seconds: what the merge took of this rank's time, waiting included.
-        wait_seconds: what this rank was blocked for its peers and the network.
-        left_out: whether this worker's own values were not finite and did not count (``nonfinite = "leave-out"``). It has the
-            others' now, but its optimizer's moments are as they were: reset them.
+        divergence: ``mean_m |delta_m - d|^2`` over the merged parameters; NaN if a worker that counts is not finite; None if
+            it is not measured.
+        rule, because: the rule that merged the deltas, and the reason if there was a choice. The rule is the merger's own, or
+            "mean" if too few members counted or the automatic choice took it.
+        correlation: the mean cosine between two workers' deltas (computed as if their norms were equal); None without a
+            whole anchor.
+        bytes_sent: bytes that this rank sent for it.
+        seconds: time that this rank spent on the merge, waiting included.
+        wait_seconds: time that this rank was blocked, waiting for other workers and the network.
+        left_out: whether this worker's own values were left out because they were not finite (``nonfinite = "leave-out"``). It
+            now has the others' values, but its optimizer's moments are unchanged and should be reset.
     """
 
     round: int
@@ -46,15 +49,15 @@ class MergeReport:
 
 
 class Divergence:
-    """How far apart the workers are, from scalars alone: one small collective, in float64.
+    """How far apart the workers are, computed from scalars in float64 with one small collective.
 
-    With ``own`` = |delta_m|^2 and ``merged`` = |mean delta|^2 the divergence is ``mean own - merged``; on deltas, since on raw
-    weights the difference would cancel. Any point c that all know serves as the anchor: where a worker holds no whole anchor, c
-    is what the merge gave, and only then are these scalars known. Where a rule is run at the owners, they measure both on the
-    rows that they got, since what the rule gives need not be the mean.
+    With ``own`` = |delta_m|^2 and ``merged`` = |mean delta|^2 the divergence is ``mean own - merged``. It is taken of deltas,
+    because the difference would cancel on raw weights. Any point c that all workers know can serve as the anchor. Where no
+    worker holds a whole anchor, c is the result of the merge, so the scalars are known only after it. Where owners run a
+    rule, they measure both scalars on the rows that they received, since the rule's result need not be the mean.
 
     Attributes:
-        rule, because: by which rule the deltas were merged, and why where there was a choice.
+        rule, because: the rule that merged the deltas, and the reason if there was a choice.
     """
 
     def __init__(self, device: torch.device):
@@ -72,15 +75,15 @@ class Divergence:
         self.own += square(x)
 
     def add_merged(self, x: Tensor) -> None:
-        """A part of the mean delta that every worker adds."""
+        """Add a part of the mean delta that every worker holds and adds."""
         self.merged += square(x)
 
     def add_merged_share(self, x: Tensor) -> None:
-        """A part of the mean delta that this worker alone adds."""
+        """Add a part of the mean delta that only this worker adds."""
         self.merged_share += square(x)
 
     def add_rows(self, own: Tensor, merged: Tensor, members: int) -> None:
-        """What the owner of a share measured on the rows of all ``members``: their mean square norm, and their mean's."""
+        """Add what a share's owner measured on the rows of all ``members``: their mean square norm and that of their mean."""
         self.own_share += own
         self.merged_share += merged
         self.members = members
@@ -102,7 +105,7 @@ class Divergence:
         assert self.sums is not None
         merged = self.merged.reshape(1)
         flat.sum_over_shards(merged)
-        weights, own, share, *own_share = self.sums.tolist()
+        weights, own, share, *own_share = floats(self.sums)
         own, merged = own / weights + sum(own_share), merged.item() + share
         # |d|^2 = own / M + (M - 1) / M * correlation * own, for M equal weights
         size = self.members or workers.size
@@ -128,13 +131,15 @@ class Divergence:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("merged", "merged_share", "own_share"):
+        summed = ("merged", "merged_share", "own_share")
+        check_keys(state, (*summed, "members", "rule", "because", "sums"), "the divergence of a fragment in flight")
+        for name in summed:
             getattr(self, name).copy_(state[name])
         self.members, self.rule, self.because = state["members"], state["rule"], state["because"]
         self.sums = None if state["sums"] is None else state["sums"].to(self.merged.device)
 
 
 def square(x: Tensor) -> Tensor:
-    """``|x|^2`` as a float64 scalar. Inside a piece the sum is float32's: a float64 norm converts each element, and costs
-    more than the outer step."""
+    """``|x|^2`` as a float64 scalar. Within a piece the sum is in float32, because a float64 norm converts every element and
+    would cost more than the outer step."""
     return torch.dot(x, x).double()

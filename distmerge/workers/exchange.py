@@ -1,8 +1,8 @@
-"""The exchange: every worker gets all workers' values of its own share, reduces them there, and sends the result to all.
+"""The exchange: every worker receives all workers' values of its own share, reduces them, and sends the result to all.
 
-The bytes are an all-reduce's, ``2 b (M - 1) / M`` from each of M workers, but what happens at the owner of a share may be
-anything that can be computed from the M rows: a mean, a median, an outer step. On a quantised wire values are rounded twice,
-once on the way to the owner and once on the way home, whatever the number of workers.
+Each of M workers sends as many bytes as in an all-reduce, ``2 b (M - 1) / M``, but the owner of a share may compute anything
+from the M rows, such as a mean, a median or an outer step. On a quantised wire values are rounded twice, once on the way to
+the owner and once on the way back, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from distmerge.rules.mean import WeightedMean
 from distmerge.rules.protocol import Block
 from distmerge.theta.flat import pieces
 from distmerge.workers.codec import Row
+from distmerge.workers.collectives import floats
 from distmerge.workers.group import WorkerGroup
 from distmerge.workers.pending import WEIGHT_BYTES, wait, weigh
 from distmerge.workers.scratch import Scratch
@@ -24,22 +25,22 @@ from distmerge.workers.shares import Shares, equal_shares
 from distmerge.workers.wire import Wire
 
 Reduce = Callable[[list[Tensor], Tensor, Tensor], None]
-"""``reduce(rows, weights [M], out [n])``: the result of a share, from the rows ``[n]`` float32 of all M workers. ``out`` may be
-the memory of this worker's own row, so that an element is written after all that is read of it."""
+"""``reduce(rows, weights [M], out [n])`` writes a share's result, from the rows ``[n]`` float32 of all M workers. ``out`` may
+be the memory of this worker's own row, so an element must be written only after everything that depends on it was read."""
 
 
 class Exchange:
-    """One exchange under way. In float32 values travel from where they are to where they are wanted, without copies.
+    """An exchange in progress. On a float32 wire values travel directly between their places in the messages, without copies.
 
     Args:
         message: ``[n + 1]`` float32: this worker's values, then the result; the last element is the weight.
-        weight: this worker's. One of weight 0 takes part, but its values, finite or not, don't count.
-        residual: what error feedback keeps, of the rows that were sent ``[sum of shares.rows]`` and of the results that this
-            worker sent as an owner: both are added to the next message, and become what rounding lost of it. A worker of
-            weight 0 sends nothing of its own, and keeps its part.
-        reduce: what the owner of a share does; by default the weighted mean.
-        then: what the owner does with its share of a weighted mean before it is sent home, in place: an outer step, say.
-        scratch: where buffers come from, and where they go back to.
+        weight: this worker's weight. With weight 0 it takes part, but its values do not count, finite or not.
+        residual: the rounding errors that error feedback keeps: of the rows that this worker sent ``[sum of shares.rows]``, and
+            of the results that it sent as an owner. Both are added to the next message and replaced by that message's errors.
+            A worker of weight 0 sends no values of its own and keeps the first part.
+        reduce: what the owner of a share computes; by default the weighted mean.
+        then: what the owner does in place with its share of a weighted mean before sending it back, such as an outer step.
+        scratch: the pool that buffers are taken from and given back to.
     """
 
     def __init__(
@@ -68,10 +69,10 @@ class Exchange:
         own = outgoing[self._own].numel() * outgoing[self._own].element_size() + WEIGHT_BYTES
         workers.ledger.exchange(sent - own, payload_bytes=sent)
         self._works = begin(workers, sends, receives)
-        self._outgoing = outgoing  # must live as long as it is read
+        self._outgoing = outgoing  # the sends read it until they are done
 
     def advance(self) -> None:
-        """Reduce this worker's share, and begin to send it home. Called by all workers at the same step."""
+        """Reduce this worker's share and begin to send the result to all. All workers call it at the same step."""
         if self._stage != 1:
             return
         self.waited += wait(self._works)
@@ -94,7 +95,7 @@ class Exchange:
         self._stage = 2
 
     def finish(self) -> None:
-        """Wait until ``message`` holds the result, and 1 as the weight that it is to be divided by; 0 where nobody counts."""
+        """Wait until ``message`` holds the result. Its last element, to divide by, is then 1, or 0 if no worker counts."""
         self.advance()
         if self._stage != 2:
             return
@@ -103,7 +104,7 @@ class Exchange:
             for peer, row in enumerate(self._incoming):
                 Row(self.wire, row, self.shares.rows[peer]).decode(self._slice(peer))
             self._release(self._incoming)
-        if bool(self._weights.isnan().any()):  # a worker must not be merged: all see it, whatever a wire makes of NaN
+        if bool(self._weights.isnan().any()):  # the sender refuses to be merged: all see it, even if the wire loses NaN
             self.message.fill_(torch.nan)
         self.message[-1] = ~(self._weights.sum() <= 0)
         self._stage = 3
@@ -113,10 +114,11 @@ class Exchange:
         return self.message[start:stop]
 
     def _outgoing_rows(self) -> list[Tensor]:
-        """What each worker gets of this one's values."""
+        """The part of this worker's values that each worker receives."""
         if self.wire.name == "fp32":
             return [self._slice(peer) for peer in range(self.workers.size)]
-        rows, at = [], 0
+        rows: list[Tensor] = []
+        at = 0
         for peer, numel in enumerate(self.shares.rows):
             row = self.scratch.take(self.wire.size_bytes(numel), torch.uint8)
             kept = self.residual[0][at : at + numel] if self.residual and self._counts else None
@@ -126,7 +128,7 @@ class Exchange:
         return rows
 
     def _incoming_rows(self) -> list[Tensor]:
-        """Room for every worker's values of this one's share. Its own row is where it is."""
+        """Memory for all workers' values of this worker's share. Its own row stays where it is."""
         if self.wire.name == "fp32":
             start, stop = self.shares.bounds[self._own]
             fresh = (self.scratch.take(stop - start, torch.float32) for _ in range(self.workers.size))
@@ -135,7 +137,7 @@ class Exchange:
         return [self.scratch.take(size, torch.uint8) for _ in range(self.workers.size)]
 
     def _results(self, own: Tensor) -> list[Tensor]:
-        """Room for the result of every share."""
+        """Memory for the result of every share."""
         if self.wire.name == "fp32":
             return [self._slice(peer) for peer in range(self.workers.size)]
         rows = self.shares.rows
@@ -148,15 +150,15 @@ class Exchange:
         if self.reduce is not None:
             self.reduce(rows, self._weights, out)
             return
-        write_mean(rows, self._weights.tolist(), out)
+        write_mean(rows, floats(self._weights), out)
         if self.then is not None:
             self.then(out)
 
     def _reduce_encoded(self, out: Tensor) -> None:
-        """The same of rows in the wire's format; a mean never holds them all as floats."""
+        """Reduce rows in the wire's format. A mean decodes one row after the other and never holds all of them as floats."""
         rows = [Row(self.wire, row, len(out)) for row in self._encoded()]
         if self.reduce is None:
-            for row, weight in zip(rows, self._weights.tolist(), strict=True):
+            for row, weight in zip(rows, floats(self._weights), strict=True):
                 row.add_to(out, weight)
             out.div_(self._weights.sum())
             if self.then is not None:
@@ -177,7 +179,7 @@ class Exchange:
 
 
 def begin(workers: WorkerGroup, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> list[dist.Work]:
-    """Send to and receive from the other workers. All of them call it in the same order, with sizes that agree."""
+    """Begin to send to and receive from the other workers. All of them call it in the same order, with matching sizes."""
     wanted = [(dist.isend, sends), (dist.irecv, receives)]
     operations = [
         dist.P2POp(operation, part, group=workers.group, group_peer=peer)
@@ -189,7 +191,7 @@ def begin(workers: WorkerGroup, sends: list[tuple[int, Tensor]], receives: list[
 
 
 def write_mean(rows: list[Tensor], weights: list[float], out: Tensor) -> None:
-    """The weighted mean of the rows into ``out``, in pieces that stay in a cache; ``out`` may be one of the rows."""
+    """Write the weighted mean of the rows into ``out``, in pieces that fit a cache; ``out`` may be one of the rows."""
     rule = WeightedMean(weights)
     for here in pieces(out, 0, len(out)):
         out[here] = rule.merge(Block([row[here] for row in rows], None, here.start, 0), None)

@@ -1,10 +1,10 @@
 """Fragments of theta that merge in turn, and the buckets that their collectives carry.
 
 Streaming DiLoCo (https://arxiv.org/abs/2501.18512) cuts a transformer into groups of blocks. ``strided`` deals the blocks
-out over depth, so that each fragment has early and late ones; ``balanced`` gives the next largest block to the smallest
-fragment. The blocks of all lists are dealt out, one list after the other: an encoder's, then a decoder's. Of the other
-parameters, those before the first block (embeddings) go with the first fragment and the rest with the last; where fragments
-are balanced, each of those parameters is dealt out like a block. Patterns of names may say instead what goes where.
+out in turn, so that each fragment has early and late ones; ``balanced`` always gives the next largest block to the smallest
+fragment. The blocks of all lists are dealt out, one list after the other: those of an encoder, then those of a decoder. Other
+parameters before the first block (embeddings) go to the first fragment, and the rest to the last. With balanced fragments, each
+of those parameters is dealt out like a block. Alternatively, patterns of names assign parameters to fragments.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def cut_fragments(
     """The buckets of each of ``count`` fragments of this rank's vector.
 
     Args:
-        order: "strided" or "balanced"; patterns go before it.
-        bucket_numel: elements of a bucket, at most.
-        patterns: one regular expression for each fragment, found anywhere in the names of its parameters.
+        order: "strided" or "balanced"; ignored if there are patterns.
+        bucket_numel: the largest number of elements in a bucket.
+        patterns: one regular expression for each fragment, searched for in the names of the parameters.
 
     Raises:
         UserError: when there are fewer blocks than fragments, or a parameter does not match exactly one pattern.
@@ -121,7 +121,7 @@ def by_patterns(layout: tuple[Slot, ...], patterns: tuple[str, ...]) -> list[lis
 
 
 def balance(layout: tuple[Slot, ...], blocks: dict[str, int], count: int) -> list[int]:
-    """A fragment for each slot: units, largest first, to the fragment that is smallest so far."""
+    """The fragment of each slot: units are assigned, largest first, to the fragment that is smallest so far."""
     unit = {slot.name: f"block {blocks[slot.name]}" if slot.name in blocks else slot.name for slot in layout}
     sizes: dict[str, int] = defaultdict(int)
     for slot in layout:
@@ -152,7 +152,7 @@ def segments(slots: list[Slot], start: int, length: int) -> Iterator[slice]:
 
 
 def cut(runs: Iterator[slice], size: int) -> Iterator[tuple[slice, ...]]:
-    """Group runs into messages of at most ``size`` elements; only the last may have fewer."""
+    """Group runs into messages of ``size`` elements each; only the last one may have fewer."""
     message: list[slice] = []
     room = size
     for run in runs:
@@ -169,5 +169,5 @@ def cut(runs: Iterator[slice], size: int) -> Iterator[tuple[slice, ...]]:
 
 
 def due_fragment(step: int, every: int, count: int) -> int | None:
-    """Which of ``count`` fragments, spread evenly over ``every`` steps, is sent at a step; the last one at its multiples."""
+    """The fragment that is sent at a step, of ``count`` spread evenly over ``every`` steps; the last at its multiples."""
     return next((number for number in range(count) if step % every == (number + 1) * every // count % every), None)

@@ -1,4 +1,4 @@
-"""What is not finite must not be merged in silence: a worker's own values before they are sent, a mean before it is taken."""
+"""Checks for NaN and infinity: of a worker's own values before they are sent, and of a mean before it is applied."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distmerge.workers.fragments import Bucket
 
 
 def is_finite(flat: FlatParameters, buckets: Iterable[Bucket]) -> bool:
-    """Whether this worker's parameters in the buckets are finite, on all of its ranks; a collective inside the worker."""
+    """Whether this worker's parameters in the buckets are finite on all of its ranks; a collective inside the worker."""
     parts = [part for bucket in buckets for part in bucket.slices]
     found = [nonfinite(flat.vector[part]) for part in parts if part.stop > part.start]
     nonfinite_values = torch.stack(found).sum() if found else torch.zeros((), device=flat.vector.device)
@@ -23,10 +23,10 @@ def is_finite(flat: FlatParameters, buckets: Iterable[Bucket]) -> bool:
 
 
 def check_mean(message: Tensor, nonfinite: str, step: int) -> None:
-    """Refuse a mean that is not finite: all peers hold the same bits, so all of them refuse it.
+    """Refuse a mean that is not finite. All workers hold the same bits, so all of them refuse it.
 
     Args:
-        message: ``[n + 1]``, values and their weight.
+        message: ``[n + 1]``, the values and their weight.
     """
     if finite(message):
         return

@@ -1,7 +1,7 @@
-"""What a rank holds of each tensor, and what is measured over whole tensors that several ranks hold together.
+"""The parts of tensors that a rank holds, and the measurements over whole tensors that several ranks hold in parts.
 
-A tensor may be cut by the shares of an exchange, and by the ranks of a worker. Each holder measures its own blocks, and what
-they found is gathered, so that a rule settles on every holder with the same bits. Tensors that lie on one rank cost nothing.
+A tensor may be cut by the shares of an exchange, and by the ranks of a worker. Each holder measures its own blocks, and the
+measurements are gathered, so that a rule settles on every holder with the same bits. Tensors on a single rank need no gather.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import pickle
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,39 +18,42 @@ from torch import Tensor
 
 from distmerge.errors import UserError
 from distmerge.rules.protocol import Block, Rule, Tally, run
+from distmerge.workers.collectives import all_gather_object
 from distmerge.workers.ledger import Ledger
 from distmerge.workers.shares import CUT, Piece
 
+T = TypeVar("T")
+
 Rows = Callable[[int, int], list[Tensor]]
-"""``rows(start, stop)``: the members' elements of a stretch, counted from where the first piece begins."""
+"""``rows(start, stop)``: the members' elements of a range, counted from the start of the first piece."""
 
 
 class Place(NamedTuple):
-    """One block of a tensor: where it lies in the message, its offset in the tensor, its number among the tensor's blocks."""
+    """One block of a tensor: its range in the message, its offset in the tensor, its number among the tensor's blocks."""
 
     start: int
     stop: int
     offset: int
-    index: int
+    number: int
 
 
 class Holding:
-    """This rank's pieces of tensors, in a message.
+    """This rank's pieces of tensors in a message.
 
     Args:
-        pieces: what lies here.
-        shapes: of every tensor that any of the ranks holds, by name.
-        unit: of a tensor, the elements that no block may divide.
-        groups: the ranks that hold the tensors together: one group after the other is asked. Called by all of them together.
-        ledger: of the bytes that leave this rank for the first group; None where the groups lie inside a worker.
+        pieces: the pieces on this rank.
+        shapes: the number of elements of every tensor that any of the ranks holds, by name.
+        unit: gives for a tensor how many elements make a unit, which no block may divide.
+        groups: the ranks that hold parts of the tensors. All of them gather, over one group after the other.
+        ledger: counts the bytes that this rank sends to the first group; None if the groups lie inside a worker.
         grain: elements of a block.
 
     Attributes:
-        torn: small tensors that are cut in the middle of a unit, such as the one row of a norm's gain in shards: they are
-            gathered, and merged whole on every rank that holds a part.
+        torn: small tensors that are cut within a unit, such as a norm's gain (a single row) in shards. They are gathered and
+            merged as a whole on every rank that holds a part.
 
     Raises:
-        UserError: where a larger tensor is cut so. It is raised on all ranks of the first group.
+        UserError: if a larger tensor is cut within a unit. It is raised on all ranks of the first group.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Holding:
         pieces: Sequence[Piece],
         shapes: dict[str, int],
         unit: Callable[[str], int],
-        groups: list[Any],
+        groups: Sequence[dist.ProcessGroup],
         ledger: Ledger | None = None,
         grain: int = CUT,
     ):
@@ -87,10 +90,13 @@ class Holding:
             yield Place(start, stop, offset, bisect_left(self.starts[piece.name], offset))
 
     def settle(self, rules: dict[str, Rule], rows: Rows) -> dict[str, Any]:
-        """The passes of each tensor's rule over all of its blocks; what they settled, of the tensors that lie here.
+        """Run the passes of each tensor's rule over all of its blocks.
 
         Args:
-            rules: of every tensor that any of the ranks holds. Their passes are the same everywhere.
+            rules: the rule of every tensor that any of the ranks holds. All ranks must give the same passes.
+
+        Returns:
+            the settled state of each tensor that has a part on this rank.
         """
         states: dict[str, Any] = dict.fromkeys(rules)
         rules = {name: rule for name, rule in rules.items() if name not in self.torn}
@@ -101,15 +107,15 @@ class Holding:
                 if piece.name not in tallies:
                     continue
                 for place in self.places(piece):
-                    block = Block(rows(place.start - self.start, place.stop - self.start), None, place.offset, place.index)
-                    tallies[piece.name].add(place.index, rules[piece.name].measure(step, block, states[piece.name]))
+                    block = Block(rows(place.start - self.start, place.stop - self.start), None, place.offset, place.number)
+                    tallies[piece.name].add(place.number, rules[piece.name].measure(step, block, states[piece.name]))
             self._join([name for name in self.shared if name in tallies], tallies)
             for name in tallies.keys() & here:
                 states[name] = rules[name].settle(step, tallies[name], states[name])
         return states
 
     def merge(self, rules: dict[str, Rule], states: dict[str, Any], rows: Rows, out: Tensor) -> None:
-        """Merge every block that lies here. ``out`` has the places of ``rows``, and may be one of them."""
+        """Merge every block on this rank. ``out`` has the layout of ``rows`` and may be the memory of one of them."""
         for piece, whole in self._whole(rows):
             merged = run(rules[piece.name], whole)
             out[piece.start - self.start : piece.stop - self.start] = merged[
@@ -119,11 +125,11 @@ class Holding:
             if piece.name in self.torn:
                 continue
             for place in self.places(piece):
-                block = Block(rows(place.start - self.start, place.stop - self.start), None, place.offset, place.index)
+                block = Block(rows(place.start - self.start, place.stop - self.start), None, place.offset, place.number)
                 out[place.start - self.start : place.stop - self.start] = rules[piece.name].merge(block, states[piece.name])
 
     def _whole(self, rows: Rows) -> Iterator[tuple[Piece, list[Tensor]]]:
-        """The pieces of torn tensors that lie here, each with the members' whole tensors."""
+        """The pieces of torn tensors on this rank, each with the members' whole tensors."""
         here = [piece for piece in self.pieces if piece.name in self.torn]
         parts = [(piece.name, piece.first, rows(piece.start - self.start, piece.stop - self.start)) for piece in here]
         gathered = [one for theirs in self._gathered(parts) for one in theirs] if self.torn else []
@@ -140,7 +146,7 @@ class Holding:
         return piece.first % unit != 0 or (last % unit != 0 and last != numel)
 
     def _join(self, names: list[str], tallies: dict[str, Tally]) -> None:
-        """Complete the tallies of tensors that several ranks hold."""
+        """Complete the tallies of tensors that several ranks hold, by gathering them."""
         if not names:
             return
         here = {piece.name for piece in self.pieces}
@@ -151,14 +157,12 @@ class Holding:
             for name, tally in theirs.items():
                 tallies[name].join(tally)
 
-    def _gathered(self, own: Any, counted: bool = True) -> list[Any]:
-        """What every holder has to say, in the order of their ranks; ``counted`` where it is part of a merge."""
+    def _gathered(self, own: T, counted: bool = True) -> list[T]:
+        """Every holder's value, in the order of the ranks. With ``counted`` the ledger counts the bytes."""
         said = [own]
         for index, group in enumerate(self.groups):
             size = dist.get_world_size(group)
             if index == 0 and counted and self.ledger is not None:
                 self.ledger.exchange(len(pickle.dumps(said)) * (size - 1))
-            answers: list[Any] = [None] * size
-            dist.all_gather_object(answers, said, group=group)
-            said = [one for answer in answers for one in answer]
+            said = [one for answer in all_gather_object(said, group) for one in answer]
         return said

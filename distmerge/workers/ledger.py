@@ -1,4 +1,4 @@
-"""The ledger: exactly what a merger's collectives moved, by the standard algorithms' costs."""
+"""The ledger: how many bytes a merger's collectives moved, by the costs of the standard algorithms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Ledger:
 
     Attributes:
         collectives: collectives issued.
-        payload_bytes: bytes of what is merged, in the format that travels.
+        payload_bytes: bytes of the merged values, in the wire's format.
     """
 
     peers: int
@@ -25,13 +25,13 @@ class Ledger:
         self._taken = (0, 0.0)
 
     def all_reduce(self, size_bytes: int) -> None:
-        """An all-reduce of b bytes over M ranks sends 2 b (M - 1) / M from each."""
+        """An all-reduce of b bytes over M ranks sends 2 b (M - 1) / M from each rank."""
         self.collectives += 1
         self.payload_bytes += size_bytes
         self.reduced_bytes += size_bytes
 
     def gather(self, size_bytes: int, payload: bool = True) -> None:
-        """A reduce-scatter, all-gather or all-to-all of b bytes in all sends b (M - 1) / M from each.
+        """A reduce-scatter, all-gather or all-to-all of b bytes in total sends b (M - 1) / M from each rank.
 
         The second half of an exchange carries no new ``payload``.
         """
@@ -47,11 +47,11 @@ class Ledger:
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that left this rank."""
+        """Bytes that this rank has sent."""
         return (2 * self.reduced_bytes + self.gathered_bytes) * (self.peers - 1) / self.peers + self.exchanged_bytes
 
     def take(self) -> tuple[int, float]:
-        """Collectives, and bytes that left this rank, since this was asked before."""
+        """Collectives, and bytes that this rank sent, since the previous call."""
         (collectives, sent), self._taken = self._taken, (self.collectives, self.bytes_sent)
         return self.collectives - collectives, self.bytes_sent - sent
 

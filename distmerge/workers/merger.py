@@ -24,14 +24,14 @@ from distmerge.workers.divergence import MergeReport
 
 @runtime_checkable
 class Merger(Protocol):
-    """Merges the parameters of this worker with those of its peers, at steps that are the same on all of them.
+    """Merges the parameters of this worker with those of the others, at steps that are the same on all of them.
 
     Attributes:
         flat: the parameters that it merges, ``flat.vector`` of shape ``[n]`` in float32. Call ``flat.pull()`` before reading
             the vector and ``flat.push()`` after writing it.
         weight: this worker's weight in the next merges. Recovery sets it to 0 while the worker's values can't be trusted: the
-            worker then takes part in all collectives, does not count, and takes what the others share.
-        round: merges begun so far. A window takes the anchor in whenever this number has changed.
+            worker then takes part in all collectives without counting, and takes the others' result.
+        round: merges begun so far. A window adds the anchor whenever this number has changed.
         every: inner steps between merges of a parameter. No block of a window may be shorter where there is an anchor.
     """
 
@@ -45,7 +45,7 @@ class Merger(Protocol):
         """Count one inner step and merge what is due. Called by all workers after every optimizer step.
 
         Args:
-            tokens: that counted in this worker's loss, over all of its ranks and micro steps. It may be a scalar on the
+            tokens: how many counted in this worker's loss, over all of its ranks and micro steps. It may be a scalar on the
                 device, since reading it there would wait for the step.
 
         Returns:
@@ -61,25 +61,25 @@ class Merger(Protocol):
 
     @abstractmethod
     def finish(self) -> MergeReport | None:
-        """End the training: complete or give up what is in flight, and leave all workers with the same parameters."""
+        """End the training: complete or drop what is in flight, and leave all workers with the same parameters."""
         ...
 
     def restart(self) -> None:
-        """Take the present parameters, which all workers now have, for what they share, and drop what is in flight. Called by
-        all workers together after a roll-back and before the final evaluation."""
+        """Make the present parameters, which all workers now have, the shared ones, and drop what is in flight. All workers
+        call it at the same step, after a roll-back and before the final evaluation."""
 
     def start_again(self) -> None:
-        """This worker alone was given new parameters: forget what was remembered of its old ones."""
+        """Forget what was remembered of this worker's old parameters. Called when this worker alone was given new ones."""
 
     @property
     def anchor(self) -> Tensor | None:
-        """What the workers share, ``[n]`` in the layout of ``flat.vector``; None where they share nothing but the parameters
+        """What the workers share, ``[n]`` in the layout of ``flat.vector``; None if they share only the parameters
         themselves. Evaluations, windows and workers that start again read it."""
         return None
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that left this rank for merging since the start of the run."""
+        """Bytes that this rank has sent for merging since the start of the run."""
         return 0.0
 
     @property
@@ -88,12 +88,12 @@ class Merger(Protocol):
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later merges depend on, besides the parameters: part of every checkpoint. Plain values and tensors, since a
-        checkpoint is read without running code."""
+        """All that later merges depend on besides the parameters; part of every checkpoint. It holds only plain values and
+        tensors, since a checkpoint is read without running code."""
         return {"round": self.round}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken; the parameters are restored by the trainer."""
+        """Continue from where ``state`` was taken. The trainer restores the parameters."""
         self.round = state["round"]
 
 
@@ -105,7 +105,7 @@ def check_merger(made: object, what: str) -> Merger:
     """``made``, as a merger.
 
     Args:
-        what: its name in the error.
+        what: how the error names it.
 
     Raises:
         UserError: naming the members that it lacks.

@@ -1,4 +1,4 @@
-"""The outer optimizer's state: what the workers share, and its velocity, in float32."""
+"""The outer optimizer's state: the anchor, which the workers share, and its velocity, in float32."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from distmerge.workers.shares import share_numel
 
 
 class OuterState:
-    """Anchor and velocity of a vector, or of this peer's share of it.
+    """Anchor and velocity of a vector, or of this worker's share of it.
 
-    They may lie in (pinned) host memory while the parameters are on a GPU; then each part is moved when it is used.
+    They may be kept in (pinned) host memory while the parameters are on a GPU; each part is then moved when it is used.
 
     Attributes:
         anchor: ``[n]`` float32.
@@ -36,7 +36,7 @@ class OuterState:
         device: torch.device | str | None = None,
         written: Callable[[Tensor, slice], Tensor] | None = None,
     ):
-        self.written = written or (lambda anchor, part: anchor)
+        self.written = written or unrounded
         self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
         self.device = start.device
         pinned = self.device.type == "cuda" and str(device) == "cpu"
@@ -44,11 +44,11 @@ class OuterState:
         self.velocity = torch.zeros_like(self.anchor, pin_memory=pinned) if momentum else None
 
     def delta(self, theta: Tensor, part: slice, out: Tensor) -> Tensor:
-        """``theta`` minus what the model was given as the anchor's part."""
+        """``theta`` minus the part of the anchor as it was written into the model, so after rounding to its dtype."""
         return torch.sub(theta, self.written(self.anchor[part].to(self.device, non_blocking=True), part), out=out)
 
     def step(self, delta: Tensor, part: slice) -> Tensor:
-        """Take the outer step on a part along its merged delta; the part's new anchor, on the parameters' device."""
+        """Take the outer step on a part along its merged delta, and return the part's new anchor on the parameters' device."""
         anchor = self.anchor[part].to(self.device, non_blocking=True)
         velocity = None if self.velocity is None else self.velocity[part].to(self.device, non_blocking=True)
         outer_step(anchor, delta, velocity, self.lr, self.momentum, self.nesterov)
@@ -59,7 +59,7 @@ class OuterState:
         return anchor
 
     def add(self, delta: Tensor, part: slice) -> Tensor:
-        """Add a part's merged delta to the anchor, which is then the mean; rate and velocity have no say in it."""
+        """Add a part's merged delta to the anchor, which is then the mean. Learning rate and velocity are not used."""
         anchor = self.anchor[part].to(self.device, non_blocking=True)
         outer_step(anchor, delta, None, lr=1.0)
         if self.anchor.device != self.device:
@@ -78,8 +78,8 @@ class OuterState:
 def start_outer(
     settings: mergers.DiLoCoSettings, flat: FlatParameters, buckets: Sequence[Bucket], workers: WorkerGroup
 ) -> OuterState | None:
-    """The outer state at the start of a run; None where theta itself travels and no anchor is needed."""
-    # Averaging in float32 sends theta itself. Formats, overlap and mix need the delta, and so the anchor.
+    """The outer state at the start of a run; None if theta itself is sent and no anchor is needed."""
+    # Averaging in float32 sends theta itself. Other wires, rules, overlap and mix need the delta, and so the anchor.
     s = settings
     plain = s.wire == "fp32" and choice_of(s) is None and s.overlap == s.mix == 0 and not s.outer_sharded
     if s.outer_lr == 1 and s.outer_momentum == 0 and plain:
@@ -90,22 +90,27 @@ def start_outer(
 
 
 def written_of(flat: FlatParameters, sharded: bool) -> Callable[[Tensor, slice], Tensor] | None:
-    """How a part of the anchor is rounded when the model takes it; None where it is not."""
+    """The function that rounds a part of the anchor as the model does when it takes it; None if it is not rounded."""
     if not sharded or len(set(flat.stored_dtypes)) == 0:
         return flat.written if flat.stored_dtypes else None
-    # A share knows no slots: it is rounded where the whole model has one dtype.
+    # A share does not follow the slots, so it can be rounded only if the whole model has one dtype.
     return flat.written if len(set(flat.stored_dtypes)) == 1 else None
 
 
+def unrounded(anchor: Tensor, part: slice) -> Tensor:
+    """A part of the anchor as it is, for a model that takes it in float32."""
+    return anchor
+
+
 def share_slices(buckets: Sequence[Bucket], peers: int) -> list[slice]:
-    """Where a peer's share of each bucket lies in its sharded anchor."""
+    """The places of a worker's shares of the buckets in its sharded anchor."""
     bounds = itertools.accumulate((share_numel(bucket.numel, peers) for bucket in buckets), initial=0)
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def own_shares(vector: Tensor, buckets: Sequence[Bucket], workers: WorkerGroup) -> Tensor:
-    """This peer's share of each bucket, end to end: what it keeps of a sharded anchor."""
-    shares = []
+    """This worker's share of each bucket, end to end: its part of a sharded anchor."""
+    shares: list[Tensor] = []
     for bucket in buckets:
         share = share_numel(bucket.numel, workers.size)
         values = vector.new_zeros(workers.size * share)

@@ -1,8 +1,8 @@
-"""Means over the peers that are under way: begun at one step, finished at the same or a later one.
+"""Pending reduces: means over the workers that are begun at one step and finished at the same or a later one.
 
-Every pending reduce carries a message ``[n + 1]`` float32: values, and room for this worker's weight. After :meth:`finish`, on
-every peer with the same bits, ``message[:-1] / message[-1]`` is the weighted mean. A worker of weight 0 takes part in the
-collectives, but its values, finite or not, don't count.
+Every pending reduce has a message ``[n + 1]`` float32: the values, and this worker's weight. After :meth:`finish`,
+``message[:-1] / message[-1]`` is the weighted mean, with the same bits on every worker. A worker of weight 0 takes part in the
+collectives, but its values do not count, finite or not.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ from torch import Tensor
 from distmerge.errors import UserError
 from distmerge.workers.divergence import Divergence
 from distmerge.workers.group import WorkerGroup
+from distmerge.workers.saved import check_keys
 
 WEIGHT_BYTES = 4
 """A worker's weight travels as a float32."""
 
 
 class PendingReduce(Protocol):
-    """A mean under way.
+    """A mean that is being computed.
 
     Attributes:
-        message: where the result will be.
-        waited: seconds that this rank was blocked for it.
+        message: holds the result in the end.
+        waited: seconds that this rank was blocked, waiting for it.
     """
 
     message: Tensor
     waited: float
 
     def advance(self) -> None:
-        """Begin the second half, if there is one; called by all peers at the same step."""
+        """Begin the second half, if there is one. All workers call it at the same step."""
         ...
 
     def finish(self) -> None: ...
 
 
 class AllReduce:
-    """Float32 values in one all-reduce; the weight rides along."""
+    """Float32 values in one all-reduce, with the weight as the last element."""
 
     def __init__(self, workers: WorkerGroup, message: Tensor, weight: float):
         self.message, self.waited = message, 0.0
@@ -73,7 +74,7 @@ class CompletedReduce:
 
 
 def weigh(message: Tensor, weight: float) -> None:
-    """Write the weight into the message; values of no weight may be NaN, so they are cleared."""
+    """Write the weight into the message. Values of weight 0 are cleared, since they may be NaN."""
     if weight == 0:
         message[:-1].zero_()
     message[-1] = weight
@@ -90,13 +91,13 @@ class PendingFragment:
     steps: int
 
     def wait(self) -> None:
-        """Until all that is under way has arrived; called by all peers together."""
+        """Wait until everything in flight has arrived. All workers call it at the same step."""
         for pending in self.pending:
             pending.finish()
         self.divergence.wait()
 
     def state_dict(self) -> dict[str, Any]:
-        """What is left to apply, once all that is under way has arrived; called by all peers together."""
+        """What remains to be applied. It waits for everything in flight, so all workers call it at the same step."""
         self.wait()
         return {
             "fragment": self.fragment,
@@ -107,7 +108,11 @@ class PendingFragment:
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], device: torch.device) -> PendingFragment:
+    def from_state(cls, state: dict[str, Any] | None, device: torch.device) -> PendingFragment | None:
+        """The fragment that was in flight when ``state`` was saved; None where there was none."""
+        if state is None:
+            return None
+        check_keys(state, ("fragment", "messages", "spread", "weight", "steps"), "the fragment in flight")
         divergence = Divergence(device)
         divergence.load_state_dict(state["spread"])
         pending: list[PendingReduce] = [CompletedReduce(message.to(device)) for message in state["messages"]]
@@ -115,7 +120,7 @@ class PendingFragment:
 
 
 def total_weight(pending: PendingReduce) -> Tensor:
-    """The sum of the workers' weights, by which a finished reduce's values are to be divided."""
+    """The sum of the workers' weights, by which the values of a finished reduce must be divided."""
     weights = pending.message[-1].clone()
     if not weights > 0:
         raise UserError("every worker is out of order (weight 0), so there is nothing to merge")
@@ -123,7 +128,7 @@ def total_weight(pending: PendingReduce) -> Tensor:
 
 
 def wait(works: Sequence[dist.Work | None]) -> float:
-    """Seconds blocked until all of it is done."""
+    """Wait for all of the work; the seconds that this took."""
     began = time.perf_counter()
     for work in works:
         if work is not None:

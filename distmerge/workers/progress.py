@@ -1,4 +1,4 @@
-"""How far a worker is: its inner steps and tokens, in all and since each fragment was sent."""
+"""A worker's progress: its inner steps and tokens, in total and since each fragment was sent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Progress:
     """Counts since the start of the run.
 
     Attributes:
-        steps, tokens: of this worker.
+        steps, tokens: how many this worker has trained on.
         sent: each fragment's steps and tokens when it was last sent.
         equal_at: the step at which all workers last had the same parameters.
     """
@@ -23,7 +23,7 @@ class Progress:
         self.equal_at = 0
 
     def count(self, tokens: float | Tensor) -> None:
-        """One more inner step, on ``tokens`` tokens. A scalar on the device stays there: reading it would wait for the step."""
+        """Count one inner step on ``tokens`` tokens. A scalar on the device stays there: reading it would wait for the step."""
         self.steps += 1
         self.tokens += tokens
 
@@ -32,14 +32,15 @@ class Progress:
         return self.steps - self.sent[number][0]
 
     def send(self, number: int) -> tuple[int, float]:
-        """Steps and tokens since a fragment was last sent; it is sent now."""
+        """Steps and tokens since a fragment was last sent, and note that it is sent now."""
         steps, tokens = self.sent[number]
         self.tokens = float(self.tokens)
         self.sent[number] = (self.steps, self.tokens)
         return self.steps - steps, self.tokens - tokens
 
     def note_merge(self, mix: float, closing: bool, last: bool) -> None:
-        """Remember it where all workers have the same parameters after a merge, of the last fragment or of one before."""
+        """Remember this step if all workers have the same parameters after a merge; ``last`` says whether it was of the last
+        fragment."""
         if last and (closing or (mix == 0 and len(self.sent) == 1)):
             self.equal_at = self.steps
 

@@ -1,4 +1,4 @@
-"""How a bucket of deltas travels: in one all-reduce, or in an exchange whose owners run the rule or the outer step."""
+"""How a bucket of deltas is reduced: in one all-reduce, or in an exchange whose owners run the rule or the outer step."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ class DeltaReducer:
     """Begins the reduction of buckets over the workers.
 
     Args:
-        buckets: all of theta's.
-        outer: the anchor that deltas are taken from; None where theta itself travels.
+        buckets: all buckets of theta.
+        outer: holds the anchor that deltas are relative to; None if theta itself is sent.
         choice: the rule that the owners of shares run; None for a weighted mean.
 
     Attributes:
-        residuals: error feedback's memory, by bucket: of what this worker sends, and of the result that it sends as an owner.
+        residuals: the rounding errors that error feedback keeps, by bucket: of the values that this worker sends, and of the
+            results that it sends as an owner.
     """
 
     def __init__(
@@ -58,20 +59,20 @@ class DeltaReducer:
         return equal_shares(bucket.numel, self.workers.size) if self.rule is None else self.rule.shares(bucket)
 
     def _room_for(self, bucket: Bucket) -> Tensor:
-        """Room for one message, used for one bucket after the other and kept: fresh memory costs as much as a copy."""
+        """Memory for one message, reused for one bucket after the other, since fresh memory costs as much as a copy."""
         if self._room.numel() <= bucket.numel:
             self._room = self.flat.vector.new_empty(bucket.numel + 1)
         return self._room[: bucket.numel + 1]
 
     def forget(self, own_only: bool = False) -> None:
-        """Empty error feedback's memory; with ``own_only``, of what this worker sent, and not of the results that it owns."""
+        """Clear the residuals; with ``own_only`` those of this worker's values, and not those of the results that it sends."""
         for of_own, of_mean in self.residuals.values():
             of_own.zero_()
             if not own_only:
                 of_mean.zero_()
 
     def restore(self, residuals: dict[int, tuple[Tensor, Tensor]]) -> None:
-        """Take error feedback's memory from a saved state."""
+        """Load the residuals from a saved state."""
         for index, theirs in residuals.items():
             for mine, values in zip(self.residuals[index], theirs, strict=True):
                 mine.copy_(values)
@@ -79,12 +80,12 @@ class DeltaReducer:
     def send(
         self, bucket: Bucket, message: Tensor | None, weight: float, divergence: Divergence, round: int, plain: bool = False
     ) -> PendingReduce:
-        """Begin to reduce a bucket's deltas; the parameters themselves where no whole anchor is at hand.
+        """Begin to reduce a bucket's deltas, or the parameters themselves if this worker holds no whole anchor.
 
         Args:
-            message: room for it, ``[numel + 1]``; None for one that is used again by the next bucket.
-            round: the merger's, on which random masks are keyed.
-            plain: send float32 and take the weighted mean, whatever the wire, the rule and the anchor's owner are.
+            message: memory for it, ``[numel + 1]``; None for memory that the next bucket reuses.
+            round: the merger's round, which keys random masks.
+            plain: send float32 and take the weighted mean, whatever the wire and the rule are, and whoever owns the anchor.
         """
         theta, sharded = self.flat.vector, self.settings.outer_sharded
         message = self._room_for(bucket) if message is None else message
@@ -94,7 +95,7 @@ class DeltaReducer:
                     message[place].copy_(theta[part])
                     continue
                 delta = self.outer.delta(theta[part], part, out=message[place])
-                if self.rule is None or plain:  # otherwise the owners measure it on the rows that they get
+                if self.rule is None or plain:  # otherwise the owners measure it on the rows they receive
                     divergence.add_own(delta)
         if plain:
             return AllReduce(self.workers, message, weight)
@@ -113,12 +114,12 @@ class DeltaReducer:
         return Exchange(self.workers, message, weight, self.wire, residual, shares=shares, scratch=self.scratch)
 
     def _owner(self, bucket: Bucket, divergence: Divergence) -> Callable[[Tensor], None]:
-        """What this worker does to the mean of its share of a bucket: the outer step of a sharded anchor."""
+        """The function by which this worker takes a sharded anchor's outer step on the mean of its share of a bucket."""
         whole = self.sharded[bucket.index]
 
         def step(mean: Tensor) -> None:
             assert self.outer is not None
-            if nonfinite(mean):  # all workers will see it, and refuse it
+            if nonfinite(mean):  # all workers will see it and refuse it
                 return
             room = mean.new_empty(max((p.stop - p.start for p in pieces(mean, 0, len(mean))), default=0))
             for here in pieces(mean, 0, len(mean)):

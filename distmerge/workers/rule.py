@@ -1,8 +1,8 @@
-"""A rule of the catalogue over the workers' deltas.
+"""A rule of the catalogue applied to the workers' deltas.
 
-What concerns one member alone, such as trimming, is done by its sender, who has the whole of it. What crosses members runs at
-the owners of an exchange's shares, on ``[M, n / M]``, as it runs on disk. The members are the workers that count: one of
-weight 0 is left out, and where too few are left for the rule the mean is taken.
+The part of a rule that concerns one member alone, such as trimming, is done by the sender, which has the member's whole delta.
+The part across members runs at the owners of an exchange's shares, on ``[M, n / M]``, as it runs on disk. The members are the
+workers that count: one of weight 0 is left out, and if too few remain for the rule, the mean is taken.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from distmerge.config import mergers
+from distmerge.config.rules import Value
 from distmerge.finite import finite
 from distmerge.rules import catalogue
 from distmerge.rules.protocol import Rule, Target
 from distmerge.theta.flat import FlatParameters, Slot, pieces
 from distmerge.theta.layers import has_rows_of_their_own
+from distmerge.workers.collectives import all_reduce, floats
 from distmerge.workers.divergence import Divergence
 from distmerge.workers.exchange import Reduce, write_mean
 from distmerge.workers.fragments import Bucket
@@ -32,24 +32,24 @@ from distmerge.workers.shares import CUT, WIDE, Piece, Shares, aligned_shares, e
 
 @dataclass(frozen=True)
 class Choice:
-    """Which rule the workers' deltas are merged by.
+    """The rule by which the workers' deltas are merged.
 
     Attributes:
-        name: in the catalogue.
-        parameters: its own, such as a density.
-        above: with a number, the rule is taken where the deltas' correlation is at most that, and the mean above (``auto``).
+        name: the rule's name in the catalogue.
+        parameters: its own parameters, such as a density.
+        above: if given (``auto``), the rule is used while the deltas' correlation is at most this, and the mean above it.
         raises: whether a worker that is not finite makes the merge fail on all workers.
     """
 
     name: str
-    parameters: dict[str, Any]
+    parameters: dict[str, Value]
     above: float | None = None
     raises: bool = True
 
 
 class WorkerRule:
-    """The rule, on the buckets of this rank's vector. One bucket holds all of a fragment, and so all of each of its tensors
-    that lies here. Made by all workers together."""
+    """A rule for the buckets of this rank's vector. One bucket holds a whole fragment, and so everything that this rank has of
+    its tensors. All workers create it at the same time, since that takes collectives."""
 
     def __init__(self, choice: Choice, flat: FlatParameters, workers: WorkerGroup):
         self.choice, self.flat, self.workers = choice, flat, workers
@@ -68,7 +68,7 @@ class WorkerRule:
         self._grain = CUT if any(not rule.exact for rule in (*whole.values(), *across.values())) else WIDE
 
     def shares(self, bucket: Bucket) -> Shares:
-        """How a bucket is dealt out to the owners. Called once for each bucket, by all workers together."""
+        """How a bucket is divided among the owners. All workers call it once for each bucket, in the same order."""
         found = list(pieces_of(self.flat, bucket))
         numel = bucket.numel
         whole = {name: math.prod(slot.shape) for name, slot in self.slots.items()}
@@ -80,13 +80,13 @@ class WorkerRule:
         owned = [part for piece in found if (part := piece.within(start, stop))]
         groups = [self.workers.group, *self.inside]
         self._own[bucket.index] = Holding(found, whole, self._each_units.__getitem__, self.inside, grain=self._grain)
-        unit_of = (lambda name: 1) if self.elementwise else self._units.__getitem__
+        unit_of = one_element if self.elementwise else self._units.__getitem__
         self._owned[bucket.index] = Holding(owned, whole, unit_of, groups, self.workers.ledger, self._grain)
         return shares
 
     def prepare(self, bucket: Bucket, message: Tensor, weight: float, round: int) -> float:
-        """Do the sender's part to this worker's deltas, in place; the weight to be sent. Where this worker must not be merged,
-        that is NaN, and so is every result: all workers refuse it."""
+        """Apply the sender's part to this worker's deltas in place, and return the weight to send. If this worker must not be
+        merged, the weight is NaN, and so is every result: all workers refuse it."""
         values = message[:-1]
         if weight > 0 and self.choice.raises and not finite(values):
             values.zero_()
@@ -99,10 +99,10 @@ class WorkerRule:
         return weight
 
     def at_owner(self, bucket: Bucket, divergence: Divergence, round: int) -> Reduce:
-        """What this worker does to its share of a bucket."""
+        """The function by which this worker reduces its share of a bucket."""
 
         def reduce(rows: list[Tensor], weights: Tensor, out: Tensor) -> None:
-            given = weights.tolist()
+            given = floats(weights)
             if any(math.isnan(weight) for weight in given):  # all workers will refuse it
                 return
             alive = [member for member, weight in enumerate(given) if weight > 0]
@@ -127,7 +127,7 @@ class WorkerRule:
         return reduce
 
     def rule_of(self, slot: Slot, weights: list[float], round: int) -> Rule:
-        """The rule of a tensor, for members of these weights, whose mean is 1."""
+        """The rule of a tensor, for members of these weights. The mean of the weights is 1."""
         each, shared = catalogue.spread(self.choice.name, len(weights), self.choice.parameters)
         target = Target(
             name=slot.name,
@@ -148,15 +148,15 @@ class WorkerRule:
         return rule.parts[1] if self.split and rule.parts is not None else rule
 
     def _decide(self, own: Tensor, merged: Tensor, members: int) -> tuple[str, str | None]:
-        """The rule's name, or "mean" where it has too few members, or where the deltas are so alike that no rule is wanted;
-        and why, where there was a choice. The same on all workers."""
+        """The rule's name, or "mean" if there are too few members or the deltas are too alike to need the rule; and the reason
+        if there was a choice. The answer is the same on all workers."""
         if members < max(2, self.least):
             return "mean", f"{self.choice.name} needs {max(2, self.least)} members, and {members} counted"
         if self.choice.above is None:
             return self.choice.name, None
         sums = torch.stack([own, merged])
         for group in (self.workers.group, *self.inside):
-            dist.all_reduce(sums, group=group)
+            all_reduce(sums, group)
         self.workers.ledger.all_reduce(sums.numel() * sums.element_size())
         own, merged = sums
         correlation = (members * merged / own - 1) / (members - 1) if own > 0 else own
@@ -164,12 +164,12 @@ class WorkerRule:
         return name, f"the deltas' correlation is {correlation.item():.3f}"
 
     def _names(self, bucket: Bucket) -> list[str]:
-        """All tensors of the bucket, also those of which nothing lies here."""
+        """All tensors of the bucket, including those of which this rank owns nothing."""
         return list(self._owned[bucket.index].starts)
 
 
 def choice_of(settings: mergers.DiLoCoSettings) -> Choice | None:
-    """The rule that a merger's settings ask for; None for a plain weighted mean, which travels as a sum."""
+    """The rule that a merger's settings ask for; None for a plain weighted mean, which is an all-reduce."""
     if settings.rule == "mean" and not settings.parameters:
         return None
     name, key = settings.named_rule
@@ -177,8 +177,13 @@ def choice_of(settings: mergers.DiLoCoSettings) -> Choice | None:
     return Choice(name, settings.parameters, above, raises=settings.nonfinite == "raise")
 
 
+def one_element(name: str) -> int:
+    """The unit of every tensor where the rule works element by element."""
+    return 1
+
+
 def pieces_of(flat: FlatParameters, bucket: Bucket) -> Iterator[Piece]:
-    """What the bucket's message holds of each tensor."""
+    """The pieces of tensors that the bucket's message holds."""
     at = 0
     parts = flat.parts()
     for run in bucket.slices:

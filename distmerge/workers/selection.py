@@ -1,7 +1,7 @@
-"""Which parameters a sparse merge takes: the same indices on every rank, computed and never sent or stored.
+"""Which parameters a sparse merge takes. Every rank computes the same indices, so they are never sent or stored.
 
-A round's indices are values of a permutation of ``range(n)`` that a small Feistel network computes, keyed by (seed, key):
-O(k) work for k indices, and no state but the round's number.
+A round's indices are values of a permutation of ``range(n)``, which a small Feistel network with the key (seed, key) computes.
+The work for k indices is O(k), and there is no state except the round's number.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def select(
 def permute(positions: Tensor, numel: int, seed: int, key: int) -> Tensor:
     """A pseudo-random permutation of ``range(numel)`` at ``positions``.
 
-    A Feistel network over as many bits as ``numel - 1`` has, which is a bijection whatever the hash; values past the end walk
-    on along their cycle until they fall inside: less than one more turn on average. (Black and Rogaway, "Ciphers with
-    arbitrary finite domains", 2002.)
+    A Feistel network over as many bits as ``numel - 1`` has, which is a bijection for any hash. Values past the end
+    are mapped again along their cycle until they fall inside, which takes less than one more turn on average. (Black and
+    Rogaway, "Ciphers with arbitrary finite domains", 2002.)
     """
     bits = max(2, (numel - 1).bit_length())
     values = feistel(positions, bits, seed, key)
@@ -53,7 +53,7 @@ def permute(positions: Tensor, numel: int, seed: int, key: int) -> Tensor:
 
 
 def feistel(values: Tensor, bits: int, seed: int, key: int) -> Tensor:
-    """Halves of at most 31 bits each change in turns; they are int32, in which all operations are vectorised."""
+    """Change two halves of at most 31 bits in turn. They are int32, for which all operations are vectorised."""
     low = bits // 2
     right_mask, left_mask = (1 << low) - 1, (1 << (bits - low)) - 1
     left, right = (values >> low).int(), (values & right_mask).int()
@@ -64,10 +64,12 @@ def feistel(values: Tensor, bits: int, seed: int, key: int) -> Tensor:
 
 
 def hashed(values: Tensor, seed: int, key: int, number: int) -> Tensor:
-    """32 well-mixed bits of each int32 value, the same on every device: products wrap (lowbias32 of Chris Wellons)."""
+    """32 well-mixed bits of each int32 value, the same on every device, since products wrap (lowbias32 of Chris Wellons)."""
     x = values ^ signed(seed * 0x9E3779B1 + key * 0x85EBCA6B + number * 0xC2B2AE35 + 0x27D4EB2F)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x ^= (x >> shift).bitwise_and_((1 << (32 - shift)) - 1)  # >> keeps the sign: cleared, for a logical shift
+        x ^= (x >> shift).bitwise_and_(
+            (1 << (32 - shift)) - 1
+        )  # >> extends the sign, so those bits are cleared for a logical shift
         x *= signed(factor)
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 

@@ -1,4 +1,4 @@
-"""How a message is dealt out to its owners: which share of it each worker reduces."""
+"""How a message is divided among its owners: which share of it each worker reduces."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from dataclasses import dataclass
 from distmerge.workers.wire import BLOCK
 
 CUT = 1 << 16
-"""Elements of a tensor's blocks across workers. Shares end where blocks end, so smaller ones deal the message out more evenly:
-with 30M parameters and 8 workers a share is at most 2% larger than another."""
+"""Elements of a tensor's blocks across workers. Shares end where blocks end, so smaller blocks divide the message more evenly.
+With 30M parameters and 8 workers a share is at most 2% larger than another."""
 
 WIDE = 1 << 18
 """Elements of a block where nothing depends on how a tensor is cut: fewer calls, and still in a processor's cache."""
 
 LEEWAY = 0.002
-"""A share may be this part of itself smaller or larger, so that it ends where a tensor ends."""
+"""By what fraction of its size a share may be smaller or larger, so that it ends where a tensor ends."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a tensor that lies in a message.
+    """A part of a tensor in a message.
 
     Attributes:
-        name: the tensor's.
-        first: the part's first element in the flattened tensor.
-        start, stop: where the part lies in the message.
+        name: the tensor's name.
+        first: the offset of the part in the flattened tensor.
+        start, stop: the range of the part in the message.
     """
 
     name: str
@@ -36,14 +36,14 @@ class Piece:
 
     def spans(self, unit: int, grain: int = CUT) -> list[tuple[int, int]]:
         """Start and stop, in the message, of the blocks that the part is cut into, of about ``grain`` elements. They are the
-        same blocks of the tensor wherever the part begins, but for the first one and the last."""
+        same blocks of the tensor wherever the part begins, except for the first and the last one."""
         size = max(1, grain // unit) * unit
         cuts = range(self.start - self.first % size + size, self.stop, size)
         bounds = [self.start, *cuts, self.stop]
         return [(a, b) for a, b in itertools.pairwise(bounds) if b > a]
 
     def within(self, start: int, stop: int) -> Piece | None:
-        """What of it lies in a stretch of the message."""
+        """The part of this piece within a range of the message; None if there is none."""
         low, high = max(start, self.start), min(stop, self.stop)
         return Piece(self.name, self.first + low - self.start, low, high) if low < high else None
 
@@ -67,15 +67,15 @@ def share_numel(numel: int, peers: int) -> int:
 
 
 def equal_shares(numel: int, peers: int) -> Shares:
-    """Shares of one size; the last ones may be shorter or empty. Any rule that works element by element can be cut so."""
+    """Shares of one size; the last ones may be shorter or empty. Any rule that works element by element can use them."""
     share = share_numel(numel, peers)
     bounds = tuple((min(numel, peer * share), min(numel, (peer + 1) * share)) for peer in range(peers))
     return Shares(bounds, (share,) * peers)
 
 
 def aligned_shares(pieces: Sequence[Piece], numel: int, peers: int, unit: Callable[[str], int]) -> Shares:
-    """Shares that end at the ends of tensors where that is near enough, and else of their blocks, so that what is measured
-    over a whole tensor is measured in one place where it can be."""
+    """Shares that end where tensors end if such a place is near enough, and otherwise where a tensor's block ends. Most whole
+    tensors then have a single owner, which can measure them alone."""
     ends = sorted({piece.stop for piece in pieces})
     blocks = sorted({stop for piece in pieces for _, stop in piece.spans(unit(piece.name))})
     cuts = [0]

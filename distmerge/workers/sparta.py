@@ -1,16 +1,16 @@
-"""SPARTA (https://openreview.net/forum?id=stFPf3gzq1): workers average a few parameters often.
+"""SPARTA (https://openreview.net/forum?id=stFPf3gzq1): workers often average a few of their parameters.
 
     every k steps:
         I        = the same p n indices on all workers
         theta[I] = mean_m theta_m[I]
     at the end: theta = mean_m theta_m
 
-With a delay of d steps the mean travels while training goes on, and what comes back is applied as a difference:
+With a delay of d steps the mean is computed while training goes on, and the result is applied as a difference:
 
         theta[I] += mean_m theta_m(t - d)[I] - theta_own(t - d)[I]
 
-which keeps the d steps in between; overwriting would undo them. An index whose difference is still under way is left out of
-a round: two differences to the same values would overshoot, and more of them diverge.
+This keeps the d steps in between, which overwriting would undo. An index whose difference is still in flight is left out of a
+round: two differences to the same values would overshoot, and more of them would diverge.
 """
 
 from __future__ import annotations
@@ -35,18 +35,22 @@ from distmerge.workers.divergence import MergeReport
 from distmerge.workers.exchange import Exchange
 from distmerge.workers.health import check_mean
 from distmerge.workers.pending import AllReduce, CompletedReduce, PendingReduce, total_weight
+from distmerge.workers.saved import check_keys, incompatible
 from distmerge.workers.scratch import Scratch
 from distmerge.workers.selection import select
 from distmerge.workers.wire import WIRES
+
+ROUND_FIELDS = 6
+"""Fields that a checkpoint keeps of a round in flight: what ``SPARTA.state_dict`` writes."""
 
 
 @dataclass
 class Round:
     """A round in flight: its number, the step it was sent at, this worker's own values then.
 
-    Indices are kept only where they are used again at once; a delayed round computes them once more. ``taken`` says which of
-    the drawn ones it has, ``[k]`` bool; None where it has all. One that is ``void`` arrives, since all take part in its
-    collectives, and is not applied: this worker's parameters are others than it was of.
+    Indices are kept only if they are used again at once; a delayed round computes them once more. ``taken`` ``[k]`` bool says
+    which of the drawn indices the round has; None if it has all. A ``void`` round is completed, since all workers take part in
+    its collectives, but not applied, since this worker's parameters have been replaced in the meantime.
     """
 
     number: int
@@ -66,10 +70,10 @@ class SPARTA:
         fraction: share of the parameters in a round (p).
         every: inner steps between rounds.
         selector: "random", "shuffled" or "partitioned", see :mod:`distmerge.workers.selection`.
-        delay: inner steps that a round is in flight; at most a cycle of the selector, where it has one.
+        delay: inner steps that a round is in flight; at most a cycle of the selector, if it has one.
         ema: smoothing of the differences, ``s = ema s + (1 - ema) difference`` for each parameter.
         wire: the format of the values that travel.
-        seed: of the indices.
+        seed: the seed of the indices.
         nonfinite: as for :class:`~distmerge.workers.diloco.DiLoCo`.
         group, buffers: as for :class:`~distmerge.workers.diloco.DiLoCo`.
 
@@ -99,7 +103,7 @@ class SPARTA:
         )  # fmt: skip
         self.every = every
         self.flat = flatten(model)
-        # The final model is a full average, which is DiLoCo with outer rate 1, never due before the end.
+        # The final model is a full average. It is made by DiLoCo with outer learning rate 1, which is never due before the end.
         self.average = DiLoCo(
             self.flat, every=1 << 62, outer_lr=1.0, outer_momentum=0.0, nonfinite=nonfinite, group=group, buffers=buffers
         )
@@ -119,7 +123,7 @@ class SPARTA:
 
     @torch.no_grad()
     def step(self, tokens: float | Tensor = 1.0) -> MergeReport | None:
-        """Count one inner step; begin a round and apply an earlier one where they are due."""
+        """Count one inner step; begin a round and apply an earlier one if they are due."""
         self.average.step(tokens)
         began = time.perf_counter()
         report = self._apply_due(began)  # before the next round is sent, which may take the same indices again
@@ -136,8 +140,8 @@ class SPARTA:
         return (self.steps + 1) % self.settings.every == 0
 
     def restart(self) -> None:
-        """Take the present parameters, the same on all workers: what is in flight is of others, and is dropped. Called by all
-        workers together."""
+        """Continue from the present parameters, which are the same on all workers. What is in flight belongs to other
+        parameters and is dropped. All workers call it at the same step."""
         for sparse in self.rounds:
             sparse.pending.finish()
         self.rounds.clear()
@@ -147,7 +151,7 @@ class SPARTA:
             self.smoothed.zero_()
 
     def start_again(self) -> None:
-        """This worker alone got new parameters: differences to its old ones, which may not even be finite, are void."""
+        """Make differences to this worker's old parameters void, since it alone got new ones; the old may not be finite."""
         for sparse in self.rounds:
             sparse.own, sparse.void = None, True
         if self.smoothed is not None:
@@ -163,12 +167,12 @@ class SPARTA:
         return self.average.finish()
 
     def indices(self, number: int) -> Tensor:
-        """The indices of a round into this rank's vector: the same on all peers."""
+        """The indices of a round into this rank's vector; they are the same on all workers."""
         vector, s = self.flat.vector, self.settings
         return select(s.selector, vector.numel(), s.fraction, number, self.seed, vector.device)
 
     def _begin(self) -> None:
-        """One gather, one collective; nothing, on all peers, where all drawn indices are under way."""
+        """Begin a round with one gather and one collective; no worker sends anything if all drawn indices are in flight."""
         indices, taken = self.indices(self.round), None
         if self.under_way is not None:
             taken = ~self.under_way[indices]
@@ -180,7 +184,7 @@ class SPARTA:
         message = self.flat.vector.new_empty(len(indices) + 1)
         torch.index_select(self.flat.vector, 0, indices, out=message[:-1])
         weight = self._weight(message[:-1])
-        # A worker that does not count takes the mean itself: its own values may be no numbers.
+        # A worker that does not count takes the mean itself, since its own values may be NaN.
         own = message[:-1].clone() if weight > 0 and (self.settings.delay or self.smoothed is not None) else None
         pending: PendingReduce
         if self.wire.name == "fp32":
@@ -199,7 +203,7 @@ class SPARTA:
         return 0.0 if found.item() else self.weight
 
     def _apply_due(self, began: float) -> MergeReport | None:
-        """Apply the round that has been in flight for as long as it should be."""
+        """Apply the oldest round if it has been in flight for ``delay`` steps."""
         if not self.rounds or self.rounds[0].sent_at + self.settings.delay != self.steps:
             return None
         self.flat.pull()
@@ -208,7 +212,7 @@ class SPARTA:
         return report
 
     def _apply(self, sparse: Round, began: float) -> MergeReport:
-        """One scatter."""
+        """Apply a round with one scatter."""
         sparse.pending.finish()
         message = sparse.pending.message
         weights = total_weight(sparse.pending)
@@ -245,7 +249,7 @@ class SPARTA:
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that left this rank for merging since the start."""
+        """Bytes that this rank has sent for merging since the start."""
         return self.workers.ledger.bytes_sent
 
     @property
@@ -254,7 +258,8 @@ class SPARTA:
         return self.workers.ledger.collectives
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later rounds depend on. Rounds in flight are drained, by all workers together, and applied in time."""
+        """All that later rounds depend on. It waits for the rounds in flight, so all workers call it at the same step; they are
+        applied when they are due."""
         for sparse in self.rounds:
             sparse.pending.finish()
         return {
@@ -265,7 +270,10 @@ class SPARTA:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken; the parameters are restored by their owner."""
+        """Continue from where ``state`` was taken. The caller restores the parameters."""
+        check_keys(state, ("round", "smoothed", "rounds", "average"), "the state of a sparta merger")
+        if any(len(saved) != ROUND_FIELDS for saved in state["rounds"]):
+            raise incompatible("a round in flight", f"there are not {ROUND_FIELDS} fields")
         device = self.flat.vector.device
         self.round = state["round"]
         if self.smoothed is not None:

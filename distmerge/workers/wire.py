@@ -1,7 +1,8 @@
-"""The wire: the formats in which values travel between workers.
+"""The wire: the formats in which values are sent between workers.
 
 A format turns float32 values into bytes and back. The integer formats quantise blocks of 64 values to their largest
-magnitude, with one float32 scale each and rounding to nearest even: deterministic, and independent of the blocks around.
+magnitude, with one float32 scale each and rounding to nearest even. The result is deterministic and does not
+depend on other blocks.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class Wire:
         if self.name in ("fp32", "bf16"):
             dtype = torch.float32 if self.name == "fp32" else torch.bfloat16
             return values.to(dtype).contiguous().view(torch.uint8)
-        blocks = values.unflatten(-1, (-1, BLOCK))
+        blocks = in_blocks(values)
         scale = blocks.abs().amax(-1, keepdim=True) / self.levels
-        # Beyond the levels only where the scale is so small a number that it has few bits.
+        # The clamp matters only if the scale is a subnormal number, which has few bits.
         whole = (blocks / torch.where(scale > 0, scale, 1)).round_().clamp_(-self.levels, self.levels)
         whole = whole.to(torch.int8).flatten(-2)
         if self.name == "int4":
@@ -62,7 +63,12 @@ class Wire:
             whole = torch.stack([body & 15, body >> 4], dim=-1).flatten(-2).view(torch.int8) - 8
         else:
             whole = body.contiguous().view(torch.int8)
-        return (whole.unflatten(-1, (-1, BLOCK)).float() * scales.unsqueeze(-1)).flatten(-2)
+        return (in_blocks(whole).float() * scales.unsqueeze(-1)).flatten(-2)
+
+
+def in_blocks(values: Tensor) -> Tensor:
+    """``[..., n]`` as ``[..., n / 64, 64]``, in the same memory."""
+    return values.view(*values.shape[:-1], values.shape[-1] // BLOCK, BLOCK)
 
 
 WIRES: dict[str, Wire] = {
