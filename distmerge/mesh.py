@@ -40,7 +40,7 @@ class Mesh:
         files: process group of all ranks, on the CPU, for what a thread writes while training goes on: the store's alone.
         device: where this rank computes.
         name: of this expert, where others of the same job train beside it.
-        crowding: what the ranks share, in words, where there are more of them than devices.
+        oversubscription: what the ranks share, in words, where there are more of them than devices.
     """
 
     def __init__(self, section: config.MeshSettings, place: Place, threads: int | None):
@@ -58,9 +58,9 @@ class Mesh:
         store = open_store(place, section.timeout_seconds)
         self.board = Noticeboard(store)
         self.watchdog = Watchdog(self, section.watchdog_seconds)
-        self.crowding = crowding(self.device, place)
+        self.oversubscription = oversubscription(self.device, place)
         # NCCL wants a GPU for each rank; ranks that share one talk over gloo.
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" and self.crowding is None else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" and self.oversubscription is None else "gloo"
         try:
             dist.init_process_group(
                 backend, store=PrefixStore("world", store), rank=self.rank, world_size=self.world, timeout=timeout
@@ -87,7 +87,7 @@ class Mesh:
         return self.rank == 0
 
     @contextlib.contextmanager
-    def together(self, group: Any = None) -> Iterator[None]:
+    def raise_on_all_ranks(self, group: Any = None) -> Iterator[None]:
         """A stretch in which a user's error on any rank ends the job on all of them, told once.
 
         Nothing in the stretch may wait for a rank that could have failed in it. ``group`` holds all ranks, too.
@@ -222,7 +222,7 @@ def choose_device(device: str, place: Place) -> torch.device:
     return chosen
 
 
-def crowding(device: torch.device, place: Place) -> str | None:
+def oversubscription(device: torch.device, place: Place) -> str | None:
     """What the ranks of this machine share, where they have to: a simulation of many workers on few devices."""
     cores = len(os.sched_getaffinity(0))
     have = torch.cuda.device_count() if device.type == "cuda" else cores

@@ -77,7 +77,7 @@ class Store:
 
     def open(self) -> None:
         """Make the directory, and clear away what an interrupted commit left."""
-        with self.mesh.together():
+        with self.mesh.raise_on_all_ranks():
             if self.mesh.leads:
                 guarded(self.root, lambda: clear_leftovers(self.root))
 
@@ -116,17 +116,17 @@ class Store:
         group = self.mesh.files
         name = f"step-{step:08}"
         temporary, published = self.root / f".{name}", self.root / name
-        with self.mesh.together(group):
+        with self.mesh.raise_on_all_ranks(group):
             if self.mesh.leads:
                 guarded(temporary, lambda: os.mkdir(temporary))
         entries: dict[str, dict[str, Any]] = {}
-        with self.mesh.together(group):
+        with self.mesh.raise_on_all_ranks(group):
             for file, content in files.items():
                 path = temporary / file
                 entries[file] = guarded(path, lambda path=path, content=content: write_file(path, content))
         gathered: list[dict[str, dict[str, Any]]] = [{}] * self.mesh.world
         dist.all_gather_object(gathered, entries, group=group)
-        with self.mesh.together(group):
+        with self.mesh.raise_on_all_ranks(group):
             if self.mesh.leads:
                 manifest = {
                     "step": step,
@@ -144,7 +144,7 @@ class Store:
         if not doomed[0]:
             return
         problem = self._verify(newest)
-        with self.mesh.together(self.mesh.files):
+        with self.mesh.raise_on_all_ranks(self.mesh.files):
             if self.mesh.leads:
                 if problem is not None:
                     raise UserError(f"{newest} does not read back as it was written: {problem}; older ones are kept")
@@ -164,7 +164,7 @@ class Store:
             UserError: when there are checkpoints but all are damaged or of other runs, or the newest valid one does not fit.
         """
         accepted, rejections = self.valid(1)
-        with self.mesh.together():
+        with self.mesh.raise_on_all_ranks():
             if rejections and not accepted:
                 reasons = "; ".join(f"{rejection.path.name}: {rejection.reason}" for rejection in rejections)
                 what = "damaged or of another run" if "of another run" in reasons else "damaged"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distmerge.config.engine import trainers_values
 from distmerge.config.train import TrainConfig
 from distmerge.engine.engine import Engine, StepResult, gather_whole, names_beside
-from distmerge.engine.masters import FlatMasters, PublicMasters, ShardedMasters, master_parameters
+from distmerge.engine.masters import FlatMasterWeights, PublicMasterWeights, ShardedMasterWeights, master_parameters
 from distmerge.engine.ops import build_ops, import_deepspeed
 from distmerge.engine.optimizers import parameter_groups
 from distmerge.errors import UserError
@@ -35,7 +35,7 @@ class ZeroEngine(Engine):
         if self.offloads:
             mesh.lead_first("DeepSpeed's helper", build_ops)
         optimizer, ranks = self._optimizer(model, config), WorkerRanks(mesh.inside)
-        with mesh.together():
+        with mesh.raise_on_all_ranks():
             table = deepspeed_table(config, mesh)
             try:
                 self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=table, mpu=ranks)
@@ -48,7 +48,7 @@ class ZeroEngine(Engine):
         self.model = self.engine
         self.optimizers = [self.engine.basic_optimizer]
         self.parameters = master_parameters(self.engine)
-        if isinstance(self.parameters, PublicMasters):
+        if isinstance(self.parameters, PublicMasterWeights):
             self.notes.append(f"DeepSpeed {deepspeed.__version__} is not verified: merges go parameter by parameter, slowly")
         self._start_from(start)
 
@@ -100,11 +100,11 @@ class ZeroEngine(Engine):
 
     @property
     def replicated(self) -> bool:
-        return not isinstance(self.parameters, FlatMasters)
+        return not isinstance(self.parameters, FlatMasterWeights)
 
     def _owned(self) -> list[Tensor]:
         """The tensors that the optimizer steps, in an order that is the same in every run of this layout."""
-        if isinstance(self.parameters, ShardedMasters):
+        if isinstance(self.parameters, ShardedMasterWeights):
             return self.parameters.partitions()
         return [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
 

@@ -11,7 +11,7 @@ from distmerge.theta.flat import FlatParameters
 
 
 @torch.no_grad()
-def sickness(flat: FlatParameters, mesh: Mesh) -> str | None:
+def health_problem(flat: FlatParameters, mesh: Mesh) -> str | None:
     """What is not finite in the model as it stands, in words, or None; the same on all ranks.
 
     A buffer may hold infinities, as masks do, and must not hold NaN.
@@ -20,7 +20,7 @@ def sickness(flat: FlatParameters, mesh: Mesh) -> str | None:
     buffers = float(any(has_nan(buffer) for buffer in flat.model.buffers()))
     found = torch.stack([nonfinite(flat.vector), flat.vector.new_tensor(buffers)]).to(mesh.device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    for sick, name in zip(found.tolist(), ("parameters", "buffers"), strict=True):
-        if sick:
+    for unhealthy, name in zip(found.tolist(), ("parameters", "buffers"), strict=True):
+        if unhealthy:
             return f"its {name} are not finite"
     return None

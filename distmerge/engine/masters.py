@@ -54,11 +54,11 @@ def master_parameters(engine: Any, by_parameter: bool = False) -> FlatParameters
     if isinstance(optimizer, torch.optim.Optimizer):  # stage 0 in float32: there is nothing but the model
         return ReplicatedParameters(engine.module, inside)
     if hasattr(optimizer, "fp32_groups"):  # stage 0 in bfloat16: a master for each parameter, on every rank
-        return PairedMasters(engine.module, inside, optimizer.fp32_groups, optimizer.fp16_groups)
+        return PairedMasterWeights(engine.module, inside, optimizer.fp32_groups, optimizer.fp16_groups)
     if not by_parameter and verified():
         stage3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
-        return ShardedMasters(engine) if stage3 else PartitionedMasters(engine)
-    return PublicMasters(engine.module, inside)
+        return ShardedMasterWeights(engine) if stage3 else PartitionedMasterWeights(engine)
+    return PublicMasterWeights(engine.module, inside)
 
 
 def verified() -> bool:
@@ -67,7 +67,7 @@ def verified() -> bool:
     return deepspeed.__version__.startswith(VERIFIED)
 
 
-class FlatMasters(CopiedParameters):
+class FlatMasterWeights(CopiedParameters):
     """This rank's partitions as one vector, in the model's order."""
 
     def __init__(self, engine: Any):
@@ -102,7 +102,7 @@ class FlatMasters(CopiedParameters):
             yield partitions[fragment.partition].detach()[fragment.at : fragment.at + fragment.numel]
 
 
-class PartitionedMasters(FlatMasters):
+class PartitionedMasterWeights(FlatMasterWeights):
     """Stages 1 and 2: each rank keeps the masters of a stretch of each flattened group."""
 
     def partitions(self) -> list[Tensor]:
@@ -126,7 +126,7 @@ class PartitionedMasters(FlatMasters):
             exchange(shares, self.inside)
 
 
-class ShardedMasters(FlatMasters):
+class ShardedMasterWeights(FlatMasterWeights):
     """Stage 3: each parameter is cut evenly; a rank's cuts of a group of parameters lie end to end."""
 
     def __init__(self, engine: Any):
@@ -155,7 +155,7 @@ class ShardedMasters(FlatMasters):
             kept[0].all_gather(kept)
 
 
-class PairedMasters(ReplicatedParameters):
+class PairedMasterWeights(ReplicatedParameters):
     """A float32 master beside each 16-bit parameter, both whole on every rank."""
 
     has_masters = True
@@ -178,7 +178,7 @@ class PairedMasters(ReplicatedParameters):
                 view.copy_(master)
 
 
-class PublicMasters(ReplicatedParameters):
+class PublicMasterWeights(ReplicatedParameters):
     """Masters by DeepSpeed's public functions, whole and one by one: for versions whose partitions are not known."""
 
     in_place = False

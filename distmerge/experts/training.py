@@ -23,7 +23,7 @@ from distmerge.config.train import TrainConfig
 from distmerge.data.packed import IndexedBatches, open_corpus, sampled
 from distmerge.data.streaming import StreamBatches
 from distmerge.engine.engine import Engine
-from distmerge.engine.health import sickness
+from distmerge.engine.health import health_problem
 from distmerge.experts.adapt import Theta, dtype_of, save_expert
 from distmerge.experts.examples import Known, look, nothing_known, observe, tracked_rows
 from distmerge.experts.stopping import Peak, Plateau, member_at
@@ -151,9 +151,9 @@ class ExpertTraining:
             whether it was published; a model that is not finite is left out, and the record says so.
         """
         run, published = self.run, self.run.path / "steps" / f"step-{step:08}"
-        with run.shared(), run.mesh.together():
-            if (sick := sickness(run.engine.parameters, run.mesh)) is not None:
-                run.tell(step, "step left out", {"reason": sick})
+        with run.shared(), run.mesh.raise_on_all_ranks():
+            if (problem := health_problem(run.engine.parameters, run.mesh)) is not None:
+                run.tell(step, "step left out", {"reason": problem})
                 return False
             whole = run.engine.whole_state()
             if run.mesh.leads:
@@ -198,7 +198,7 @@ class ExpertTraining:
         """The loss of the merge at this step, on each skill; and what was merged. Nothing is written."""
         assert self.base is not None and self.config.expert is not None
         section, mesh = self.section, self.run.mesh
-        with mesh.together():
+        with mesh.raise_on_all_ranks():
             members = mesh.lead_first(f"siblings-{step}", lambda: self._members(step))
             others = [self._vector(member) for member in members]
         own = self.theta.read()
@@ -230,7 +230,7 @@ class ExpertTraining:
         if self.peak is None or not self.peak.best_step or self.peak.best_step == self.run.step:
             return self.run.step
         best = self.run.path / "steps" / f"step-{self.peak.best_step:08}"
-        with self.run.mesh.together():
+        with self.run.mesh.raise_on_all_ranks():
             self.load(best)
         return self.peak.best_step
 

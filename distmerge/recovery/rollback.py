@@ -1,7 +1,7 @@
 """Going back: from a spike of the whole run to a checkpoint before it, merged there with the stable ones before that.
 
 What was decided is on disk before anything is done, so that whoever starts next finishes it. Each attempt at the same spike
-goes further back than the one before, since a checkpoint that did not cure it may be a part of it.
+goes further back than the one before, since a checkpoint that did not help may be a part of it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Recoverable(Protocol):
     def tell(self, step: int, event: str, facts: dict[str, Any]) -> None: ...
 
 
-class Sickness(NamedTuple):
+class Unhealthy(NamedTuple):
     """Why a worker, or the run, cannot go on as it is.
 
     Attributes:
@@ -67,7 +67,7 @@ class RollBack:
         self.accepted_at = 0  # the step whose level was accepted, since going back to before it had not helped
         self.cool_until = 0
 
-    def go(self, step: int, found: Sickness) -> bool:
+    def go(self, step: int, found: Unhealthy) -> bool:
         """Go back to before the spike of inner step ``step``. A collective.
 
         Returns:
@@ -96,7 +96,7 @@ class RollBack:
             skipped=[*self.skipped, *skip_around(at, self.section.skip_batches)],
         )
         kept = optimizer_state.take(self.run.engine.optimizers)
-        with self.mesh.together():
+        with self.mesh.raise_on_all_ranks():
             if self.mesh.leads:
                 guarded(self.run.path, lambda: write_plan(self.run.path, plan))
         window = self.run.window
@@ -108,7 +108,7 @@ class RollBack:
         self.carry_out(plan, kept)
         return True
 
-    def _go_on(self, step: int, found: Sickness, why: str) -> bool:
+    def _go_on(self, step: int, found: Unhealthy, why: str) -> bool:
         """What to do where going back cannot help: a finite loss is accepted, unless one was and it went on growing."""
         recently = bool(self.accepted_at) and step <= self.accepted_at + 2 * self.section.window
         if found.finite and not recently:
@@ -120,7 +120,7 @@ class RollBack:
             "raise recovery.attempts, or go back by hand with distmerge recover"
         )
 
-    def _stable(self, step: int, found: Sickness, again: bool) -> list[Path]:
+    def _stable(self, step: int, found: Unhealthy, again: bool) -> list[Path]:
         """The checkpoints to merge, newest first: before the spike, and before the last attempt's where there are any."""
         before = max(found.since - 1, 0)  # the start itself is before everything
         bounds = [min(before, self.target - 1), before] if again and self.target else [before]
@@ -139,7 +139,7 @@ class RollBack:
     def _members(self, stable: list[Path]) -> list[str]:
         """The window's blocks up to the checkpoint, where there are enough of them; else checkpoints. Newest first."""
         last, members = self.section.merge_last, [path.name for path in stable]
-        with self.mesh.together():
+        with self.mesh.raise_on_all_ranks():
             if self.mesh.leads and last > 1:
                 blocks = stable_blocks(self.run.path / "window", last, step_of(stable[0]))
                 members = blocks if len(blocks) == last else members
@@ -149,7 +149,7 @@ class RollBack:
 
     def resume(self, step: int) -> bool:
         """Finish a roll-back that an earlier process began, or that ``distmerge recover`` planned, if step is its target."""
-        with self.mesh.together():
+        with self.mesh.raise_on_all_ranks():
             plan = read_plan(self.run.path)
         if plan is None or plan.to != step:
             return False
@@ -212,7 +212,7 @@ class RollBack:
 
     def finish_tainting(self) -> None:
         """Before a start looks for checkpoints: those that a plan calls tainted are none."""
-        with self.mesh.together():
+        with self.mesh.raise_on_all_ranks():
             if self.mesh.leads and (plan := read_plan(self.run.path)) is not None:
                 guarded(self.run.path, lambda: finish_tainting(self.run.path, plan))
 

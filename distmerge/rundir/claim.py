@@ -33,7 +33,7 @@ class Claim:
         self.directory, self.config, self.mesh, self.command = directory, config, mesh, list(command)
         self.taken = False
         self.identity: Identity | None = None
-        with mesh.together():
+        with mesh.raise_on_all_ranks():
             if mesh.leads:
                 self.identity = identify(directory.path, config, directory.claimed)
 
@@ -42,7 +42,7 @@ class Claim:
         if self.taken:
             return
         self.taken = True
-        with self.mesh.together():
+        with self.mesh.raise_on_all_ranks():
             if self.identity is not None:
                 guarded(self.directory.path, self._write)
 

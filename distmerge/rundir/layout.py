@@ -186,7 +186,7 @@ def begin_anew(directory: RunDirectory) -> Path | None:
 
 def take_lock(directory: RunDirectory, config: TrainConfig, mesh: Mesh) -> Lock:
     """The run directory, for all ranks of this job and no other."""
-    with mesh.together():
+    with mesh.raise_on_all_ranks():
         directory.check(config)
         lock = Lock(directory)
         if mesh.leads:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distmerge.engine.health import sickness
+from distmerge.engine.health import health_problem
 from distmerge.evaluate import Evaluation
 from distmerge.files.atomic import delete, write_atomically
 from distmerge.files.directories import guarded, publish_directory
@@ -35,8 +35,8 @@ def divergence(flat: FlatParameters, mesh: Mesh, first_loss: float | None, loss:
         first_loss: the evaluation before the first step.
         loss: the evaluation of the model as it stands.
     """
-    if (sick := sickness(flat, mesh)) is not None:
-        return sick
+    if (problem := health_problem(flat, mesh)) is not None:
+        return problem
     if not math.isfinite(loss):
         return "its evaluation loss is not finite"
     if first_loss is not None and loss > first_loss + NOISE * max(1.0, first_loss):
@@ -107,7 +107,7 @@ def close(run: Run) -> int:
     first = run.meter.first_eval if run.expert.peak is None else None
     diverged = divergence(run.engine.parameters, run.mesh, first, found.loss)
     whole = run.engine.whole_state()
-    with run.mesh.together():
+    with run.mesh.raise_on_all_ranks():
         if run.log is not None:
             run.log.close()
             about, summary = run.claim.said() | {"step": step}, summary_of(run, found) | {"diverged": diverged}

@@ -83,12 +83,12 @@ def loop(run: Run) -> bool:
         result = run.engine.train_step(run.next_batch(), lr)
         run.claim.take()
         if recovery.needed(run.step + 1, result) and recovery.roll_back(run.step + 1):
-            continue  # before a merge or a block could take in sick values
+            continue  # before a merge or a block could take in values that are not finite
         run.mesh.watchdog.mark(f"the training of step {run.step + 1}")
         merges = [report for merger in run.mergers if (report := merger.step(result.tokens))]  # across workers
         run.step += 1
         run.tell_choices(merges)
-        recovery.cure(run.step)
+        recovery.reset(run.step)
         if run.window is not None:
             run.window.observe(run.step, lr, result.loss, recovery.suspicious)  # across checkpoints
         meter.observe(result, lr, merges)

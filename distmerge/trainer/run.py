@@ -48,18 +48,18 @@ class Run:
     def __init__(self, config: TrainConfig, mesh: Mesh, directory: RunDirectory, command: Sequence[str] = ()):
         self.config, self.mesh, self.directory, self.path = config, mesh, directory, directory.path
         self.preemption = Preemption(mesh, config.steps)
-        with mesh.together():
+        with mesh.raise_on_all_ranks():
             self.tokenizer = load_tokenizer(config.data.tokenizer)
             model = build_model(config.model, self.tokenizer, config.seed)
             check_fits(model, self.tokenizer, config.data.sequence_length)
             if config.expert is not None and config.expert.lora is not None:
                 model = with_lora(model, config.expert.lora, config.seed)
-        with mesh.together():
+        with mesh.raise_on_all_ranks():
             self.batches, drawn = mesh.lead_first("data", self._open_data)
         self.held_out = from_lead(drawn) if config.data.streaming else drawn
         mesh.check_same("the parameters that they start from", torch.stack([fingerprint(p) for p in model.parameters()]).sum())
         self.engine = build_engine(model, config, mesh)
-        with mesh.together():
+        with mesh.raise_on_all_ranks():
             self.mergers: list[Merger] = build_mergers(config, self.engine.parameters, mesh)
         torch.manual_seed((config.seed * 1_000_003 + mesh.rank) % 2**64)  # dropout draws apart on each rank
         section, layout = config.checkpoint, reshard.layout(config, mesh)
@@ -69,11 +69,11 @@ class Run:
         self.log: MetricsLog | None = None
         self.step = 0
         self.committed = 0  # the step of the newest checkpoint
-        with mesh.together():
+        with mesh.raise_on_all_ranks():
             self.window = self._open_window()
             self.preview = self._open_preview()
         self.recovery = Recovery(config.recovery, self)
-        with mesh.together():
+        with mesh.raise_on_all_ranks():
             self.expert = ExpertTraining(config, self)
 
     def _open_window(self) -> Window | None:
@@ -139,7 +139,7 @@ class Run:
             self.window.open(self.step)
         if self.mesh.leads:
             self.log = MetricsLog(self.directory, self.meter.log_bytes, self.config.steps, self.mesh.name)
-            for note in [self.mesh.crowding, *self.engine.notes, *notes(self.config)]:
+            for note in [self.mesh.oversubscription, *self.engine.notes, *notes(self.config)]:
                 if note is not None:
                     self.log.say(note)
             for rejection in rejections:
@@ -185,7 +185,7 @@ class Run:
             self.engine.load_state_files(read)
             state = read(f"rank-{self.mesh.rank:05}.pt")
         else:
-            with self.mesh.together():
+            with self.mesh.raise_on_all_ranks():
                 state = reshard.load(self, read, written)
         self.step = self.committed = state["step"]
         if self.window is not None:

@@ -98,7 +98,7 @@ class Window:
         since then are heeded."""
         if self.section.store == "memory":
             return
-        with self.mesh.together():
+        with self.mesh.raise_on_all_ranks():
             if self.mesh.leads:
                 guarded(self.root, lambda: clear_leftovers(self.root))
                 for path in published_blocks(self.root):
@@ -132,7 +132,7 @@ class Window:
         return self._end(step, suspicious) if step % self.every == 0 else None
 
     def taint(self) -> None:
-        """The block in progress takes in something sick: it will be dropped at its end."""
+        """The block in progress takes in values that must not be kept, so it will be dropped at its end."""
         self.tainted = True
 
     def taint_published(self, since: int, held_only: bool = False) -> list[str]:
@@ -161,7 +161,7 @@ class Window:
         if not names:
             return
         self.blocks = [replace(block, tainted=tainted) if block.name in names else block for block in self.blocks]
-        with self.mesh.together():
+        with self.mesh.raise_on_all_ranks():
             for name in names if self.mesh.leads and self.section.store == "disk" else []:
                 guarded(self.root / name, lambda name=name: mark_tainted(self.root / name, tainted))
 
@@ -184,8 +184,8 @@ class Window:
 
     def _end(self, step: int, suspicious: bool) -> Block | None:
         """Reduce over the workers, publish, begin the next."""
-        sick = nonfinite(self.mean).bool() | self.tainted
-        sums = torch.cat([self.losses, torch.stack([sick.to(self.losses), self.losses.new_tensor(float(suspicious))])])
+        unhealthy = nonfinite(self.mean).bool() | self.tainted
+        sums = torch.cat([self.losses, torch.stack([unhealthy.to(self.losses), self.losses.new_tensor(float(suspicious))])])
         dist.all_reduce(sums)
         total, count, tainted, held = sums.tolist()
         block = Block(

@@ -161,7 +161,7 @@ def by_parameter(stage: int) -> tuple[bool, bool]:
     """Whether both paths read the same masters, and whether what the slow one writes is what the fast one then reads."""
     import deepspeed
 
-    from distmerge.engine.masters import PublicMasters, master_parameters
+    from distmerge.engine.masters import PublicMasterWeights, master_parameters
 
     both = init_device_mesh("cpu", (2,)).get_group()
     torch.manual_seed(0)
@@ -176,7 +176,7 @@ def by_parameter(stage: int) -> tuple[bool, bool]:
     engine.backward(engine(torch.randn(4, 7).bfloat16()).float().square().mean())
     engine.step()
     fast, slow = master_parameters(engine), master_parameters(engine, by_parameter=True)
-    assert isinstance(slow, PublicMasters)
+    assert isinstance(slow, PublicMasterWeights)
     slow.pull()
     names = {slot.name: slot.offset for slot in slow.layout}
 

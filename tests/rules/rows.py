@@ -125,6 +125,11 @@ ROWS = (
     Row("largest-norm", fixed=True),
 )
 
+TWELVE = {
+    "mean", "tokens", "radial", "median", "trimmed-mean", "ties", "dare", "della", "breadcrumbs", "sce", "model-stock", "slerp",
+}  # fmt: skip
+"""Rules that must give the same from files, from memory and across workers, at the least."""
+
 
 def rows() -> tuple[Row, ...]:
     """Every row; each rule of the catalogue has one."""

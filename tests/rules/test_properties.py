@@ -14,9 +14,10 @@ from torch import Tensor
 from distmerge.cli import main
 from distmerge.errors import UserError
 from distmerge.rules import catalogue
-from distmerge.rules.protocol import cut, run, settled_state
+from distmerge.rules.mean import token_weight
+from distmerge.rules.protocol import Target, cut, run, settled_state
 from tests.files.models import SHAPES, tensors, write
-from tests.rules.rows import SHAPE, Row, members_of, rows
+from tests.rules.rows import SHAPE, TWELVE, Row, members_of, rows
 
 every_rule = pytest.mark.parametrize("row", rows(), ids=str)
 
@@ -195,3 +196,24 @@ def test_files_give_what_memory_gives(row: Row, models: Path, tmp_path: Path) ->
         rule = row.build(row.count, shape=shape, name=name, variants=form, embedding=embedding)
         expected = run(rule, [member[name] for member in chosen], base[name] if based else None)
         assert torch.equal(merged[name], expected), name
+
+
+def test_tokens_from_files_are_the_mean_with_the_weights_that_tokens_give(models: Path, tmp_path: Path) -> None:
+    """Files do not say what a model trained on in a round, so their user does: a recipe of the mean with those weights."""
+    weights = [token_weight(tokens, steps) for tokens, steps in ((100.0, 2), (300.0, 3), (50.0, 1))]
+    given = "".join(
+        f'[[model]]\npath = "{models / f"m{index + 1}"}"\nweight = {weight}\n' for index, weight in enumerate(weights)
+    )
+    (tmp_path / "recipe.toml").write_text('method = "mean"\n' + given)
+    torch.set_num_threads(1)
+    assert main.run(["merge", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "out")]) == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    members = [load_file(models / f"m{index + 1}" / "model.safetensors") for index in range(3)]
+    for name, shape in SHAPES.items():
+        target = Target(name, shape, tuple({"weight": weight} for weight in weights))
+        assert torch.equal(merged[name], run(catalogue.build("tokens", target), [member[name] for member in members])), name
+
+
+def test_files_and_memory_are_compared_for_each_rule_that_must_agree() -> None:
+    """All are, as their rows; ``tokens`` above, as the mean that it is."""
+    assert TWELVE - {row.name for row in rows() if row.on_disk} == {"tokens"}

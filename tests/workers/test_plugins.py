@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -114,3 +115,27 @@ def test_a_merger_of_an_installed_package_trains(ranks: Ranks, tmp_path: Path) -
     outcomes = ranks.run(2, with_package, str(tmp_path), ["train", path, *FAST], group=False)
     assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].stderr
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def test_a_rule_of_the_working_directory_trains_and_resumes_bit_by_bit(ranks: Ranks, tmp_path: Path) -> None:
+    """Stopped in mid-round and taken up again; where auto takes it, the run's events say so by its name."""
+    (tmp_path / "trained_module.py").write_text(RULE.format(name="agreed-resumed"))
+    entry = '[[merge]]\nkind = "diloco"\nevery = 3\nouter_momentum = 0.5\nrule = "agreed-resumed"\nquorum = 0.75\n'
+    path = jobs.write_config(tmp_path, 'plugins = ["trained_module"]\n' + jobs.CONFIG.replace(MERGE, entry))
+
+    def train(run: str, *more: str) -> Path:
+        arguments = ["train", path, *FAST, "--run-dir", str(tmp_path / run), *more]
+        outcomes = ranks.run(2, with_package, str(tmp_path), arguments, group=False)
+        assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].stderr
+        return tmp_path / run
+
+    whole, parts = train("whole"), train("parts", "--steps", "8")
+    first = jobs.final_bytes(parts)
+    train("parts")
+    assert jobs.final_bytes(parts) == jobs.final_bytes(whole) != first
+    assert jobs.untimed(parts) == jobs.untimed(whole)
+    assert jobs.final_bytes(train("easy", "--merge.0.quorum", "0.1")) != jobs.final_bytes(whole), "the rule decides"
+    auto = train("auto", "--merge.0.rule", "auto", "--merge.0.auto-rule", "agreed-resumed", "--merge.0.auto-above", "1")
+    events = [json.loads(line) for line in (auto / "events.jsonl").read_text().splitlines()]
+    assert {event["rule"] for event in events if event["event"] == "rule chosen"} == {"agreed_resumed"}
+    assert jobs.final_bytes(auto) == jobs.final_bytes(whole)
