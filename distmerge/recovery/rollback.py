@@ -21,7 +21,7 @@ from distmerge.files.directories import guarded, reader
 from distmerge.mesh import Mesh
 from distmerge.recovery import optimizer_state
 from distmerge.recovery.plan import Plan, batch_index, finish_tainting, read_plan, skip_around, write_plan
-from distmerge.windows.blocks import accumulate, stable_blocks
+from distmerge.windows.blocks import TENSORS, merge_stored, stable_blocks
 from distmerge.windows.window import Window
 from distmerge.workers.merger import Merger
 
@@ -176,13 +176,14 @@ class RollBack:
     def _merge(self, members: list[str]) -> None:
         """theta = the plain mean of the members, over all workers; and so the anchor."""
         flat = self.run.engine.parameters
-        views = dict(flat.named_views())
-        for view in views.values():
-            view.zero_()
-        for name in members:
-            place = "window" if name.startswith("block") else "checkpoints"
-            pattern = "*.safetensors" if place == "window" else f"parameters-{self.mesh.worker:05}.safetensors"
-            accumulate(self.run.path / place / name, 1 / len(members), views, pattern)
+        own = f"parameters-{self.mesh.worker:05}.safetensors"
+        stored = [
+            (self.run.path / "window" / name, TENSORS)
+            if name.startswith("block")
+            else (self.run.path / "checkpoints" / name, own)
+            for name in members
+        ]
+        merge_stored(stored, [1 / len(members)] * len(members), dict(flat.named_views()))
         flat.push()
         if self.run.mergers:
             dist.all_reduce(flat.vector, group=self.mesh.peers)

@@ -36,11 +36,16 @@ class WeightedMean(Rule):
 def weighted_sum(members: list[Tensor], weights: Tensor) -> Tensor:
     """``[n]``: ``sum_m w_m x_m`` of members ``[n]``, in the dtype of ``weights [M]``."""
     first = members[0]
-    weights = weights.to(first.device)
     total = torch.zeros(first.numel(), dtype=weights.dtype, device=first.device)
     for member, weight in zip(members, weights, strict=True):
-        total.addcmul_(member, weight)
+        add_weighted(total, member, weight)
     return total
+
+
+def add_weighted(total: Tensor, member: Tensor, weight: Tensor | float) -> None:
+    """``total += weight * member``, one term of a weighted sum, in the dtype of ``total``; the member may lie elsewhere."""
+    factor = torch.as_tensor(weight, dtype=total.dtype, device=total.device)
+    total.addcmul_(member.to(total.device), factor)
 
 
 def token_weight(tokens: float, steps: int) -> float:

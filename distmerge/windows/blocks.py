@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from distmerge.files.atomic import write_atomically
 from distmerge.files.directories import publish_directory, published_directories, verify
 from distmerge.files.manifest import as_json, read_manifest, sealed
 from distmerge.model import save_model
+from distmerge.rules.mean import add_weighted
 from distmerge.windows.curves import token_shares, weights
 
 RECORD = "block.json"
+TENSORS = "*.safetensors"
+"""The files of a block's parameters."""
 
 
 @dataclass(frozen=True)
@@ -160,15 +164,22 @@ def block_weights(curve: str, blocks: list[Block]) -> list[float]:
     return weights(curve, shares.tolist()).tolist()
 
 
-def accumulate(path: Path, weight: float, into: dict[str, Tensor], pattern: str = "*.safetensors") -> None:
-    """``into[name] += weight * tensor`` in float32, for each name that the directory's files hold."""
-    files = sorted(path.glob(pattern))
-    assert files, f"{path} has no {pattern}"
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if name in into:
-                    into[name].add_(tensors.get_tensor(name).to(into[name]), alpha=weight)
+def merge_stored(members: Iterable[tuple[Path, str]], weights: Iterable[float], into: dict[str, Tensor]) -> None:
+    """Write ``sum_m w_m theta_m`` of stored models into the tensors of ``into``, by name, in their dtype.
+
+    Args:
+        members: each model's directory, and the pattern of its files' names. Tensors that ``into`` does not name are left out.
+    """
+    for total in into.values():
+        total.zero_()
+    for (path, pattern), weight in zip(members, weights, strict=True):
+        files = sorted(path.glob(pattern))
+        assert files, f"{path} has no {pattern}"
+        for file in files:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    if name in into:
+                        add_weighted(into[name], tensors.get_tensor(name), weight)
 
 
 def describe(block: Block) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
 from distmerge.files.directories import verify
-from distmerge.windows.blocks import RECORD, Block, accumulate, block_weights, legible, published_blocks
+from distmerge.windows.blocks import RECORD, TENSORS, Block, block_weights, legible, merge_stored, published_blocks
 
 NEAR = 0.1
 """How far, as a share of each, the end and the length of a fork may lie from those of one that it corrects."""
@@ -96,9 +96,7 @@ def merged_loss(run_dir: Path, config: TrainConfig, blocks: list[Block], curve: 
     model = load_model(str(run_dir / "window" / blocks[-1].name))
     views = {name: parameter.data for name, parameter in model.named_parameters()}
     with torch.no_grad():
-        for view in views.values():
-            view.zero_()
-        for block, weight in zip(blocks, block_weights(curve, blocks), strict=True):
-            accumulate(run_dir / "window" / block.name, weight, views)
+        stored = [(run_dir / "window" / block.name, TENSORS) for block in blocks]
+        merge_stored(stored, block_weights(curve, blocks), views)
     held_out = sampled(open_corpus(config.data).held_out, config.evaluate.sequences)
     return Judge(model, {"held out": held_out}, config.train.batch_size).losses()["held out"]

@@ -24,15 +24,17 @@ from distmerge.errors import UserError
 from distmerge.files.directories import clear_leftovers, guarded, remove
 from distmerge.finite import nonfinite
 from distmerge.mesh import Mesh
+from distmerge.rules.mean import add_weighted
 from distmerge.rundir.identity import Identity
 from distmerge.theta.flat import FlatParameters
 from distmerge.windows.blocks import (
+    TENSORS,
     Block,
-    accumulate,
     block_weights,
     describe,
     mark_tainted,
     marks,
+    merge_stored,
     mergeable,
     publish_block,
     published_blocks,
@@ -263,14 +265,9 @@ class Window:
         if self.section.store == "memory":
             flat.vector.zero_()
             for block, weight in zip(blocks, c, strict=True):
-                kept = self.kept[self.blocks.index(block)]
-                flat.vector.add_(kept.to(flat.vector), alpha=weight)
+                add_weighted(flat.vector, self.kept[self.blocks.index(block)], weight)
         else:
-            views = dict(flat.named_views())
-            for view in views.values():
-                view.zero_()
-            for block, weight in zip(blocks, c, strict=True):
-                accumulate(self.root / block.name, weight, views)
+            merge_stored([(self.root / block.name, TENSORS) for block in blocks], c, dict(flat.named_views()))
         flat.push()
 
     def state_dict(self) -> dict[str, Any]:

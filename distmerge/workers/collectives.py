@@ -13,7 +13,7 @@ _dist = cast("Any", dist)
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
     """Reduce ``x`` over the group, in place; every rank ends with the same bits."""
-    _dist.all_reduce(x, op, group=group)
+    _dist.all_reduce(x, op=op, group=group)
 
 
 def begin_all_reduce(x: Tensor, group: dist.ProcessGroup) -> dist.Work | None:

@@ -18,6 +18,7 @@ from distmerge.config import mergers
 from distmerge.config.rules import Value
 from distmerge.finite import finite
 from distmerge.rules import catalogue
+from distmerge.rules.mean import add_weighted
 from distmerge.rules.protocol import Rule, Target
 from distmerge.theta.flat import FlatParameters, Slot, pieces
 from distmerge.theta.layers import has_rows_of_their_own
@@ -197,15 +198,14 @@ def pieces_of(flat: FlatParameters, bucket: Bucket) -> Iterator[Piece]:
 
 def square_norms(rows: list[Tensor], weights: list[float]) -> tuple[Tensor, Tensor]:
     """``(sum_m w_m |row_m|^2 / sum_m w_m, |mean|^2)`` of the rows of a share, float64 scalars."""
-    total = sum(weights)
+    shares = [weight / sum(weights) for weight in weights]
     own = torch.zeros((), dtype=torch.float64, device=rows[0].device)
     merged = torch.zeros_like(own)
     for here in pieces(rows[0], 0, len(rows[0])):
-        mean = rows[0][here] * (weights[0] / total)
-        for index, (row, weight) in enumerate(zip(rows, weights, strict=True)):
+        mean = torch.zeros_like(rows[0][here])
+        for row, share in zip(rows, shares, strict=True):
             part = row[here]
-            own += torch.dot(part, part).double() * (weight / total)
-            if index:
-                mean.add_(part, alpha=weight / total)
+            add_weighted(mean, part, share)
+            own += torch.dot(part, part).double() * share
         merged += torch.dot(mean, mean).double()
     return own, merged
