@@ -1,5 +1,5 @@
 """The wire's formats: bytes that leave a rank, the reduction's error, how long a merge takes on each beside float32's own, what
-encoding costs beside a copy, and what 4 bits cost a short training run.
+encoding costs beside a copy, how long a merge that overlaps with training stops it, and what 4 bits cost a short training run.
 
 python benchmarks/wire.py [--small] [--seeds N] [--out DIR] [--record] [--files GLOB ...]
 """
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from arms import Arm, Runs, diloco
+from exposed import judge_exposed
 from ranks import on_ranks
 from report import Report, parser, spread
 from sync import Vector, drift, timed
@@ -173,6 +174,7 @@ def main() -> None:
             report.bar(f"bytes sent on {name} against fp32, {ranks} ranks", round(ratio, 4), "<=", limit)
     judge_bytes(report)
     judge_speed(report, 7 if options.small else 21)
+    judge_exposed(report, 3 if options.small else 15)
     gap = None
     if not options.small:
         runs = Runs(report, options.files)

@@ -68,6 +68,8 @@ class Row:
         self._decode(out, 0, weight)
 
     def _encode(self, values: Tensor, first: int, residual: Tensor | None) -> None:
+        if len(values) == 0:
+            return
         fast = library() if values.device.type == "cpu" and self.wire.levels else None
         if fast is not None:
             lost = None if residual is None else at(residual[first : first + len(values)])
@@ -91,6 +93,8 @@ class Row:
             body.copy_(encoded[head:])
 
     def _decode(self, out: Tensor, first: int, weight: float | None) -> None:
+        if len(out) == 0:
+            return
         fast = library() if out.device.type == "cpu" and self.wire.levels else None
         if fast is not None:
             function = fast.codec_decode_8 if self.wire.name == "int8" else fast.codec_decode_4

@@ -128,11 +128,10 @@ class DiLoCo:
         self.progress.count(tokens)
         report = self._advance_pending() if self.pending_fragment else None
         number = due_fragment(self.steps, self.every, len(self.fragments))
-        if number is None:
-            return report
-        if not self.settings.overlap:
+        if number is not None and not self.settings.overlap:
             return self.merge(number, self.settings.mix)
-        self._send_fragment(number)
+        if number is not None:
+            self._send_fragment(number)
         return report
 
     def finish(self) -> MergeReport | None:
@@ -162,9 +161,9 @@ class DiLoCo:
     def restart(self) -> None:
         """Make the present parameters, which are the same on all workers, the anchor. The velocity is kept. Fragments in
         flight and error feedback belong to other parameters and are dropped. All workers must call it at the same step."""
-        for pending in self.pending_fragment.pending if self.pending_fragment else []:
-            pending.finish()
-        self.pending_fragment = None
+        if self.pending_fragment is not None:
+            self.pending_fragment.wait()
+            self.pending_fragment = None
         self.reducer.forget()
         if self.outer is not None:
             vector = self.flat.vector
@@ -172,6 +171,8 @@ class DiLoCo:
 
     def start_again(self) -> None:
         """Forget the rounding errors of earlier messages, since this worker alone got new parameters."""
+        if self.pending_fragment is not None:
+            self.pending_fragment.sent()
         self.reducer.forget(own_only=True)
 
     @torch.no_grad()
@@ -203,8 +204,7 @@ class DiLoCo:
         assert self.pending_fragment is not None
         steps_since, overlap = self.progress.since_sent(self.pending_fragment.fragment), self.settings.overlap
         if steps_since == (overlap + 1) // 2:
-            for pending in self.pending_fragment.pending:
-                pending.advance()
+            self.pending_fragment.advance()
         return self._apply_pending() if steps_since == overlap else None
 
     @torch.no_grad()
@@ -264,7 +264,7 @@ class DiLoCo:
 
     @property
     def anchor(self) -> Tensor | None:
-        """The shared parameters in the layout of the flat vector; None if there is no anchor, or if it is sharded."""
+        """The shared parameters in the layout of the flat vector; None if there are none, or if they are sharded."""
         return None if self.outer is None or self.settings.outer_sharded else self.outer.anchor
 
     @property

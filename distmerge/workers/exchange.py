@@ -7,7 +7,9 @@ the owner and once on the way back, whatever the number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from torch import Tensor
 from distmerge.rules.mean import WeightedMean
 from distmerge.rules.protocol import Block
 from distmerge.theta.flat import pieces
+from distmerge.workers.background import StageThread
 from distmerge.workers.codec import Row
 from distmerge.workers.collectives import floats
 from distmerge.workers.group import WorkerGroup
@@ -32,6 +35,9 @@ be the memory of this worker's own row, so an element must be written only after
 class Exchange:
     """An exchange in progress. On a float32 wire values travel directly between their places in the messages, without copies.
 
+    It has three stages: send the own values; reduce the own share once all workers' values have arrived, and send the result;
+    read the results.
+
     Args:
         message: ``[n + 1]`` float32: this worker's values, then the result; the last element is the weight.
         weight: this worker's weight. With weight 0 it takes part, but its values do not count, finite or not.
@@ -41,6 +47,8 @@ class Exchange:
         reduce: what the owner of a share computes; by default the weighted mean.
         then: what the owner does in place with its share of a weighted mean before sending it back, such as an outer step.
         scratch: the pool that buffers are taken from and given back to.
+        thread: runs all stages while the caller goes on, encoding and decoding included; without it the caller runs them.
+            Nothing else may use ``scratch`` meanwhile. A ``reduce`` or ``then`` of its own needs the caller.
     """
 
     def __init__(
@@ -54,66 +62,104 @@ class Exchange:
         then: Callable[[Tensor], None] | None = None,
         shares: Shares | None = None,
         scratch: Scratch | None = None,
+        thread: StageThread | None = None,
     ):
+        assert thread is None or (reduce is None and then is None)
         self.workers, self.message, self.wire, self.residual, self.then = workers, message, wire, residual, then
         self.reduce, self.scratch = reduce, scratch or Scratch(message.device)
         self.shares = shares or equal_shares(message.numel() - 1, workers.size)
-        self.waited, self._stage = 0.0, 1
-        weigh(message, weight)
-        self._weights = message[-1:].expand(workers.size).clone()
-        self._own, self._counts = workers.rank, weight > 0 or weight != weight
-        outgoing, self._incoming = self._outgoing_rows(), self._incoming_rows()
-        sends = [(peer, part) for peer, row in enumerate(outgoing) for part in (row, message[-1:])]
-        receives = [(peer, part) for peer, row in enumerate(self._incoming) for part in (row, self._weights[peer : peer + 1])]
-        sent = sum(row.numel() * row.element_size() + WEIGHT_BYTES for row in outgoing)
-        own = outgoing[self._own].numel() * outgoing[self._own].element_size() + WEIGHT_BYTES
-        workers.ledger.exchange(sent - own, payload_bytes=sent)
-        self._works = begin(workers, sends, receives)
-        self._outgoing = outgoing  # the sends read it until they are done
+        self.waited, self._own, self._tag = 0.0, workers.rank, workers.next_tag()
+        self._account()
+        self._stages, self._advanced, self._threaded = self._run(weight), False, thread is not None
+        self._job = thread.begin(self._stages) if thread is not None else None
+        if self._job is None:
+            next(self._stages)
 
     def advance(self) -> None:
-        """Reduce this worker's share and begin to send the result to all. All workers call it at the same step."""
-        if self._stage != 1:
-            return
-        self.waited += wait(self._works)
-        own = self._slice(self._own)
-        if self.wire.name == "fp32":
-            self._reduce_rows(self._incoming, own)
-            self._release(row for peer, row in enumerate(self._incoming) if peer != self._own)
-            result = own
-        else:
-            mean = self.scratch.take(self.shares.rows[self._own], torch.float32).zero_()
-            self._reduce_encoded(mean)
-            self._release({id(row): row for row in (*self._incoming, *self._outgoing)}.values())
-            result = self.scratch.take(self.wire.size_bytes(len(mean)), torch.uint8)
-            Row(self.wire, result, len(mean)).encode(mean, self.residual[1] if self.residual else None)
-            self.scratch.give(mean)
-        self._incoming = self._results(result)
-        peers = [peer for peer in range(self.workers.size) if peer != self._own]
-        self.workers.ledger.exchange(len(peers) * result.numel() * result.element_size())
-        self._works = begin(self.workers, [(peer, result) for peer in peers], list(enumerate(self._incoming)))
-        self._stage = 2
+        """Reduce this worker's share and begin to send the result to all, unless a thread does. All workers call it at the
+        same step."""
+        if self._job is None and not self._advanced:
+            self._advanced = True
+            next(self._stages)
+
+    def sent(self) -> None:
+        """Wait until this worker's values are encoded, which depends on no other worker."""
+        if self._job is not None:
+            self._job.wait_for_first()
 
     def finish(self) -> None:
         """Wait until ``message`` holds the result. Its last element, to divide by, is then 1, or 0 if no worker counts."""
-        self.advance()
-        if self._stage != 2:
+        if self._job is not None:
+            began = time.perf_counter()
+            self._job.wait()
+            self.waited += time.perf_counter() - began
             return
-        self.waited += wait(self._works)
+        self.advance()
+        for _ in self._stages:
+            pass
+
+    def _run(self, weight: float) -> Iterator[None]:
+        """The three stages, in one of which all values of one worker have become those of all."""
+        weigh(self.message, weight)
+        weights = self.message[-1:].expand(self.workers.size).clone()
+        outgoing, incoming = self._outgoing_rows(counts=weight > 0 or weight != weight), self._incoming_rows()
+        sends = [(peer, part) for peer, row in enumerate(outgoing) for part in (row, self.message[-1:])]
+        receives = [(peer, part) for peer, row in enumerate(incoming) for part in (row, weights[peer : peer + 1])]
+        transfer = Transfer(self.workers, sends, receives, self._tag)
+        yield
+        self._wait(transfer)
+        result = self._reduced(outgoing, incoming, weights)
+        results = self._results(result)
+        peers = [peer for peer in range(self.workers.size) if peer != self._own]
+        transfer = Transfer(self.workers, [(peer, result) for peer in peers], list(enumerate(results)), self._tag + 1)
+        yield
+        self._wait(transfer)
         if self.wire.name != "fp32":
-            for peer, row in enumerate(self._incoming):
+            for peer, row in enumerate(results):
                 Row(self.wire, row, self.shares.rows[peer]).decode(self._slice(peer))
-            self._release(self._incoming)
-        if bool(self._weights.isnan().any()):  # the sender refuses to be merged: all see it, even if the wire loses NaN
+            self.scratch.give(*results)
+        if bool(weights.isnan().any()):  # the sender refuses to be merged: all see it, even if the wire loses NaN
             self.message.fill_(torch.nan)
-        self.message[-1] = ~(self._weights.sum() <= 0)
-        self._stage = 3
+        self.message[-1] = ~(weights.sum() <= 0)
+
+    def _wait(self, transfer: Transfer) -> None:
+        seconds = transfer.wait()
+        if not self._threaded:  # otherwise only the thread was blocked
+            self.waited += seconds
+
+    def _account(self) -> None:
+        """Enter both halves into the ledger."""
+        others = self.workers.size - 1
+        sizes = [self._size(peer) for peer in range(self.workers.size)]
+        payload = sum(sizes) + WEIGHT_BYTES * len(sizes)
+        self.workers.ledger.exchange(payload - sizes[self._own] - WEIGHT_BYTES, payload_bytes=payload)
+        self.workers.ledger.exchange(others * sizes[self._own])
+
+    def _size(self, peer: int) -> int:
+        """Bytes of a worker's share on the wire; float32 shares are not padded."""
+        start, stop = self.shares.bounds[peer]
+        return 4 * (stop - start) if self.wire.name == "fp32" else self.wire.size_bytes(self.shares.rows[peer])
+
+    def _reduced(self, outgoing: list[Tensor], incoming: list[Tensor], weights: Tensor) -> Tensor:
+        """This worker's share of the result, as it is sent to all."""
+        own = self._slice(self._own)
+        if self.wire.name == "fp32":
+            self._reduce_rows(incoming, weights, own)
+            self.scratch.give(*(row for peer, row in enumerate(incoming) if peer != self._own))
+            return own
+        mean = self.scratch.take(self.shares.rows[self._own], torch.float32).zero_()
+        self._reduce_encoded([outgoing[p] if p == self._own else row for p, row in enumerate(incoming)], weights, mean)
+        self.scratch.give(*{id(row): row for row in (*incoming, *outgoing)}.values())
+        result = self.scratch.take(self.wire.size_bytes(len(mean)), torch.uint8)
+        Row(self.wire, result, len(mean)).encode(mean, self.residual[1] if self.residual else None)
+        self.scratch.give(mean)
+        return result
 
     def _slice(self, peer: int) -> Tensor:
         start, stop = self.shares.bounds[peer]
         return self.message[start:stop]
 
-    def _outgoing_rows(self) -> list[Tensor]:
+    def _outgoing_rows(self, counts: bool) -> list[Tensor]:
         """The part of this worker's values that each worker receives."""
         if self.wire.name == "fp32":
             return [self._slice(peer) for peer in range(self.workers.size)]
@@ -121,7 +167,7 @@ class Exchange:
         at = 0
         for peer, numel in enumerate(self.shares.rows):
             row = self.scratch.take(self.wire.size_bytes(numel), torch.uint8)
-            kept = self.residual[0][at : at + numel] if self.residual and self._counts else None
+            kept = self.residual[0][at : at + numel] if self.residual and counts else None
             Row(self.wire, row, numel).encode(self._slice(peer), kept)
             rows.append(row)
             at += numel
@@ -146,21 +192,21 @@ class Exchange:
             for peer in range(self.workers.size)
         ]
 
-    def _reduce_rows(self, rows: list[Tensor], out: Tensor) -> None:
+    def _reduce_rows(self, rows: list[Tensor], weights: Tensor, out: Tensor) -> None:
         if self.reduce is not None:
-            self.reduce(rows, self._weights, out)
+            self.reduce(rows, weights, out)
             return
-        write_mean(rows, floats(self._weights), out)
+        write_mean(rows, floats(weights), out)
         if self.then is not None:
             self.then(out)
 
-    def _reduce_encoded(self, out: Tensor) -> None:
+    def _reduce_encoded(self, encoded: list[Tensor], weights: Tensor, out: Tensor) -> None:
         """Reduce rows in the wire's format. A mean decodes one row after the other and never holds all of them as floats."""
-        rows = [Row(self.wire, row, len(out)) for row in self._encoded()]
+        rows = [Row(self.wire, row, len(out)) for row in encoded]
         if self.reduce is None:
-            for row, weight in zip(rows, floats(self._weights), strict=True):
+            for row, weight in zip(rows, floats(weights), strict=True):
                 row.add_to(out, weight)
-            out.div_(self._weights.sum())
+            out.div_(weights.sum())
             if self.then is not None:
                 self.then(out)
             return
@@ -168,26 +214,32 @@ class Exchange:
         decoded = [self.scratch.take(len(out), torch.float32) for _ in rows]
         for row, values in zip(rows, decoded, strict=True):
             row.decode(values)
-        self.reduce([values[: stop - start] for values in decoded], self._weights, out[: stop - start])
+        self.reduce([values[: stop - start] for values in decoded], weights, out[: stop - start])
         self.scratch.give(*decoded)
 
-    def _encoded(self) -> Sequence[Tensor]:
-        return [self._outgoing[peer] if peer == self._own else row for peer, row in enumerate(self._incoming)]
 
-    def _release(self, rows: Iterable[Tensor]) -> None:
-        self.scratch.give(*rows)
+class Transfer:
+    """Messages to and from the other workers. All of them begin it with matching sizes and the same tag."""
 
+    unfinished: ClassVar[set[Transfer]] = set()
+    """Transfers that were begun and not yet waited for. A receive that is forgotten would never be read, and would block all
+    that its sender sends later; gloo's group then could not be destroyed before its timeout."""
 
-def begin(workers: WorkerGroup, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]]) -> list[dist.Work]:
-    """Begin to send to and receive from the other workers. All of them call it in the same order, with matching sizes."""
-    wanted = [(dist.isend, sends), (dist.irecv, receives)]
-    operations = [
-        dist.P2POp(operation, part, group=workers.group, group_peer=peer)
-        for operation, parts in wanted
-        for peer, part in parts
-        if peer != workers.rank and part.numel()
-    ]
-    return dist.batch_isend_irecv(operations) if operations else []
+    def __init__(self, workers: WorkerGroup, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], tag: int):
+        operations = [
+            dist.P2POp(operation, part, group=workers.group, group_peer=peer, tag=tag)
+            for operation, parts in ((dist.isend, sends), (dist.irecv, receives))
+            for peer, part in parts
+            if peer != workers.rank and part.numel()
+        ]
+        self.tensors = [operation.tensor for operation in operations]
+        self.works = dist.batch_isend_irecv(operations) if operations else []
+        self.unfinished.add(self)
+
+    def wait(self) -> float:
+        """Wait for all messages; the seconds that this took."""
+        self.unfinished.discard(self)
+        return wait(self.works)
 
 
 def write_mean(rows: list[Tensor], weights: list[float], out: Tensor) -> None:

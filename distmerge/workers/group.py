@@ -31,6 +31,13 @@ class WorkerGroup:
         self.group: dist.ProcessGroup = world
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.ledger = Ledger(self.size)
+        self._exchanges = 0
+
+    def next_tag(self) -> int:
+        """A tag for the two messages of an exchange (this number and the next), the same on all workers. Exchanges may then
+        send in any order; a backend that sends in order, such as NCCL, ignores tags."""
+        self._exchanges += 1
+        return 2 * (self._exchanges % (1 << 20))
 
     def total(self, x: Tensor) -> Tensor:
         """Sum ``x`` over the workers, in place; all of them end with the same bits."""

@@ -40,6 +40,10 @@ class PendingReduce(Protocol):
         """Begin the second half, if there is one. All workers call it at the same step."""
         ...
 
+    def sent(self) -> None:
+        """Wait until this worker's values are on their way, which depends on no other worker."""
+        ...
+
     def finish(self) -> None: ...
 
 
@@ -56,6 +60,9 @@ class AllReduce:
     def advance(self) -> None:
         pass
 
+    def sent(self) -> None:
+        pass
+
     def finish(self) -> None:
         self.waited += wait([self._work])
 
@@ -67,6 +74,9 @@ class CompletedReduce:
         self.message, self.waited = message, 0.0
 
     def advance(self) -> None:
+        pass
+
+    def sent(self) -> None:
         pass
 
     def finish(self) -> None:
@@ -89,6 +99,16 @@ class PendingFragment:
     divergence: Divergence
     weight: float
     steps: int
+
+    def advance(self) -> None:
+        """Begin the second half of its reduces. All workers call it at the same step."""
+        for pending in self.pending:
+            pending.advance()
+
+    def sent(self) -> None:
+        """Wait until this worker's values are on their way, which depends on no other worker."""
+        for pending in self.pending:
+            pending.sent()
 
     def wait(self) -> None:
         """Wait until everything in flight has arrived. All workers call it at the same step."""

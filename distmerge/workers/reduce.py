@@ -10,6 +10,7 @@ from torch import Tensor
 from distmerge.config import mergers
 from distmerge.finite import nonfinite
 from distmerge.theta.flat import FlatParameters, pieces
+from distmerge.workers.background import StageThread
 from distmerge.workers.divergence import Divergence
 from distmerge.workers.exchange import Exchange
 from distmerge.workers.fragments import Bucket
@@ -53,6 +54,11 @@ class DeltaReducer:
         rows = {bucket.index: self.shares[bucket.index].rows for bucket in memory}
         self.residuals = {index: (new(sum(row)), new(row[workers.rank])) for index, row in rows.items()}
         self.scratch = Scratch(flat.vector.device)
+        # The rules' owners need collectives inside the worker, which training uses at the same time; a GPU encodes while the
+        # host goes on anyway.
+        mean = self.rule is None and not settings.outer_sharded
+        encodes = settings.wire != "fp32" and flat.vector.device.type == "cpu"
+        self.thread = StageThread() if settings.overlap and mean and encodes else None
         self._room = flat.vector.new_empty(0)
 
     def _shares_of(self, bucket: Bucket) -> Shares:
@@ -111,7 +117,9 @@ class DeltaReducer:
             return Exchange(self.workers, message, weight, self.wire, then=then, shares=shares, scratch=self.scratch)
         if self.wire.name == "fp32":
             return AllReduce(self.workers, message, weight)
-        return Exchange(self.workers, message, weight, self.wire, residual, shares=shares, scratch=self.scratch)
+        return Exchange(
+            self.workers, message, weight, self.wire, residual, shares=shares, scratch=self.scratch, thread=self.thread
+        )
 
     def _owner(self, bucket: Bucket, divergence: Divergence) -> Callable[[Tensor], None]:
         """The function by which this worker takes a sharded anchor's outer step on the mean of its share of a bucket."""

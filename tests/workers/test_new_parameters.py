@@ -47,6 +47,23 @@ def test_after_a_restart_nothing_of_before_moves_the_parameters(ranks: Ranks, ki
 
 
 @torch.no_grad()
+def abandoned(settings: dict[str, Any]) -> None:
+    """A loop that ends in the middle of a round, without finish()."""
+    model = build("one")
+    merger = DiLoCo(model, every=4, overlap=3, **settings)
+    for _ in range(5):
+        merger.step()
+
+
+@pytest.mark.parametrize("settings", [{"wire": "int8"}, {"wire": "int8", "rule": "sce"}, {"outer_sharded": True}])
+def test_a_loop_that_ends_with_an_exchange_in_flight_leaves_a_group_that_can_be_destroyed(
+    ranks: Ranks, settings: dict[str, Any]
+) -> None:
+    for _ in range(2):
+        assert ranks.run(2, abandoned, settings, seconds=120) == [None, None]
+
+
+@torch.no_grad()
 def started_again(kind: str) -> bool:
     """Worker 1 is NaN when something is sent, counts for nothing, and takes other parameters."""
     torch.manual_seed(dist.get_rank())
