@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import weakref
 from collections import deque
@@ -9,6 +10,12 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 
 import torch
+
+LEAVING = 10.0
+"""Seconds that a process which leaves with messages in flight waits for them. Python aborts a process that ends while one of
+its threads is inside a wait of torch's."""
+
+_running: weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[Job | None]] = weakref.WeakKeyDictionary()
 
 
 class Job:
@@ -50,12 +57,14 @@ class StageThread:
     """Runs the stages of jobs in a thread of its own, one stage of each job in turn.
 
     If two buckets are sent after each other, the second one is encoded before the thread waits for the first one to arrive.
-    The thread ends with the object. It is a daemon, so a process that leaves while a peer is silent does not wait for it.
+    When the object is dropped, the thread ends after the jobs that were begun, since other workers wait for its part in them.
     """
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        threading.Thread(target=work, args=(self._jobs,), daemon=True, name="exchange").start()
+        thread = threading.Thread(target=work, args=(self._jobs,), daemon=True, name="exchange")
+        thread.start()
+        _running[thread] = self._jobs
         weakref.finalize(self, self._jobs.put, None)
 
     def begin(self, stages: Iterator[None]) -> Job:
@@ -67,14 +76,24 @@ class StageThread:
 
 @torch.no_grad()
 def work(jobs: SimpleQueue[Job | None]) -> None:
-    """Run jobs until None arrives."""
+    """Run jobs until None arrives and all of them are done."""
     begun: deque[Job] = deque()
-    while True:
-        while not begun or not jobs.empty():
+    ending = False
+    while begun or not ending:
+        while not ending and (not begun or not jobs.empty()):
             job = jobs.get()
-            if job is None:
-                return
-            begun.append(job)
-        job = begun.popleft()
-        if job.step():
-            begun.append(job)
+            ending = job is None
+            if job is not None:
+                begun.append(job)
+        if begun and begun[0].step():
+            begun.rotate(-1)
+        elif begun:
+            begun.popleft()
+
+
+@atexit.register
+def leave() -> None:
+    """Wait until no thread is inside torch."""
+    for thread, jobs in list(_running.items()):
+        jobs.put(None)
+        thread.join(LEAVING)
