@@ -3,7 +3,7 @@
 A merge needs its delta, the outer step and the new parameters in the training loop. Encoding, sending and decoding may run
 meanwhile: only what they take longer than the overlapping steps is waited for. So the bound of a round is
 
-    max(0, transfer - overlap * step) + what a merge of one worker with itself takes,
+    max(0, transfer - overlap * step) + what a merge of one worker with itself takes, without overlap,
 
 where the transfer is the bytes of the round sent through the same group without encoding or reducing anything. ``wire.py``
 prints the ratio of the seconds in ``merger.step()`` to this bound.
@@ -46,7 +46,7 @@ def measure(rank: int, repetitions: int) -> dict[str, dict[str, list[float]]]:
     workers = WorkerGroup()
     found: dict[str, dict[str, list[float]]] = {}
     for form, keys in FORMS.items():
-        shared, send = merger(None, keys), transfer(workers, WIRES[keys.get("wire", "fp32")])
+        shared, send = merger(None, keys | {"overlap": OVERLAP}), transfer(workers, WIRES[keys.get("wire", "fp32")])
         for name, step in STEPS.items():
             rounds: dict[str, list[float]] = {"exposed": [], "alone": [], "transfer": []}
             for _ in range(repetitions + 1):
@@ -61,7 +61,7 @@ def measure(rank: int, repetitions: int) -> dict[str, dict[str, list[float]]]:
 
 
 def merger(group: dist.ProcessGroup | None, keys: dict[str, Any]) -> dm.DiLoCo:
-    return dm.DiLoCo(Vector(NUMEL, "cpu"), every=OVERLAP + 1, overlap=OVERLAP, group=group, **keys)
+    return dm.DiLoCo(Vector(NUMEL, "cpu"), every=OVERLAP + 1, group=group, **keys)
 
 
 def one_round(merger: dm.DiLoCo, step: float) -> float:

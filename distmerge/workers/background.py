@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -46,11 +47,13 @@ class Job:
         """Wait for the first stage, which depends on this rank alone."""
         self._first.wait()
 
-    def wait(self) -> None:
-        """Wait for all stages. What one of them raised is raised here."""
+    def wait(self) -> float:
+        """Wait for all stages; the seconds that this took. What one of them raised is raised here."""
+        began = time.perf_counter()
         self._all.wait()
         if self.error is not None:
             raise self.error
+        return time.perf_counter() - began
 
 
 class StageThread:

@@ -137,19 +137,16 @@ class DiLoCo:
     def finish(self) -> MergeReport | None:
         """End with the mean of the workers, with the same bits on all; None if they were equal already.
 
-        The papers' outer step is meant for a whole round. After part of a round, or for a fragment without new steps, it
-        would move the anchor along its momentum and away from what was trained: the mean of the workers is better at every
-        length of the tail (``benchmarks/tails.py``). The last merge is therefore the plain mean, in float32 on any wire. A
-        fragment in flight is dropped, since the mean already contains its training."""
+        The papers' outer step is meant for a whole round. After part of one, or for a fragment without new steps, it would move
+        the anchor along its momentum, away from what was trained: the workers' mean is better at every length of the tail
+        (``benchmarks/tails.py``). The last merge is therefore the plain mean, in float32 on any wire. A fragment in flight is
+        dropped, since the mean contains its training."""
         if self.pending_fragment is not None:
             self.pending_fragment.wait()
             self.pending_fragment = None
         if self.progress.equal_at == self.steps:
             return None
-        *others, last = range(len(self.fragments))
-        for number in others:
-            self.merge(number, closing=True)
-        report = self.merge(last, closing=True)
+        *_, report = [self.merge(number, closing=True) for number in range(len(self.fragments))]
         if self.settings.outer_sharded:
             self.restart()
         return report
@@ -193,8 +190,8 @@ class DiLoCo:
         """Begin the merge of a fragment; training goes on meanwhile."""
         self.flat.pull()
         steps, weight = self._begin_round(number)
-        divergence, room = Divergence(self.flat.vector.device), self.flat.vector.new_empty
-        pending = [self.reducer.send(b, room(b.numel + 1), weight, divergence, self.round) for b in self.fragments[number]]
+        divergence, send = Divergence(self.flat.vector.device), self.reducer.send
+        pending = [send(b, self.reducer.keep(b), weight, divergence, self.round) for b in self.fragments[number]]
         if not self.settings.outer_sharded and self.reducer.rule is None:
             divergence.begin(self.workers, self.flat, weight)
         self.pending_fragment = PendingFragment(number, pending, divergence, weight, steps)
@@ -215,13 +212,14 @@ class DiLoCo:
         self.flat.pull()
         for bucket, pending in zip(self.fragments[sent.fragment], sent.pending, strict=True):
             self._receive(bucket, pending, sent, self.settings.mix, False)
+            self.reducer.scratch.give(pending.message)
         return self._report(sent, began, self.settings.mix)
 
     def _receive(self, bucket: Bucket, pending: PendingReduce, merged: PendingFragment, mix: float, closing: bool) -> None:
         """Take the outer step along the mean and start from the new anchor; with ``closing`` start from the mean."""
         pending.finish()
         weights = total_weight(pending)
-        check_mean(pending.message, self.settings.nonfinite, self.steps)
+        check_mean(pending, self.settings.nonfinite, self.steps)
         for part, place in bucket.parts(self.flat.vector):
             theta, mean = self.flat.vector[part], pending.message[place].div_(weights)
             if self.outer is None or self.settings.outer_sharded:

@@ -7,7 +7,6 @@ the owner and once on the way back, whatever the number of workers.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distmerge.finite import finite
 from distmerge.rules.mean import WeightedMean
 from distmerge.rules.protocol import Block
 from distmerge.theta.flat import pieces
@@ -71,6 +71,7 @@ class Exchange:
         self.waited, self._own, self._tag = 0.0, workers.rank, workers.next_tag()
         self._account()
         self._stages, self._advanced, self._threaded = self._run(weight), False, thread is not None
+        self._finite: bool | None = None
         self._job = thread.begin(self._stages) if thread is not None else None
         if self._job is None:
             next(self._stages)
@@ -90,13 +91,15 @@ class Exchange:
     def finish(self) -> None:
         """Wait until ``message`` holds the result. Its last element, to divide by, is then 1, or 0 if no worker counts."""
         if self._job is not None:
-            began = time.perf_counter()
-            self._job.wait()
-            self.waited += time.perf_counter() - began
+            self.waited += self._job.wait()
             return
         self.advance()
         for _ in self._stages:
             pass
+
+    def is_finite(self) -> bool:
+        """Whether the result is finite, after :meth:`finish`."""
+        return finite(self.message) if self._finite is None else self._finite
 
     def _run(self, weight: float) -> Iterator[None]:
         """The three stages, in one of which all values of one worker have become those of all."""
@@ -121,6 +124,7 @@ class Exchange:
         if bool(weights.isnan().any()):  # the sender refuses to be merged: all see it, even if the wire loses NaN
             self.message.fill_(torch.nan)
         self.message[-1] = ~(weights.sum() <= 0)
+        self._finite = finite(self.message) if self._threaded else None  # otherwise whoever wants to know looks himself
 
     def _wait(self, transfer: Transfer) -> None:
         seconds = transfer.wait()

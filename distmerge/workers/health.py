@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from distmerge.errors import UserError
-from distmerge.finite import finite, nonfinite
+from distmerge.finite import nonfinite
 from distmerge.theta.flat import FlatParameters
 from distmerge.workers.fragments import Bucket
+from distmerge.workers.pending import PendingReduce
 
 
 def is_finite(flat: FlatParameters, buckets: Iterable[Bucket]) -> bool:
@@ -22,13 +22,9 @@ def is_finite(flat: FlatParameters, buckets: Iterable[Bucket]) -> bool:
     return nonfinite_values.item() == 0
 
 
-def check_mean(message: Tensor, nonfinite: str, step: int) -> None:
-    """Refuse a mean that is not finite. All workers hold the same bits, so all of them refuse it.
-
-    Args:
-        message: ``[n + 1]``, the values and their weight.
-    """
-    if finite(message):
+def check_mean(pending: PendingReduce, nonfinite: str, step: int) -> None:
+    """Refuse a finished mean that is not finite. All workers hold the same bits, so all of them refuse it."""
+    if pending.is_finite():
         return
     cause = (
         'or set nonfinite = "leave-out", which merges the others'

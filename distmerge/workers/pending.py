@@ -8,7 +8,7 @@ collectives, but its values do not count, finite or not.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distmerge.errors import UserError
+from distmerge.finite import finite
+from distmerge.workers.background import StageThread
 from distmerge.workers.divergence import Divergence
 from distmerge.workers.group import WorkerGroup
 from distmerge.workers.saved import check_keys
@@ -44,18 +46,35 @@ class PendingReduce(Protocol):
         """Wait until this worker's values are on their way, which depends on no other worker."""
         ...
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Wait until ``message`` holds the result."""
+        ...
+
+    def is_finite(self) -> bool:
+        """Whether the result is finite, after :meth:`finish`."""
+        ...
 
 
 class AllReduce:
-    """Float32 values in one all-reduce, with the weight as the last element."""
+    """Float32 values in one all-reduce, with the weight as the last element.
 
-    def __init__(self, workers: WorkerGroup, message: Tensor, weight: float):
+    Args:
+        thread: waits for the result and looks whether it is finite, while the caller goes on.
+    """
+
+    def __init__(self, workers: WorkerGroup, message: Tensor, weight: float, thread: StageThread | None = None):
         self.message, self.waited = message, 0.0
+        self._finite: bool | None = None
         weigh(message, weight)
         if weight not in (0, 1):
             message[:-1].mul_(weight)
         self._work = workers.begin_total(message)
+        self._job = None if thread is None else thread.begin(self._run())
+
+    def _run(self) -> Iterator[None]:
+        yield  # other buckets may be encoded first
+        wait([self._work])
+        self._finite = finite(self.message)
 
     def advance(self) -> None:
         pass
@@ -64,7 +83,10 @@ class AllReduce:
         pass
 
     def finish(self) -> None:
-        self.waited += wait([self._work])
+        self.waited += wait([self._work]) if self._job is None else self._job.wait()
+
+    def is_finite(self) -> bool:
+        return finite(self.message) if self._finite is None else self._finite
 
 
 class CompletedReduce:
@@ -81,6 +103,9 @@ class CompletedReduce:
 
     def finish(self) -> None:
         pass
+
+    def is_finite(self) -> bool:
+        return finite(self.message)
 
 
 def weigh(message: Tensor, weight: float) -> None:

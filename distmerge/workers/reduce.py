@@ -54,11 +54,10 @@ class DeltaReducer:
         rows = {bucket.index: self.shares[bucket.index].rows for bucket in memory}
         self.residuals = {index: (new(sum(row)), new(row[workers.rank])) for index, row in rows.items()}
         self.scratch = Scratch(flat.vector.device)
-        # The rules' owners need collectives inside the worker, which training uses at the same time; a GPU encodes while the
-        # host goes on anyway.
+        # The rules' owners need collectives inside the worker, which training uses at the same time. On a GPU the host goes on
+        # without waiting anyway.
         mean = self.rule is None and not settings.outer_sharded
-        encodes = settings.wire != "fp32" and flat.vector.device.type == "cpu"
-        self.thread = StageThread() if settings.overlap and mean and encodes else None
+        self.thread = StageThread() if settings.overlap and mean and flat.vector.device.type == "cpu" else None
         self._room = flat.vector.new_empty(0)
 
     def _shares_of(self, bucket: Bucket) -> Shares:
@@ -69,6 +68,10 @@ class DeltaReducer:
         if self._room.numel() <= bucket.numel:
             self._room = self.flat.vector.new_empty(bucket.numel + 1)
         return self._room[: bucket.numel + 1]
+
+    def keep(self, bucket: Bucket) -> Tensor:
+        """Memory for a message that is in flight while training goes on; it returns to ``scratch`` when it was applied."""
+        return self.scratch.take(bucket.numel + 1, torch.float32)
 
     def forget(self, own_only: bool = False) -> None:
         """Clear the residuals; with ``own_only`` those of this worker's values, and not those of the results that it sends."""
@@ -116,7 +119,7 @@ class DeltaReducer:
             then = self._owner(bucket, divergence)
             return Exchange(self.workers, message, weight, self.wire, then=then, shares=shares, scratch=self.scratch)
         if self.wire.name == "fp32":
-            return AllReduce(self.workers, message, weight)
+            return AllReduce(self.workers, message, weight, self.thread)
         return Exchange(
             self.workers, message, weight, self.wire, residual, shares=shares, scratch=self.scratch, thread=self.thread
         )

@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 class Scratch:
-    """A pool of buffers on one device, by size and dtype. It keeps as many as were ever in use at the same time."""
+    """A pool of buffers on one device, by size and dtype. It keeps as many as were ever in use at the same time. Threads
+    may share it."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -17,8 +18,10 @@ class Scratch:
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A buffer ``[numel]`` with undefined contents."""
-        free = self._free[numel, dtype]
-        return free.pop() if free else torch.empty(numel, dtype=dtype, device=self.device)
+        try:  # in one step, since another thread may take the last one after a look at the list
+            return self._free[numel, dtype].pop()
+        except IndexError:
+            return torch.empty(numel, dtype=dtype, device=self.device)
 
     def give(self, *buffers: Tensor) -> None:
         """Return buffers of any shape to the pool; the caller must not use them any more."""

@@ -216,7 +216,7 @@ class SPARTA:
         sparse.pending.finish()
         message = sparse.pending.message
         weights = total_weight(sparse.pending)
-        check_mean(message, self.settings.nonfinite, self.steps)
+        check_mean(sparse.pending, self.settings.nonfinite, self.steps)
         mean, indices = message[:-1].div_(weights), self._indices_of(sparse)
         if self.under_way is not None:
             self.under_way[indices] = False
