@@ -213,7 +213,7 @@ class Detector:
         return self._loss(min(self.history.level(), self.history.level(LONG)))
 
     def _untrained_loss(self) -> float:
-        """The loss above which the model is no better than at the start or, if it has learned little so far, far off its best."""
+        """The loss above which the model is no better than at the start or, if it has learned little, far above its best."""
         best = min(self.best, self._loss_before())
         return UNTRAINED_SHARE * self.start if best < LEARNED_SHARE * self.start else GROWTH_FACTOR * best
 

@@ -1,7 +1,7 @@
-"""Manual recovery: the roll-back of a run that crashed or diverged, planned by hand.
+"""Manual recovery: a roll-back that the user plans for a run that crashed or diverged.
 
-Stable are the checkpoints that verify and hold only finite numbers. The plan is written, what is newer is set aside, and
-``distmerge train`` carries it out when it is started again.
+A checkpoint is stable if its hashes verify and all its values are finite. The plan is written to the run directory, and newer
+checkpoints and blocks are set aside. The next start of ``distmerge train`` carries out the plan.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from distmerge.rundir.layout import Lock, RunDirectory
 
 @dataclass(frozen=True)
 class ManualRecovery:
-    """A roll-back that is planned. Attributes: the plan; for each checkpoint that was passed over, its name and why."""
+    """A planned roll-back.
+
+    Attributes:
+        plan: as it was written to the run directory.
+        rejected: the name of each checkpoint that was passed over, and why.
+    """
 
     plan: Plan
     rejected: tuple[str, ...] = ()
@@ -39,13 +44,14 @@ def plan_manual_recovery(
     """Plan the roll-back of a run that is not in use.
 
     Args:
-        before: the step at which it went wrong: only checkpoints before it are taken; None for the newest stable ones.
-        merge_last: how many stable checkpoints are merged where the run goes on; 1 is a plain roll-back.
-        optimizer: what becomes of its state: "reset", "average" or "rollback".
-        skip_batches: how many batches around ``before`` are left out.
+        before: the step at which the run went wrong: only checkpoints before it are used; None for the newest stable ones.
+        merge_last: the number of stable checkpoints that are merged into the state from which the run continues; 1 is a plain
+            roll-back.
+        optimizer: what to do with the optimizer's state: "reset", "average" or "rollback".
+        skip_batches: the number of batches around ``before`` that are left out.
 
     Raises:
-        UserError: where there is no run, it is in use, or no stable checkpoint is left.
+        UserError: if there is no run, it is in use, or it has no stable checkpoint.
     """
     if not (run_dir / "checkpoints").is_dir():
         raise UserError(f"RUN_DIR must be a run's directory with checkpoints, got {run_dir}")
@@ -74,6 +80,6 @@ def plan_manual_recovery(
         skipped=[*(earlier.skipped if earlier else []), *skip_around(before or 0, skip_batches)],
     )
     guarded(run_dir, lambda: write_plan(run_dir, plan))
-    guarded(run_dir, lambda: delete(run_dir / "summary.json"))  # the end that it speaks of is given up
+    guarded(run_dir, lambda: delete(run_dir / "summary.json"))  # it describes an end that is undone
     lock.release()
     return ManualRecovery(plan, tuple(reasons))
