@@ -150,8 +150,7 @@ class RollBack:
         return told[0]
 
     def resume(self, step: int) -> bool:
-        """Carry out a roll-back to ``step`` that an earlier process began or ``distmerge recover`` planned; whether there is
-        one."""
+        """Carry out a roll-back to ``step`` that an earlier process began or ``distmerge recover`` planned, if there is one."""
         with self.mesh.raise_on_all_ranks():
             plan = read_plan(self.run.path)
         if plan is None or plan.to != step:
