@@ -33,7 +33,7 @@ from distmerge.files.directories import (
     write_file,
 )
 from distmerge.mesh import Mesh
-from distmerge.rundir.identity import Identity, stranger
+from distmerge.rundir.identity import Identity, identity_problem
 
 
 class Rejection(NamedTuple):
@@ -140,7 +140,7 @@ class Store:
                 manifest = {
                     "step": step,
                     **self.about,
-                    **(self.identity.said() if self.identity else {}),
+                    **(self.identity.manifest_entries() if self.identity else {}),
                     "files": {file: entry for part in gathered for file, entry in sorted(part.items())},
                 }
                 guarded(published, lambda: publish(temporary, published, manifest))
@@ -211,7 +211,7 @@ class Store:
 
     def _verify(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, or None. Each rank hashes its share of the files."""
-        return self._first_problem(verify(path, self.mesh.rank, self.mesh.world) or stranger(path, self.identity))
+        return self._first_problem(verify(path, self.mesh.rank, self.mesh.world) or identity_problem(path, self.identity))
 
     def _first_problem(self, problem: str | None) -> str | None:
         return self.mesh.first_problem(problem, self.mesh.files)

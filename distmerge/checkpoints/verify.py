@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from distmerge.errors import UserError
 from distmerge.files.directories import MANIFEST, published_directories, verify
-from distmerge.rundir.identity import read_identity, stranger
+from distmerge.rundir.identity import identity_problem, read_identity
 
 PUBLISHED = (("checkpoints", "step", MANIFEST), ("window", "block", "block.json"), ("steps", "step", MANIFEST))
 """Where a run publishes: the directory, the prefix of its entries' names, the name of their manifest."""
@@ -45,7 +45,7 @@ def verify_run(run_dir: Path) -> list[Verdict]:
     identity = read_identity(run_dir)
 
     def judge(path: Path, manifest: str) -> None:
-        problem = verify(path, name=manifest) or stranger(path, identity, manifest)
+        problem = verify(path, name=manifest) or identity_problem(path, identity, manifest)
         verdicts.append(Verdict(path.relative_to(run_dir).as_posix(), problem or "ok", problem is not None))
 
     for place, prefix, manifest in PUBLISHED:

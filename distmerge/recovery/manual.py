@@ -15,7 +15,7 @@ from distmerge.errors import UserError
 from distmerge.files.atomic import delete
 from distmerge.files.directories import guarded, verify
 from distmerge.recovery.plan import Plan, read_plan, skip_around, write_plan
-from distmerge.rundir.identity import read_identity, stranger
+from distmerge.rundir.identity import identity_problem, read_identity
 from distmerge.rundir.layout import Lock, RunDirectory
 
 
@@ -62,7 +62,7 @@ def plan_manual_recovery(
     reasons: list[str] = []
     for path in reversed(published_checkpoints(run_dir / "checkpoints")):
         if (before is None or step_of(path) < before) and len(stable) < merge_last:
-            problem = verify(path) or stranger(path, identity) or unsound_checkpoint(path)
+            problem = verify(path) or identity_problem(path, identity) or unsound_checkpoint(path)
             if problem is None:
                 stable.append(path)
             else:

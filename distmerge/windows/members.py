@@ -16,7 +16,7 @@ from distmerge.files.models import Model, open_model
 from distmerge.files.sources import Maps, OnDisk
 from distmerge.files.stream import Job
 from distmerge.rules.passthrough import Same, Scaled
-from distmerge.rundir.identity import read_identity, stranger
+from distmerge.rundir.identity import identity_problem, read_identity
 from distmerge.theta.buffers import POLICIES
 from distmerge.windows.blocks import RECORD, load_block, mergeable, published_blocks
 
@@ -67,7 +67,7 @@ def blocks_of(root: Path) -> list[Member]:
     records = [load_block(path) for path in published_blocks(root)]
     identity = read_identity(root.parent)
     for record in records:
-        if problem := stranger(root / record.name, identity, RECORD):
+        if problem := identity_problem(root / record.name, identity, RECORD):
             raise UserError(f"{root / record.name}: {problem}; move the block away to go on without it")
     usable = mergeable(records)
     return [member_of(str(root / block.name), 0, False) for block in usable]

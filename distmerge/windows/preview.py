@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from distmerge.config import train as config
 from distmerge.errors import UserError
-from distmerge.rundir.identity import stranger
+from distmerge.rundir.identity import identity_problem
 from distmerge.theta.flat import FlatParameters
 from distmerge.windows.blocks import RECORD, Block, verify_block
 from distmerge.windows.curves import weights
@@ -69,6 +69,6 @@ class Preview:
         if window.section.store == "memory":
             return None
         problems: list[str | None] = [None] * window.mesh.world
-        problem = verify_block(path, window.mesh.rank, window.mesh.world) or stranger(path, window.identity, RECORD)
+        problem = verify_block(path, window.mesh.rank, window.mesh.world) or identity_problem(path, window.identity, RECORD)
         dist.all_gather_object(problems, problem)
         return next((said for said in problems if said), None)

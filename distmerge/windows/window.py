@@ -126,7 +126,7 @@ class Window:
             self.lr, self.stretch = lr, step - 1
             self._begin()
         if (step - 1) // self.every * self.every < self.stretch:
-            return None  # this block began at another learning rate
+            return None  # the block began at another learning rate: steps 24 to 30 if every = 10 and stretch = 23
         self.losses += torch.stack([loss.nan_to_num(0.0, 0.0, 0.0), loss.isfinite()])
         if self._due(step):
             self.flat.pull()
@@ -170,7 +170,7 @@ class Window:
                 guarded(self.root / name, lambda name=name: mark_tainted(self.root / name, tainted))
 
     def _due(self, step: int) -> bool:
-        """Whether this step's state counts: after a merge with an anchor, else every ``stride`` steps, or at a snapshot's end."""
+        """Whether this step's state counts: after a merge with an anchor, else every ``stride`` steps or at the snapshot."""
         if self.anchored is not None:
             merged, self.rounds = self.anchored.round != self.rounds, self.anchored.round
             return merged
@@ -239,7 +239,7 @@ class Window:
             self.flat.push()
             if self.mesh.leads:
                 model: nn.Module = self.flat.model
-                about = self.identity.said() if self.identity else None
+                about = self.identity.manifest_entries() if self.identity else None
                 try:
                     publish_block(self.root, block, model, self.tokenizer, self.section.dtype, about)
                 except UserError as error:
