@@ -57,19 +57,10 @@ def plan_manual_recovery(
         raise UserError(f"RUN_DIR must be a run's directory with checkpoints, got {run_dir}")
     lock = Lock(RunDirectory(run_dir))
     lock.take_job(patience_seconds=0)
-    identity = read_identity(run_dir)
-    stable: list[Path] = []
-    reasons: list[str] = []
-    for path in reversed(published_checkpoints(run_dir / "checkpoints")):
-        if (before is None or step_of(path) < before) and len(stable) < merge_last:
-            problem = verify(path) or identity_problem(path, identity) or unsound_checkpoint(path)
-            if problem is None:
-                stable.append(path)
-            else:
-                reasons.append(f"{path.name}: {problem}")
+    stable, rejected = stable_checkpoints(run_dir, before, merge_last)
     if not stable:
         where = f" before step {before}" if before is not None else ""
-        raise UserError(f"{run_dir} has no stable checkpoint{where}" + (f" ({'; '.join(reasons)})" if reasons else ""))
+        raise UserError(f"{run_dir} has no stable checkpoint{where}" + (f" ({'; '.join(rejected)})" if rejected else ""))
     earlier = read_plan(run_dir)
     plan = Plan(
         to=step_of(stable[0]),
@@ -82,4 +73,19 @@ def plan_manual_recovery(
     guarded(run_dir, lambda: write_plan(run_dir, plan))
     guarded(run_dir, lambda: delete(run_dir / "summary.json"))  # it describes an end that is undone
     lock.release()
-    return ManualRecovery(plan, tuple(reasons))
+    return ManualRecovery(plan, tuple(rejected))
+
+
+def stable_checkpoints(run_dir: Path, before: int | None, count: int) -> tuple[list[Path], list[str]]:
+    """The newest ``count`` stable checkpoints before a step, newest first; and those passed over, each with the reason."""
+    identity = read_identity(run_dir)
+    stable: list[Path] = []
+    rejected: list[str] = []
+    for path in reversed(published_checkpoints(run_dir / "checkpoints")):
+        if (before is None or step_of(path) < before) and len(stable) < count:
+            problem = verify(path) or identity_problem(path, identity) or unsound_checkpoint(path)
+            if problem is None:
+                stable.append(path)
+            else:
+                rejected.append(f"{path.name}: {problem}")
+    return stable, rejected

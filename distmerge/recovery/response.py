@@ -156,9 +156,9 @@ class Recovery:
         status, self.notes = WorkerStatus(self.unhealthy, self.suspicious, self.notes), []
         if self.mesh.workers == 1:
             return [status]
-        told: list[Any] = [None] * self.mesh.world
-        dist.all_gather_object(told, status)
-        return told[:: self.mesh.shards]
+        gathered: list[Any] = [None] * self.mesh.world
+        dist.all_gather_object(gathered, status)
+        return gathered[:: self.mesh.shards]
 
     def _leave_out(self, step: int, unhealthy: dict[int, Unhealthy]) -> None:
         """Give unhealthy workers weight 0 in this step's merges. :meth:`reset` resets them after these."""

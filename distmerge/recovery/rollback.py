@@ -101,8 +101,8 @@ class RollBack:
             if self.mesh.leads:
                 guarded(self.run.path, lambda: write_plan(self.run.path, plan))
         window = self.run.window
-        if window is not None and (given_up := [block.name for block in window.blocks if block.last_step > plan.to]):
-            self.run.tell(step, "blocks tainted", {"blocks": given_up})
+        if window is not None and (discarded := [block.name for block in window.blocks if block.last_step > plan.to]):
+            self.run.tell(step, "blocks tainted", {"blocks": discarded})
         self.run.load_checkpoint(stable[0])
         if window is not None:
             window.open(plan.to)
@@ -126,12 +126,12 @@ class RollBack:
         last attempt; if there are none that old, only the spike."""
         before = max(found.since - 1, 0)  # the checkpoint of step 0 always precedes the spike
         bounds = [min(before, self.target - 1), before] if again and self.target else [before]
-        told: set[Path] = set()
+        reported: set[Path] = set()
         for bound in bounds:
             stable, rejections = self.run.store.valid(self.section.merge_last, up_to=bound)
             for rejection in rejections:
-                if rejection.path not in told:
-                    told.add(rejection.path)
+                if rejection.path not in reported:
+                    reported.add(rejection.path)
                     facts = {"path": str(rejection.path), "reason": rejection.reason}
                     self.run.tell(step, "rejected checkpoint", facts)
             if stable:
@@ -145,9 +145,9 @@ class RollBack:
             if self.mesh.leads and last > 1:
                 blocks = stable_blocks(self.run.path / "window", last, step_of(stable[0]))
                 members = blocks if len(blocks) == last else members
-        told: list[Any] = [members]
-        dist.broadcast_object_list(told, 0)
-        return told[0]
+        shared: list[Any] = [members]
+        dist.broadcast_object_list(shared, 0)
+        return shared[0]
 
     def resume(self, step: int) -> bool:
         """Carry out a roll-back to ``step`` that an earlier process began or ``distmerge recover`` planned, if there is one."""

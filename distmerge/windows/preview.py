@@ -39,25 +39,25 @@ class Preview:
 
     def loss(self, step: int) -> float | None:
         """The loss of the merged window at ``step``; None if fewer than two blocks can be merged. A collective."""
-        blocks = self._sound_blocks(step)
+        blocks = self._valid_blocks(step)
         if len(blocks) < 2:
             return None
         with self.flat.borrowed():
             self.window.merge_into(self.flat, self.section.curve, blocks)
             return self.evaluate()
 
-    def _sound_blocks(self, step: int) -> list[Block]:
+    def _valid_blocks(self, step: int) -> list[Block]:
         """The newest mergeable blocks that still verify. A collective.
 
         Blocks that are missing or damaged are removed from the window and reported as events. To verify a block is cheap: its
         files are read for the merge anyway, and hashing them with XXH128 takes a tenth of that time.
         """
-        window, sound = self.window, []
-        while left := [block for block in window.mergeable(self.section.last) if block not in sound]:
+        window, valid = self.window, []
+        while left := [block for block in window.mergeable(self.section.last) if block not in valid]:
             block = left[-1]
             problem = self._problem(block)
             if problem is None:
-                sound.append(block)
+                valid.append(block)
             else:  # the loop continues, since an older block may take its place
                 window.blocks.remove(block)
                 window.tell(step, "block left out", {"block": block.name, "reason": problem})

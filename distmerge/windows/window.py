@@ -106,11 +106,11 @@ class Window:
                 for path in published_blocks(self.root):
                     if step_of(path) > step:
                         guarded(path, lambda path=path: remove(path))
-        told = [marks(self.root) if self.mesh.leads else {}]
-        dist.broadcast_object_list(told, 0)
-        there = told[0]
-        blocks = [block for block in self.blocks if block.name in there]
-        self.blocks = [replace(block, tainted=there[block.name] or block.name in self.held) for block in blocks]
+        shared = [marks(self.root) if self.mesh.leads else {}]
+        dist.broadcast_object_list(shared, 0)
+        on_disk = shared[0]
+        blocks = [block for block in self.blocks if block.name in on_disk]
+        self.blocks = [replace(block, tainted=on_disk[block.name] or block.name in self.held) for block in blocks]
 
     @torch.no_grad()
     def observe(self, step: int, lr: float, loss: Tensor, suspicious: bool = False) -> Block | None:
