@@ -134,10 +134,10 @@ def test_a_window_by_a_rule_follows_the_same_bytes_as_a_merge(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"rule": "ties", "curve": "linear"}, "--curve makes the weights of rule mean alone, got --rule ties, too"),
-        ({"rule": "ties", "quadrature": "mean"}, "--quadrature makes the weights of rule mean alone"),
+        ({"rule": "ties", "curve": "linear"}, "--curve sets the weights of rule mean only, got it with --rule ties"),
+        ({"rule": "ties", "quadrature": "mean"}, "--quadrature sets the weights of rule mean only"),
         ({"rule": "ties", "plot": "w.svg"}, "--plot draws the weights of rule mean"),
-        ({"rule": "ptm"}, "--rule ptm needs a general model beside the base"),
+        ({"rule": "ptm"}, "--rule ptm needs a general model besides the base"),
         ({"rule": "tokens"}, "needs the tokens and steps of a round"),
         ({"rule": "median", "base": "x"}, "--rule median has no use for a base, got --base x"),
         ({"rule": "nothing"}, "--rule must be one of mean, "),

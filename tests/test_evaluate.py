@@ -243,6 +243,6 @@ def test_a_run_of_the_earlier_version_is_named_with_what_to_change(tmp_path: Pat
     stored = (made / "config.toml").read_text()
     (made / "config.toml").write_text(stored.replace("sequences = 16", "batches = 4"))
     with pytest.raises(
-        main.UserError, match=r"run/config.toml, from an earlier version: config.evaluate.batches is now sequences"
+        main.UserError, match=r"run/config.toml was written by an earlier version: config.evaluate.batches is now sequences"
     ):
         runs.run(tmp_path, "run", text, steps=3)

@@ -1,1 +1,1 @@
-"""The checkpoints axis: one run's past, kept so that it can be trusted."""
+"""Checkpoints of one run: written atomically, verified before they are trusted, readable in another layout."""

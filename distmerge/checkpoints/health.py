@@ -1,7 +1,6 @@
-"""What must be finite before it is committed, or gone back to: parameters, moments, and what the mergers keep.
+"""Checks that a checkpoint is finite before it is committed or restored: parameters, moments and the mergers' states.
 
-A checkpoint that holds one NaN is worse than none: retention would let it take the place of a good one, and a roll-back
-would trust it.
+A checkpoint with one NaN is worse than none: retention would delete a good one in its favor, and a roll-back would trust it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,10 @@ from distmerge.finite import finite, has_nan
 
 
 def not_finite(value: Any, place: str = "") -> str | None:
-    """Where in nested state the first tensor lies that holds a value that is not finite; None where there is none."""
+    """The path, in nested state, of the first tensor with a value that is not finite; None if all are finite.
+
+    For example ``not_finite({"outer": {"velocity": torch.tensor(nan)}})`` is ``"outer.velocity"``.
+    """
     if isinstance(value, Tensor):
         return None if finite(value) else place
     items: Iterable[tuple[Any, Any]] = ()
@@ -33,10 +35,10 @@ def not_finite(value: Any, place: str = "") -> str | None:
 
 
 def unsound(files: Iterable[tuple[str, Any]]) -> str | None:
-    """What is wrong with a checkpoint's files, given as ``(name, content)``: the first one that holds a NaN or an infinity.
+    """The first tensor with a NaN or an infinity in a checkpoint's files, given as ``(name, content)``; None if there is none.
 
-    Of a model's buffers only NaN counts, since masks may hold infinities; of a rank's state, what the mergers keep. A block
-    in progress is judged at its own end.
+    In a model's buffers only NaN counts, since masks may hold infinities. Of a rank's state only the mergers' part is checked:
+    a block of the window that is in progress is checked when it ends.
     """
     for name, content in files:
         if name.startswith("rank-"):
@@ -53,6 +55,10 @@ def unsound(files: Iterable[tuple[str, Any]]) -> str | None:
 
 
 def unsound_checkpoint(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    """:func:`unsound` of a published checkpoint that verifies; with ``parts``, of every parts-th file from ``part`` on."""
+    """:func:`unsound` for a published checkpoint whose hashes verify.
+
+    Args:
+        part, parts: check only every ``parts``-th file from file ``part`` on, to share the work among ranks.
+    """
     names = [name for name in read_manifest(path)["files"] if name.startswith(("parameters-", "optimizer-", "rank-"))]
     return unsound((name, read_file(path / name)) for name in names[part::parts])

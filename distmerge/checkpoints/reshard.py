@@ -1,9 +1,9 @@
-"""A checkpoint read in another layout: another number of ranks per worker, or the fsdp engine in place of the torch engine.
+"""Reads a checkpoint in another layout: other numbers of ranks per worker, or the fsdp engine in place of the torch engine.
 
-Every file holds parts of flattened, named tensors, and a rank takes the parts that it needs from those that hold them: of
-the parameters, of the optimizer's moments and of the mergers' vectors. (torch.distributed.checkpoint would reshard the first
-two, but not the share of a flat vector that is a rank's anchor; and its metadata is a pickle, which is not read here.)
-What depends on the layout itself cannot be carried over, and is refused.
+Every file holds parts of flattened, named tensors. A rank collects the parts that it needs from the files that hold them, for
+the parameters, the optimizer's moments and the mergers' vectors. (torch.distributed.checkpoint could reshard the first two, but
+not a rank's share of the anchor, which is a flat vector; and its metadata is a pickle, which is never read here.) State that
+depends on the layout itself cannot be carried over, and such a checkpoint is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distmerge.mesh import Mesh
 from distmerge.theta.flat import Part
 
 PORTABLE = ("torch", "fsdp")
-"""Engines whose checkpoints another layout, of either, can read."""
+"""Engines whose checkpoints can be resharded, also from one to the other."""
 
 
 class Target(Protocol):
@@ -33,27 +33,32 @@ class Target(Protocol):
 
 
 def layout(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
-    """What a manifest says of the layout that wrote it."""
+    """What a manifest records about the layout that wrote the checkpoint."""
     sequences = config.train.batch_size * config.train.gradient_accumulation * mesh.world
     return {"world": mesh.world, "workers": mesh.workers, "engine": config.engine.kind, "sequences": sequences}
 
 
 def same(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two layouts are equal. A key that an old manifest lacks counts as equal."""
     return all(old.get(key, new[key]) == new[key] for key in ("world", "workers", "engine"))
 
 
 def check(path: Any, old: dict[str, Any], config: TrainConfig, mesh: Mesh) -> None:
-    """Refuse a checkpoint that this run cannot go on from.
+    """Refuse a checkpoint that this run cannot resume from.
+
+    Args:
+        path: of the checkpoint, for the message.
+        old: the layout in its manifest.
 
     Raises:
-        UserError: what does not fit, and what would.
+        UserError: saying what does not fit, and what would.
     """
     new = layout(config, mesh)
     old = {"engine": "torch"} | old
     if old["workers"] != new["workers"]:
         raise UserError(
             f"{path} was written by {old['world']} ranks in {old['workers']} workers, got {new['world']} ranks in "
-            f"{new['workers']}; resume with as many workers, or take another --run-dir"
+            f"{new['workers']}; resume with the same number of workers, or take another --run-dir"
         )
     if old.get("sequences", new["sequences"]) != new["sequences"]:
         raise UserError(
@@ -64,28 +69,35 @@ def check(path: Any, old: dict[str, Any], config: TrainConfig, mesh: Mesh) -> No
         return
     written = f"{path} was written by {old['world']} ranks of engine {old['engine']}, got {new['world']} of {new['engine']}"
     if not {old["engine"], new["engine"]} <= set(PORTABLE):
-        raise UserError(f"{written}; DeepSpeed's state is read by the same engine on as many ranks alone (yet)")
+        raise UserError(f"{written}; DeepSpeed's state can only be read by the same engine on the same number of ranks so far")
     for reason in tied_to_layout(config):
         raise UserError(f"{written}, but {reason}; resume in the same layout")
 
 
 def tied_to_layout(config: TrainConfig) -> list[str]:
-    """Why a run's state cannot be carried over to another layout, if it cannot."""
+    """Reasons why a run's state cannot be carried over to another layout; empty if it can."""
     reasons: list[str] = []
     if config.data.streaming:
         reasons.append("a stream's position belongs to a rank (data.streaming)")
     if config.window is not None:
-        reasons.append("the blocks of a [window] are kept by rank")
+        reasons.append("each rank keeps its own part of the blocks of a [window]")
     for index, entry in enumerate(config.merge):
         reasons += [f"merge[{index}]{reason}" for reason in entry.tied_to_layout()]
     return reasons
 
 
 def load(target: Target, read: Read, old: dict[str, Any]) -> dict[str, Any]:
-    """Load parameters and moments into the engine from a checkpoint in another layout; the rest of this rank's state.
+    """Load parameters and moments into the engine from a checkpoint in another layout.
+
+    Args:
+        read: reads one of the checkpoint's files, by name.
+        old: the layout in its manifest.
+
+    Returns:
+        the rest of this rank's state. Its generators are None, since those of the old ranks do not apply.
 
     Raises:
-        UserError: where a merge was in flight.
+        UserError: if a merge was in flight.
     """
     mesh, engine = target.mesh, target.engine
     shards = old["world"] // old["workers"]
@@ -119,9 +131,14 @@ def load_parameters(engine: Engine, files: list[dict[str, Tensor]]) -> None:
 
 
 def moments(engine: Engine, files: list[dict[str, Tensor]], states: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The optimizers' state of this rank's shards, or of the whole where it is replicated."""
+    """The states of the optimizers, with moments for this rank's shards (or whole parameters, if these are replicated).
+
+    Args:
+        files: the parameter files of the checkpoint, which say where in each parameter the file's part begins.
+        states: for each file, the states of the optimizers over the same parts.
+    """
     names = {id(p): name for name, p in engine.parameters.named_tensors()}
-    held = {slot.name: slot for slot in engine.parameters.layout}  # whole parameters, where they are replicated
+    held = {slot.name: slot for slot in engine.parameters.layout}  # slots cover whole parameters if those are replicated
     result: list[dict[str, Any]] = []
     for number, optimizer in enumerate(engine.optimizers):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -145,10 +162,17 @@ def moments(engine: Engine, files: list[dict[str, Tensor]], states: list[list[di
 
 
 def merger_state(engine: Engine, states: list[dict[str, Any]], parts: list[list[tuple]]) -> dict[str, Any]:
-    """A merger's state with its vectors laid out as this rank's."""
+    """A merger's state with its vectors in this rank's layout.
+
+    Args:
+        states: the merger's state on each rank that wrote the worker's checkpoint.
+        parts: for each of these ranks, the fields of its parts of theta (:class:`distmerge.theta.flat.Part`).
+    """
     state = dict(states[0])
     if state["flying"] is not None:
-        raise UserError("a merge was in flight at the newest checkpoint: its messages belong to the layout; resume in the same")
+        raise UserError(
+            "a merge was in flight at the newest checkpoint, and its messages fit only the old layout; resume in it"
+        )
     if state["outer"] is None:
         return state
     vectors = {key: [theirs["outer"][key] for theirs in states] for key, value in state["outer"].items() if value is not None}
@@ -156,7 +180,7 @@ def merger_state(engine: Engine, states: list[dict[str, Any]], parts: list[list[
 
 
 def laid_out(engine: Engine, vectors: list[Tensor], parts: list[list[tuple]]) -> Tensor:
-    """A vector over theta, from those of the ranks that wrote it, in this rank's layout."""
+    """A vector over theta in this rank's layout, put together from the vectors of the ranks that wrote the checkpoint."""
     pieces = Pieces()
     for vector, theirs in zip(vectors, parts, strict=True):
         for part in (Part(*fields) for fields in theirs):

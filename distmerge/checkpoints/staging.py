@@ -1,4 +1,4 @@
-"""A copy of the state in memory, so that training can go on while it is written."""
+"""Copies the state in memory, so that training can continue while the copy is written to disk."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Staging:
-    """Copies nested state into buffers on the CPU that are kept from one copy to the next.
+    """Copies nested state into CPU buffers that are reused for the next copy.
 
-    Fresh memory would cost a page fault each 4 KB, several times the copy itself; page-locked memory lets a GPU copy
-    without waiting for each tensor.
+    Fresh memory would cost a page fault for every 4 KB, which takes several times as long as the copy itself. With page-locked
+    memory a GPU copies all tensors without a wait after each.
     """
 
     def __init__(self, device: torch.device):
@@ -20,7 +20,7 @@ class Staging:
         self.buffers: dict[tuple[Any, ...], Tensor] = {}
 
     def copy(self, state: Any) -> Any:
-        """``state`` with every tensor in it copied. It is valid until the next call."""
+        """``state`` with every tensor copied. The copy is valid until the next call."""
         copied = self._copy(state, ())
         if self.pinned:
             torch.cuda.synchronize()

@@ -1,9 +1,9 @@
-"""The store: checkpoints that can be trusted.
+"""The store: writes checkpoints atomically and verifies them before they are trusted.
 
-Commit: a temporary directory -> every rank writes its files -> fsync -> hashes are gathered -> rank 0 writes the manifest
--> fsync -> rename -> fsync of the parent -> only then retention, and only when the newest one reads back as it was meant.
-Whatever dies when, a published directory is whole. It never changes afterwards, and it is loaded only if every byte still
-hashes to what the manifest says.
+A commit makes a temporary directory -> every rank writes its files -> fsync -> hashes are gathered -> rank 0 writes the
+manifest -> fsync -> rename -> fsync of the parent directory. Only then are old checkpoints deleted, and only if the newest one
+reads back as it was written. A published directory is complete, whichever process dies at whatever time. It never changes
+afterwards, and it is loaded only if all of its files still have the hashes that the manifest records.
 """
 
 from __future__ import annotations
@@ -33,27 +33,30 @@ from distmerge.files.directories import (
     write_file,
 )
 from distmerge.mesh import Mesh
-from distmerge.rundir.identity import Identity, stranger
+from distmerge.rundir.identity import Identity, identity_problem
 
 
 class Rejection(NamedTuple):
+    """A checkpoint that cannot be used, and why."""
+
     path: Path
     reason: str
 
 
 class Store:
-    """The checkpoints of one run, one directory a step, written and read by all ranks together.
+    """The checkpoints of one run, one directory per step. All ranks write and read them together.
 
-    Every public method is a collective. The process group ``mesh.files`` is the store's alone: where commits are made in a
-    thread it is that thread's, and the training's own calls wait for it first. Two threads on one group would each take the
-    other's messages.
+    Every public method is a collective. Only the store uses the process group ``mesh.files``. If commits run in a background
+    thread, that thread uses the group, and calls from the training thread first wait until it is idle: two threads on one group
+    would receive each other's messages.
 
     Args:
-        about: what a manifest says of the run beside its files, such as who wrote it.
-        keep: newest checkpoints to keep.
-        asynchronous: copy the state and write it in a thread, which has a process group of its own: the protocol is the
-            same, and training goes on after the copy.
-        identity: of the run, on the rank that leads: a checkpoint of another run is rejected.
+        root: the directory that holds the checkpoints.
+        keep: the number of newest checkpoints to keep.
+        asynchronous: copy the state and write the copy in a background thread, by the same protocol. Training continues once
+            the copy is made.
+        about: what to record in manifests besides the files, such as the number of ranks that wrote them.
+        identity: the run's identity, on the lead rank. Checkpoints of other runs are rejected.
     """
 
     def __init__(
@@ -71,22 +74,28 @@ class Store:
         self.todo: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
         self.written = threading.Event()
         self.written.set()
-        if asynchronous:  # one thread for all commits: to start one takes milliseconds
-            threading.Thread(target=self._commit_behind, daemon=True).start()
+        if asynchronous:  # one thread for all commits, since to start one takes milliseconds
+            threading.Thread(target=self._commit_in_background, daemon=True).start()
         self.failure: BaseException | None = None
 
     def open(self) -> None:
-        """Make the directory, and clear away what an interrupted commit left."""
+        """Create the directory if it does not exist, and delete what an interrupted commit left in it."""
         with self.mesh.raise_on_all_ranks():
             if self.mesh.leads:
                 guarded(self.root, lambda: clear_leftovers(self.root))
 
     def commit(self, step: int, files: dict[str, Any]) -> Path:
-        """Publish ``files`` of all ranks as the checkpoint of ``step``; asynchronously, begin to. Where it is, or will be.
+        """Publish ``files`` of all ranks as the checkpoint of ``step``, or begin to if the store is asynchronous.
+
+        Args:
+            files: this rank's files, by name.
+
+        Returns:
+            the checkpoint's directory.
 
         Raises:
-            UserError: when the disk is full or not writable; everything published before is as it was. A commit in the
-                background raises at the next call of commit or wait.
+            UserError: if the disk is full or not writable. Everything published before stays as it was. An error of a
+                background commit is raised by the next call of any method that waits for it.
         """
         self.wait()
         if self.staging is None:
@@ -97,18 +106,18 @@ class Store:
         return self.root / f"step-{step:08}"
 
     def wait(self) -> None:
-        """Until a commit in the background is published."""
+        """Wait until a background commit, if there is one, is published. Raises its error."""
         self.written.wait()
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
 
-    def _commit_behind(self) -> None:
+    def _commit_in_background(self) -> None:
         while True:
             step, files = self.todo.get()
             try:
                 self._commit(step, files)
-            except BaseException as error:  # raised where the training is, at its next call
+            except BaseException as error:  # the training thread raises it, at its next call
                 self.failure = error
             self.written.set()
 
@@ -131,14 +140,15 @@ class Store:
                 manifest = {
                     "step": step,
                     **self.about,
-                    **(self.identity.said() if self.identity else {}),
+                    **(self.identity.manifest_entries() if self.identity else {}),
                     "files": {file: entry for part in gathered for file, entry in sorted(part.items())},
                 }
                 guarded(published, lambda: publish(temporary, published, manifest))
         self._retain(published)
 
     def _retain(self, newest: Path) -> None:
-        """Delete all but the newest ``keep``, unless the newest does not verify: then they are all that there is."""
+        """Delete all but the newest ``keep`` checkpoints, unless the newest one fails verification: then the older ones are
+        still needed."""
         doomed: list[list[Path]] = [published_checkpoints(self.root)[: -self.keep] if self.mesh.leads else []]
         dist.broadcast_object_list(doomed, 0, group=self.mesh.files)
         if not doomed[0]:
@@ -147,21 +157,21 @@ class Store:
         with self.mesh.raise_on_all_ranks(self.mesh.files):
             if self.mesh.leads:
                 if problem is not None:
-                    raise UserError(f"{newest} does not read back as it was written: {problem}; older ones are kept")
+                    raise UserError(f"{newest} does not read back as it was written: {problem}; older checkpoints are kept")
                 for path in doomed[0]:
                     guarded(path, lambda path=path: remove(path))
 
     def newest_valid(self, fits: Callable[[Path], None] | None = None) -> tuple[Path | None, list[Rejection]]:
-        """The newest checkpoint that verifies, and those that were rejected on the way to it.
+        """The newest checkpoint that is valid, and the newer ones that were rejected.
 
-        Rejected ones are set aside as ``step-N.rejected``, so that the step can be published again.
+        Rejected ones are renamed to ``step-N.rejected``, so that the step can be published again.
 
         Args:
-            fits: raises where the run cannot go on from the newest one, before anything is set aside; by default where it
-                is of another mesh.
+            fits: raises if the run cannot resume from the newest valid checkpoint; it is called before anything is renamed. By
+                default it checks that the numbers of ranks and workers are the same.
 
         Raises:
-            UserError: when there are checkpoints but all are damaged or of other runs, or the newest valid one does not fit.
+            UserError: if there are checkpoints but all are damaged or of other runs, or if the newest valid one does not fit.
         """
         accepted, rejections = self.valid(1)
         with self.mesh.raise_on_all_ranks():
@@ -177,8 +187,11 @@ class Store:
         return (accepted[0] if accepted else None), rejections
 
     def valid(self, count: int, up_to: float = math.inf) -> tuple[list[Path], list[Rejection]]:
-        """The newest ``count`` checkpoints of steps ``up_to`` that verify and hold finite values only, newest first; and those
-        rejected on the way."""
+        """The newest ``count`` checkpoints that verify and are finite, newest first; and those that were rejected among them.
+
+        Args:
+            up_to: the last step to consider.
+        """
         self.wait()
         candidates: list[list[Path]] = [published_checkpoints(self.root) if self.mesh.leads else []]
         dist.broadcast_object_list(candidates, 0, group=self.mesh.files)
@@ -189,7 +202,7 @@ class Store:
                 break
             if step_of(path) > up_to:
                 continue
-            problem = self._verify(path) or self._told(unsound_checkpoint(path, self.mesh.rank, self.mesh.world))
+            problem = self._verify(path) or self._first_problem(unsound_checkpoint(path, self.mesh.rank, self.mesh.world))
             if problem is None:
                 accepted.append(path)
             else:
@@ -197,10 +210,10 @@ class Store:
         return accepted, rejections
 
     def _verify(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint; its files are hashed by all ranks, each its part."""
-        return self._told(verify(path, self.mesh.rank, self.mesh.world) or stranger(path, self.identity))
+        """What is wrong with a checkpoint, or None. Each rank hashes its share of the files."""
+        return self._first_problem(verify(path, self.mesh.rank, self.mesh.world) or identity_problem(path, self.identity))
 
-    def _told(self, problem: str | None) -> str | None:
+    def _first_problem(self, problem: str | None) -> str | None:
         return self.mesh.first_problem(problem, self.mesh.files)
 
     def _check_mesh(self, path: Path) -> None:
@@ -209,7 +222,7 @@ class Store:
         if theirs != ours:
             raise UserError(
                 f"{path} was written by {theirs[0]} ranks in {theirs[1]} workers, got {ours[0]} ranks in {ours[1]}; "
-                "resume with as many, or take another --run-dir"
+                "resume with the same numbers, or take another --run-dir"
             )
 
 
@@ -219,5 +232,5 @@ def published_checkpoints(root: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step that a published directory's name says."""
+    """The step in the name of a published directory."""
     return int(path.name.rpartition("-")[2])

@@ -1,4 +1,4 @@
-"""A run verified: all that it published is hashed again, and what is damaged is named."""
+"""Verifies a run: hashes everything that it published again, and names what is damaged."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ from typing import NamedTuple
 
 from distmerge.errors import UserError
 from distmerge.files.directories import MANIFEST, published_directories, verify
-from distmerge.rundir.identity import read_identity, stranger
+from distmerge.rundir.identity import identity_problem, read_identity
 
 PUBLISHED = (("checkpoints", "step", MANIFEST), ("window", "block", "block.json"), ("steps", "step", MANIFEST))
-"""Where a run publishes: the directory, its entries' prefix, their manifest."""
+"""Where a run publishes: the directory, the prefix of its entries' names, the name of their manifest."""
 
 MODELS = ("final", "final.diverged")
-"""What a run's end publishes."""
+"""The directories that the end of a run publishes."""
 
 
 class Verdict(NamedTuple):
-    """Attributes: path, relative to the run directory; said, what became of it; damaged, whether that is to be repaired."""
+    """The result for one directory.
+
+    Attributes:
+        path: relative to the run directory.
+        said: "ok", the problem, or why it was set aside.
+        damaged: whether the user has to act.
+    """
 
     path: str
     said: str
@@ -28,11 +34,10 @@ class Verdict(NamedTuple):
 
 
 def verify_run(run_dir: Path) -> list[Verdict]:
-    """One verdict for each published directory: checkpoints, blocks, steps, oldest first, then the final model; and for each
-    that was set aside.
+    """One verdict for each directory that was published or set aside: checkpoints, blocks and steps, then the final model.
 
     Raises:
-        UserError: where there is nothing to verify.
+        UserError: if there is nothing to verify.
     """
     if not run_dir.is_dir():
         raise UserError(f"RUN_DIR must be a run's directory, got {run_dir}")
@@ -40,14 +45,14 @@ def verify_run(run_dir: Path) -> list[Verdict]:
     identity = read_identity(run_dir)
 
     def judge(path: Path, manifest: str) -> None:
-        problem = verify(path, name=manifest) or stranger(path, identity, manifest)
+        problem = verify(path, name=manifest) or identity_problem(path, identity, manifest)
         verdicts.append(Verdict(path.relative_to(run_dir).as_posix(), problem or "ok", problem is not None))
 
     for place, prefix, manifest in PUBLISHED:
         for path in published_directories(run_dir / place, prefix):
             judge(path, manifest)
         for path in sorted((run_dir / place).glob(f"{prefix}-*.*")):
-            # A roll-back sets aside what a spike touched: that is in order.
+            # A roll-back sets tainted ones aside on purpose.
             why = path.suffix[1:]
             verdicts.append(Verdict(f"{place}/{path.name}", f"was set aside as {why}", why != "tainted"))
     for name in MODELS:

@@ -78,7 +78,7 @@ def start(config, ranks: int, arguments: list[str]) -> int:
     summary = directory.finished(config.steps)
     if summary is not None:
         if summary.get("diverged"):
-            print(f"error: {directory.told_of_divergence(summary['diverged'])}", file=sys.stderr)
+            print(f"error: {directory.divergence_message(summary['diverged'])}", file=sys.stderr)
             return DIVERGED
         from distmerge.trainer.metrics import table
 

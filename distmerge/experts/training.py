@@ -157,7 +157,7 @@ class ExpertTraining:
                 return False
             whole = run.engine.whole_state()
             if run.mesh.leads:
-                about = run.claim.said() | {"step": step}
+                about = run.claim.manifest_entries() | {"step": step}
                 publish_directory(published, about, lambda directory: self.save(directory, step, whole))
         return True
 

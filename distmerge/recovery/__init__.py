@@ -1,1 +1,1 @@
-"""What a run does when its loss spikes or it has crashed: detect it, agree on it, go back, merge and continue."""
+"""Recovery from loss spikes and crashes: detect them, decide on all workers, go back, merge, and continue."""

@@ -1,17 +1,17 @@
-"""Spikes, in two stages: a step is suspected soon, and a run is called diverged only when it is.
+"""Detects spikes in two stages: a step is suspected early, and a run is called diverged only on proof.
 
-The detector is pure: the loss and the gradient norm of a step go in, a verdict comes out. ``suspected`` says that the loss is
-out of the ordinary (``tails.py`` learns what is ordinary). It costs little, since the caller only holds back what would be
-published, so it comes early. ``diverged`` costs a roll-back, so it waits for proof:
+The detector has no side effects: the loss and the gradient norm of a step go in, a verdict comes out. ``suspected`` says that
+the loss is out of the ordinary (:mod:`distmerge.recovery.baseline` learns what is ordinary). A suspicion is cheap, since the
+caller only holds back what it would publish, so it is raised early. ``diverged`` costs a roll-back, so it needs proof:
 
-- a loss or a gradient norm that is not finite, at once;
-- a loss that still grows and has left what data can explain: half above the level before, or above the start's;
-- a loss that grows for ``LIMIT`` steps on end;
-- a loss that has been about as high as the untrained model's for ``PATIENCE`` steps and does not fall, or for ``LIMIT``.
+- a loss or a gradient norm that is not finite proves it at once;
+- the loss still grows and is higher than other data can explain: 50% above the level before, or above the initial loss;
+- the loss has grown for ``LIMIT`` steps in a row;
+- the loss has been about as high as the untrained model's for ``PATIENCE`` steps without falling, or for ``LIMIT`` steps.
 
-A suspicion ends where the loss has been ordinary for ``CALM`` steps, and after ``PATIENCE`` steps where its new level stays
-flat or falls: that is other data, and it is accepted as the new level. No suspicion is longer than ``LIMIT``. The gradient
-norm helps to suspect, and proves something only where it is not finite: in healthy runs it bursts while the loss is calm.
+A suspicion ends when the loss has been ordinary for ``CALM`` steps. It also ends after ``PATIENCE`` steps if the new level is
+flat or falls: then the data has changed, and the level is accepted. No suspicion lasts longer than ``LIMIT`` steps. A high
+gradient norm adds to a suspicion but proves nothing unless it is not finite: in healthy runs it bursts while the loss is calm.
 """
 
 from __future__ import annotations
@@ -20,59 +20,69 @@ import math
 import statistics
 from typing import Any, Literal, NamedTuple
 
-from distmerge.recovery.baseline import LEAST_SAMPLES, LONG, NEGLIGIBLE, RISING, SHORT, TRENDS, History, trend
+from distmerge.recovery.baseline import LONG, MIN_SAMPLES, NEGLIGIBLE, RISING, SHORT, TRENDS, History, trend
 
 CALM = 4
-"""Ordinary steps in a row that end a suspicion."""
+"""A suspicion ends after this many ordinary steps in a row."""
 
 PATIENCE = 40
-"""Steps after which a new level is accepted that does not grow."""
+"""A new level that does not grow is accepted after this many steps."""
 
-MILD = 2.0
-"""Times the limit up to which a suspicion that proved wrong is taken for this run's noise, however long it was."""
+MILD_FACTOR = 2.0
+"""A false alarm that stayed below this multiple of the limits was this run's noise, however long it lasted."""
 
 LIMIT = 100
-"""Steps of the longest suspicion."""
+"""Steps of the longest possible suspicion."""
 
-UNEXPLAINED = 1.5
-"""Times the level before, beyond which a loss that grows is not the data's."""
+GROWTH_FACTOR = 1.5
+"""Other data does not explain a growing loss that exceeds the level before by this factor."""
 
-LEARNT = 0.75
-"""Part of the start's loss below which a run has learnt: going back to the start's is then a divergence."""
+LEARNED_SHARE = 0.75
+"""A run has learned something once its loss is below this share of the initial loss. To return to that is then a divergence."""
 
 MEMORY = 512
-"""Steps for which a level that was left is remembered: coming back to it is ordinary."""
+"""Steps for which a former level is remembered: to return to it is ordinary."""
 
-HIGH, SAME = 0.85, 1.15
-"""Parts: of the start's loss that counts as being back there; of a level that counts as clearly above it."""
+UNTRAINED_SHARE = 0.85
+"""A loss above this share of the initial loss counts as that of an untrained model."""
 
+CLEARLY_ABOVE = 1.15
+"""A loss is clearly above a level if it exceeds it by this factor."""
 
-FIRST = 5
-"""Steps whose median is the start's loss."""
+FIRST_STEPS = 5
+"""The initial loss is the median of this many steps."""
 
 UNUSUAL = (*RISING, "fall")
 
-KEPT = ("start", "best", "calm", "quiet")
+SCALARS = ("start", "best", "calm", "quiet")
+"""Attributes of the detector that are single numbers, as the state names them."""
 
 
 class Step(NamedTuple):
-    """Logarithms of loss and gradient norm, their statistics beside the history, and why they are unusual, if they are."""
+    """A step compared with the history.
+
+    Attributes:
+        value, norm: logarithms of the loss and of the gradient norm.
+        found: the step's statistics; empty while the history is too short for them.
+        unusual: why the step is unusual; empty if it is ordinary.
+        ratio: the most unusual statistic divided by its limit.
+    """
 
     value: float
     norm: float
     found: dict[str, float]
     unusual: str
-    ratio: float = 0.0  # of the most unusual statistic to its limit
+    ratio: float = 0.0
 
 
 class Verdict(NamedTuple):
-    """What the detector says of a step.
+    """The detector's verdict on a step.
 
     Attributes:
-        state: "healthy"; "suspected", while blocks and commits are to be held back; "diverged", when the run is to go back.
-        reason: one line for people; empty where the step is healthy and nothing was decided.
-        since: how many steps ago the suspicious stretch began; 0 is this step.
-        accepted: True exactly at the step where a suspected level was accepted as the new normal one.
+        state: "healthy"; "suspected" while blocks and commits should be held back; "diverged" if the run should go back.
+        reason: one line for the user; empty if the step is healthy and nothing was decided.
+        since: how many steps ago the suspicion began; 0 means at this step.
+        accepted: True only at the step at which a suspected level is accepted as the new normal one.
     """
 
     state: Literal["healthy", "suspected", "diverged"]
@@ -82,46 +92,48 @@ class Verdict(NamedTuple):
 
 
 class Detector:
-    """Judges each step; what follows from the verdict is the caller's to decide.
+    """Judges each step of a run. The caller decides what to do about the verdict.
 
     Args:
-        window: healthy steps from which the tails of the loss are learned.
-        threshold: robust standard deviations from which a step of independent scatter is suspected.
+        window: number of healthy steps from which the tails of the loss are learned.
+        threshold: if the steps' scatter is independent, a step is suspected above this many robust standard deviations.
     """
 
     def __init__(self, window: int, threshold: float):
         self.history = History(window, threshold)
-        self.suspicious: list[Step] = []  # since the suspicion began
-        self.left: list[tuple[int, list[float]]] = []  # levels that were left: for how many steps more, and their log losses
-        self.first: list[float] = []
-        self.start = 0.0  # loss of the first steps
-        self.best = math.inf  # lowest level of LONG steps
-        self.calm = self.quiet = 0
+        self.suspicious: list[Step] = []  # all steps since the suspicion began, the ordinary ones among them too
+        self.left_levels: list[tuple[int, list[float]]] = []  # former levels: steps until each is forgotten, its log losses
+        self.first_losses: list[float] = []
+        self.start = 0.0  # the initial loss
+        self.best = math.inf  # the lowest level of LONG steps so far
+        self.calm = 0  # ordinary steps in a row within the suspicion
+        self.quiet = 0  # steps left for which only a value that is not finite counts
 
     def cool_down(self, steps: int) -> None:
-        """The run went back: for ``steps`` steps, until past the spike's own step, only a non-finite value counts.
+        """Tell the detector that the run went back: for ``steps`` steps only a value that is not finite counts.
 
-        The history stays as it was before the spike: the run is where it was.
+        The caller chooses ``steps`` so that the spike's own step is over by then. The history stays as it was before the spike,
+        since the run is back where it was.
         """
         self.quiet = steps
-        self._release()
+        self._end_suspicion()
 
     def accept(self) -> None:
-        """The caller goes on with this level, having used up its attempts to go back: take it as the normal one."""
+        """Take the present level as the normal one: the caller has used up its attempts to go back and continues."""
         if self.suspicious:
             values = self._since_the_last_fall(self.history.limits()["fall"])
-            self.start = max(self.start, UNEXPLAINED * self._loss(statistics.median(values[-max(TRENDS) :])))
+            self.start = max(self.start, GROWTH_FACTOR * self._loss(statistics.median(values[-max(TRENDS) :])))
             self._move(values)
 
     def check(self, loss: float, grad_norm: float) -> Verdict:
-        """The verdict on one step. After "diverged" the caller says ``cool_down`` or ``accept``."""
+        """The verdict on one step. After "diverged" the caller must call ``cool_down`` or ``accept``."""
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             return Verdict("diverged", f"loss {loss}, gradient norm {grad_norm}", len(self.suspicious))
-        if len(self.first) < FIRST:
-            self.first.append(loss)
-            self.start = statistics.median(self.first)
-        self.left = [(steps - 1, losses) for steps, losses in self.left if steps > 1]
-        step = self._seen(loss, math.log(max(grad_norm, 1e-30)))
+        if len(self.first_losses) < FIRST_STEPS:
+            self.first_losses.append(loss)
+            self.start = statistics.median(self.first_losses)
+        self.left_levels = [(steps - 1, losses) for steps, losses in self.left_levels if steps > 1]
+        step = self._assess(loss, math.log(max(grad_norm, 1e-30)))
         if self.quiet:
             self.quiet -= 1
             if not step.unusual:
@@ -135,15 +147,15 @@ class Detector:
         self.suspicious.append(step)
         self.calm = 0 if step.unusual else self.calm + 1
         if self.calm == CALM:
-            self._learn_scare()
+            self._learn_false_alarm()
             return Verdict("healthy")
-        return self._judge(f"{self._why()} (loss {loss:.4g}, gradient norm {grad_norm:.4g})")
+        return self._judge(f"{self._reason()} (loss {loss:.4g}, gradient norm {grad_norm:.4g})")
 
-    def _seen(self, loss: float, norm: float) -> Step:
-        """A step beside the history, and why it is unusual."""
+    def _assess(self, loss: float, norm: float) -> Step:
+        """Compare a step with the history."""
         value = math.log(max(loss, 0.0) + self._negligible())
-        if len(self.history.losses) < LEAST_SAMPLES:
-            high = loss > UNEXPLAINED * self.start + self._negligible()
+        if len(self.history.losses) < MIN_SAMPLES:
+            high = loss > GROWTH_FACTOR * self.start + self._negligible()
             return Step(value, norm, {}, "loss far above the start's" if high else "")
         newest = [*(step.value for step in self.suspicious), value]
         found = self.history.statistics(newest, [*(step.norm for step in self.suspicious), norm])
@@ -156,17 +168,17 @@ class Detector:
             return Step(value, norm, found, f"loss too low: {math.exp(-found[name]):.2g} times the level", ratio)
         if ratio > 1:
             return Step(value, norm, found, f"loss too high: {name}, {ratio:.1f} times the usual", ratio)
-        high = self._loss(statistics.median([*self.history.losses, *newest][-SHORT:])) > self._untrained()
+        high = self._loss(statistics.median([*self.history.losses, *newest][-SHORT:])) > self._untrained_loss()
         return Step(value, norm, found, f"loss as high as at the start ({self.start:.4g})" if high else "", ratio)
 
     def _judge(self, reason: str) -> Verdict:
-        """A suspicion goes on, is proved, or ends with its level accepted."""
+        """The verdict on a suspicion: it continues, is proved, or ends because its level is accepted."""
         steps, since = len(self.suspicious), len(self.suspicious) - 1
-        limits, before = self.history.limits(), self._before()
+        limits, before = self.history.limits(), self._loss_before()
         values = self._since_the_last_fall(limits["fall"])
         trends = {count: trend(values, count) for count in TRENDS if len(values) >= 2 * count}
         growing = {count for count, rise in trends.items() if rise > limits[f"trend of {count}"]}
-        explained = max(min(UNEXPLAINED * before, max(self.start, SAME * before)), 4 * self._negligible())
+        explained = max(min(GROWTH_FACTOR * before, max(self.start, CLEARLY_ABOVE * before)), 4 * self._negligible())
         level = max((self._loss(statistics.median(values[-count:])) for count in growing), default=0.0)
         if level > explained:
             return Verdict("diverged", f"the loss grew from {before:.4g} to {level:.4g} and still grows: {reason}", since)
@@ -175,103 +187,107 @@ class Detector:
             return Verdict("suspected", reason, since)
         level = self._loss(statistics.median(values[-longest:]))
         slope, usual = trends.get(longest, 0.0), limits[f"trend of {longest}"]
-        high = longest in trends and level > max(before, self._untrained())
-        if high and (slope > -0.5 * usual or level > 2 * self._untrained() or steps >= LIMIT):
-            return Verdict("diverged", f"the loss stays at {level:.4g}, as at the start ({self.start:.4g}): {reason}", since)
+        high = longest in trends and level > max(before, self._untrained_loss())
+        if high and (slope > -0.5 * usual or level > 2 * self._untrained_loss() or steps >= LIMIT):
+            start = f"as high as at the start ({self.start:.4g})"
+            return Verdict("diverged", f"the loss stays at {level:.4g}, {start}: {reason}", since)
         if high or (slope > 0.5 * usual and steps < LIMIT):
             return Verdict("suspected", reason, since)
         if slope > 0.5 * usual and trend(values, len(values) // 2) > usual:
-            return Verdict("diverged", f"the loss has grown for {steps} steps, {before:.4g} to {level:.4g}: {reason}", since)
+            grown = f"the loss has grown for {steps} steps, from {before:.4g} to {level:.4g}"
+            return Verdict("diverged", f"{grown}: {reason}", since)
         self._move(values)
-        return Verdict("healthy", f"a loss of {level:.4g} after {before:.4g} is the new level", since, accepted=True)
+        reason = f"a loss of {level:.4g} is accepted as the new level, {before:.4g} was the old one"
+        return Verdict("healthy", reason, since, accepted=True)
 
     def _since_the_last_fall(self, limit: float) -> list[float]:
-        """Suspicious log losses; coming back from losses that were too low is not growing."""
+        """The log losses of the suspicion, from the last one that was too low on: to come back from there is not growth."""
         low = [step.found.get("fall", 0.0) > limit for step in self.suspicious]
         first = 0 if low[-1] or True not in low else len(low) - low[::-1].index(True)
         return [step.value for step in self.suspicious[first:]]
 
-    def _before(self) -> float:
-        """The loss before the suspicion."""
-        if len(self.history.losses) < LEAST_SAMPLES:
+    def _loss_before(self) -> float:
+        """The level of the loss before the suspicion."""
+        if len(self.history.losses) < MIN_SAMPLES:
             return self.start
         return self._loss(min(self.history.level(), self.history.level(LONG)))
 
-    def _untrained(self) -> float:
-        """The loss from which on a run knows no more than at its start, or is far above what it had."""
-        best = min(self.best, self._before())
-        return HIGH * self.start if best < LEARNT * self.start else UNEXPLAINED * best
+    def _untrained_loss(self) -> float:
+        """The loss above which the model is no better than at the start or, if it has learned little, far above its best."""
+        best = min(self.best, self._loss_before())
+        return UNTRAINED_SHARE * self.start if best < LEARNED_SHARE * self.start else GROWTH_FACTOR * best
 
-    def _why(self) -> str:
+    def _reason(self) -> str:
         return next(step.unusual for step in reversed(self.suspicious) if step.unusual)
 
     def _negligible(self) -> float:
-        return NEGLIGIBLE * abs(statistics.median(self.first)) + 1e-12
+        return NEGLIGIBLE * abs(statistics.median(self.first_losses)) + 1e-12
 
     def _loss(self, value: float) -> float:
         return math.exp(value) - self._negligible()
 
     def _is_back(self, step: Step) -> bool:
-        """Whether the loss is back at a level that was left, which is then the level again."""
+        """Whether the loss has returned to a former level. If so, that becomes the level again and the suspicion ends."""
         usual = self.history.limits()["one step"]
-        for index, (_, losses) in enumerate(self.left):
+        for index, (_, losses) in enumerate(self.left_levels):
             level = statistics.median(losses[-LONG:])
             apart = abs(level - self.history.level()) > usual
-            if apart and abs(step.value - level) < usual and self._loss(level) < self._untrained():
-                del self.left[index]
-                self._leave()
+            # A former level as high as an untrained model's is no excuse.
+            if apart and abs(step.value - level) < usual and self._loss(level) < self._untrained_loss():
+                del self.left_levels[index]
+                self._remember_level()
                 self.history.move(losses, [])
-                self._release()
+                self._end_suspicion()
                 return True
         return False
 
-    def _leave(self) -> None:
-        self.left = [*self.left[-2:], (MEMORY, list(self.history.losses))]
+    def _remember_level(self) -> None:
+        self.left_levels = [*self.left_levels[-2:], (MEMORY, list(self.history.losses))]
 
     def _is_mild(self) -> bool:
-        return max(step.ratio for step in self.suspicious) < MILD
+        return max(step.ratio for step in self.suspicious) < MILD_FACTOR
 
     def _move(self, values: list[float]) -> None:
-        """The level of these log losses is the normal one."""
+        """Take the level of these log losses as the normal one, and end the suspicion."""
         for step in self.suspicious if self._is_mild() else []:
             self.history.learn_unusual(step.found)
         if self.history.losses:
-            self._leave()
+            self._remember_level()
         self.history.move(values, [step.norm for step in self.suspicious][-len(values) :])
-        self._release()
+        self._end_suspicion()
 
     def _learn(self, step: Step) -> None:
         self.history.learn(step.value, step.norm, step.found)
         if len(self.history.losses) >= LONG:
             self.best = min(self.best, self._loss(self.history.level(LONG)))
 
-    def _learn_scare(self) -> None:
-        """A suspicion that passed by itself: a short or a mild one is this run's noise, any other was an event."""
+    def _learn_false_alarm(self) -> None:
+        """Learn from a suspicion that passed by itself: a short or mild one was this run's noise, any other was an event."""
         noise = len(self.suspicious) <= SHORT or self._is_mild()
         for step in self.suspicious:
             if not step.unusual:
                 self._learn(step)
             elif noise:
                 self.history.learn_unusual(step.found)
-        self._release()
+        self._end_suspicion()
 
-    def _release(self) -> None:
+    def _end_suspicion(self) -> None:
         self.suspicious, self.calm = [], 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and names, from which ``load_state_dict`` goes on bitwise."""
-        kept = {name: getattr(self, name) for name in KEPT}
-        return kept | {
+        """Plain numbers, lists and names. After ``load_state_dict`` all later verdicts are bitwise the same."""
+        scalars = {name: getattr(self, name) for name in SCALARS}
+        return scalars | {
             "history": self.history.state_dict(),
             "suspicious": [tuple(step) for step in self.suspicious],
-            "left": [(steps, list(losses)) for steps, losses in self.left],
-            "first": list(self.first),
+            "left": [(steps, list(losses)) for steps, losses in self.left_levels],
+            "first": list(self.first_losses),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in KEPT:
+        for name in SCALARS:
             setattr(self, name, state[name])
         self.history.load_state_dict(state["history"])
         self.suspicious = [Step(*step) for step in state["suspicious"]]
-        self.left = [(steps, list(losses)) for steps, losses in state["left"]]
-        self.first = list(state["first"])
+        self.left_levels = [(steps, list(losses)) for steps, losses in state["left"]]
+        self.first_losses = list(state["first"])

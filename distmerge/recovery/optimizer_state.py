@@ -1,6 +1,6 @@
-"""What becomes of the inner optimizer's moments when a run goes back: kept, reset, averaged or rolled back.
+"""The inner optimizer's moments after a roll-back: they are kept, reset, averaged or rolled back.
 
-Nothing is published on which is best, so that it is a setting, and ``rollback`` the control arm.
+No published result says which is best, so it is a setting; ``rollback`` serves as the baseline.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ States = list[dict[str, Any]]
 
 
 def take(optimizers: list[torch.optim.Optimizer]) -> States:
-    """A copy of the live moments."""
+    """A copy of the optimizers' current states."""
     return copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
 
 
 def put(optimizers: list[torch.optim.Optimizer], states: States) -> None:
+    """Load states into the optimizers."""
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
 
 
 def reset(optimizers: list[torch.optim.Optimizer]) -> None:
-    """As if no step had been taken."""
+    """Clear the optimizers' states, as if no step had been taken."""
     for optimizer in optimizers:
         optimizer.state.clear()
 
 
 def all_finite(states: States) -> bool:
-    """Whether every moment is a number."""
+    """Whether all elements of all moments are finite."""
     tensors = [tensor for state in states for moments in state["state"].values() for tensor in moments.values()]
     return all(finite(tensor) for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def average(members: list[States]) -> States:
-    """The mean of the members' moments, newest first; counts of steps are the newest's."""
+    """The mean of the members' moments. Members are given newest first, and the newest one's step counts are kept."""
     merged = copy.deepcopy(members[0])
     for index, state in enumerate(merged):
         for key, moments in state["state"].items():

@@ -1,7 +1,7 @@
-"""The plan of a roll-back, on disk before anything is done: whoever starts next finishes it.
+"""The plan of a roll-back. It is written to disk before anything is done, so that the next start can finish the roll-back.
 
-``RUN_DIR/recovery.json`` says to which checkpoint the run goes back, which checkpoints or blocks are merged there, and what
-was learned on the way. It is in force as long as the newest checkpoint is the one that it goes back to.
+``RUN_DIR/recovery.json`` names the checkpoint that the run goes back to, the checkpoints or blocks that are merged there, and
+what later attempts need to know. It is in force as long as the newest checkpoint is the one that it goes back to.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ FILE = "recovery.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """Attributes:
-    to: the step that the run goes back to.
-    members: names of the checkpoints, or blocks, whose parameters are merged; one checkpoint is a plain roll-back.
-    optimizer: what becomes of the moments: keep, reset, average, rollback.
-    spike: the step that was called a spike; 0 for a roll-back by hand.
-    attempts: roll-backs so far, this one included.
-    skipped: ``(first, count)`` of batches left out, in the order of the data.
-    tainted: whether checkpoints and blocks newer than ``to`` are still to be set aside.
+    """A planned roll-back.
+
+    Attributes:
+        to: the step that the run goes back to.
+        members: names of the checkpoints, or blocks, whose parameters are merged; one checkpoint is a plain roll-back.
+        optimizer: what to do with the optimizer's moments: "keep", "reset", "average" or "rollback".
+        spike: the step at which the divergence was detected; 0 for a manual recovery.
+        attempts: roll-backs for this spike so far, this one included.
+        skipped: ``(first, count)`` for each range of batches to leave out, in the order of the data.
+        tainted: whether checkpoints and blocks newer than ``to`` have yet to be set aside.
     """
 
     to: int
@@ -41,15 +43,16 @@ class Plan:
 
 
 def write_plan(run_dir: Path, plan: Plan) -> None:
-    """Put the plan on disk, then set aside what is newer than its target as ``step-N.tainted``, ``block-N.tainted``.
+    """Write the plan, then rename checkpoints and blocks newer than its target to ``step-N.tainted`` and ``block-N.tainted``.
 
-    Only when that is done are newer ones trusted again: they are then of the new course.
+    Newer ones are trusted again only after that: they then come from the training after the roll-back.
     """
     write_atomically(run_dir / FILE, json.dumps(asdict(plan), indent=1) + "\n")
     finish_tainting(run_dir, plan)
 
 
 def finish_tainting(run_dir: Path, plan: Plan) -> None:
+    """Set aside what is newer than the plan's target, unless that was done before; then note that it is done."""
     if not plan.tainted:
         return
     for path in published_checkpoints(run_dir / "checkpoints"):
@@ -63,10 +66,10 @@ def finish_tainting(run_dir: Path, plan: Plan) -> None:
 
 
 def read_plan(run_dir: Path) -> Plan | None:
-    """The plan that is on disk, if there is one.
+    """The plan on disk; None if there is none.
 
     Raises:
-        UserError: when it cannot be read.
+        UserError: if it cannot be read.
     """
     path = run_dir / FILE
     if not path.exists():
@@ -79,7 +82,10 @@ def read_plan(run_dir: Path) -> Plan | None:
 
 
 def skip_around(spike: int, batches: int) -> list[tuple[int, int]]:
-    """The batches to leave out around that of step ``spike``, counted from 1: half of them before it, and it."""
+    """The ``(first, count)`` range of batches to leave out around the batch of step ``spike``, which is counted from 1.
+
+    Half of them come before that batch: ``skip_around(30, 4)`` is ``[(27, 4)]``, since step 30 consumes batch 29.
+    """
     if not batches:
         return []
     first = max(0, spike - 1 - batches // 2)
@@ -87,7 +93,10 @@ def skip_around(spike: int, batches: int) -> list[tuple[int, int]]:
 
 
 def batch_index(step: int, skipped: list[tuple[int, int]]) -> int:
-    """Which batch of the data inner step ``step``, counted from 0, takes when some are left out."""
+    """Index of the batch that inner step ``step``, counted from 0, consumes if some are left out.
+
+    With ``skipped = [(27, 4)]`` step 26 consumes batch 26 and step 27 consumes batch 31.
+    """
     index = step
     for first, count in sorted(skipped):
         if index >= first:

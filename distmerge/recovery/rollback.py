@@ -1,7 +1,7 @@
-"""Going back: from a spike of the whole run to a checkpoint before it, merged there with the stable ones before that.
+"""Roll-back: from a spike of the whole run to the newest stable checkpoint before it, optionally merged with earlier ones.
 
-What was decided is on disk before anything is done, so that whoever starts next finishes it. Each attempt at the same spike
-goes further back than the one before, since a checkpoint that did not help may be a part of it.
+The plan is on disk before anything is done, so that the next start can finish it. Each further attempt at the same spike goes
+further back, since the spike may have touched the checkpoint that did not help.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distmerge.workers.merger import Merger
 
 
 class Recoverable(Protocol):
-    """What a recovery needs of a run."""
+    """The parts of a run that recovery uses."""
 
     config: TrainConfig
     step: int
@@ -43,10 +43,11 @@ class Recoverable(Protocol):
 
 
 class Unhealthy(NamedTuple):
-    """Why a worker, or the run, cannot go on as it is.
+    """Why a worker, or the whole run, cannot go on as it is.
 
     Attributes:
-        since: the first step that it may have touched, the margin included.
+        since: the first step that the spike may have touched, with the safety margin subtracted.
+        reason: one line for the user.
         finite: whether loss, gradient norm and parameters are still finite.
     """
 
@@ -56,7 +57,7 @@ class Unhealthy(NamedTuple):
 
 
 class RollBack:
-    """Goes back, and remembers what it tried: its state is not gone back to."""
+    """Rolls a run back and remembers earlier attempts. A roll-back does not restore this object's own state."""
 
     def __init__(self, section: config.RecoverySettings, run: Recoverable):
         self.section, self.run, self.mesh = section, run, run.mesh
@@ -64,17 +65,17 @@ class RollBack:
         self.skipped: list[tuple[int, int]] = []
         self.last_spike = 0
         self.target = 0  # the step that the last attempt went back to
-        self.accepted_at = 0  # the step whose level was accepted, since going back to before it had not helped
-        self.cool_until = 0
+        self.accepted_at = 0  # the step at which the level was accepted because roll-backs had not helped
+        self.cool_until = 0  # the step at which the cool-down ends
 
     def go(self, step: int, found: Unhealthy) -> bool:
         """Go back to before the spike of inner step ``step``. A collective.
 
         Returns:
-            False where going back cannot help, but all values are finite: the run is to go on from where it is.
+            False if going back cannot help but all values are finite: the run should then continue from where it is.
 
         Raises:
-            UserError: where it cannot help and the run cannot go on.
+            UserError: if going back cannot help and the run cannot continue.
         """
         self.run.store.wait()
         if step > max(self.last_spike, self.accepted_at) + 2 * self.section.window:
@@ -82,10 +83,10 @@ class RollBack:
         again, self.attempts = self.attempts > 0, self.attempts + 1
         self.run.tell(step, "spike", {"reason": found.reason, "attempt": self.attempts})
         if self.attempts > self.section.attempts:
-            return self._go_on(step, found, f"{self.section.attempts} roll-backs did not cure it")
+            return self._accept_or_raise(step, found, f"{self.section.attempts} roll-backs did not help")
         stable = self._stable(step, found, again)
         if not stable:
-            return self._go_on(step, found, f"no sound checkpoint is older than step {max(found.since, 1)}")
+            return self._accept_or_raise(step, found, f"no valid checkpoint is older than step {max(found.since, 1)}")
         at = batch_index(step - 1, self.skipped) + 1
         plan = Plan(
             to=step_of(stable[0]),
@@ -100,16 +101,16 @@ class RollBack:
             if self.mesh.leads:
                 guarded(self.run.path, lambda: write_plan(self.run.path, plan))
         window = self.run.window
-        if window is not None and (given_up := [block.name for block in window.blocks if block.last_step > plan.to]):
-            self.run.tell(step, "blocks tainted", {"blocks": given_up})
+        if window is not None and (discarded := [block.name for block in window.blocks if block.last_step > plan.to]):
+            self.run.tell(step, "blocks tainted", {"blocks": discarded})
         self.run.load_checkpoint(stable[0])
         if window is not None:
             window.open(plan.to)
         self.carry_out(plan, kept)
         return True
 
-    def _go_on(self, step: int, found: Unhealthy, why: str) -> bool:
-        """What to do where going back cannot help: a finite loss is accepted, unless one was and it went on growing."""
+    def _accept_or_raise(self, step: int, found: Unhealthy, why: str) -> bool:
+        """Accept a finite loss if going back cannot help, but only once within two windows of steps; else raise."""
         recently = bool(self.accepted_at) and step <= self.accepted_at + 2 * self.section.window
         if found.finite and not recently:
             self.accepted_at = step
@@ -117,19 +118,20 @@ class RollBack:
         grew = " after its level had been accepted" if found.finite else ""
         raise UserError(
             f"the run diverged at step {step} ({found.reason}){grew} and {why}; see events.jsonl, then lower optimizer.lr or "
-            "raise recovery.attempts, or go back by hand with distmerge recover"
+            "raise recovery.attempts, or plan a roll-back yourself with distmerge recover"
         )
 
     def _stable(self, step: int, found: Unhealthy, again: bool) -> list[Path]:
-        """The checkpoints to merge, newest first: before the spike, and before the last attempt's where there are any."""
-        before = max(found.since - 1, 0)  # the start itself is before everything
+        """The checkpoints to merge, newest first. They precede the spike and, on a further attempt, also the checkpoint of the
+        last attempt; if there are none that old, only the spike."""
+        before = max(found.since - 1, 0)  # the checkpoint of step 0 always precedes the spike
         bounds = [min(before, self.target - 1), before] if again and self.target else [before]
-        told: set[Path] = set()
+        reported: set[Path] = set()
         for bound in bounds:
             stable, rejections = self.run.store.valid(self.section.merge_last, up_to=bound)
             for rejection in rejections:
-                if rejection.path not in told:
-                    told.add(rejection.path)
+                if rejection.path not in reported:
+                    reported.add(rejection.path)
                     facts = {"path": str(rejection.path), "reason": rejection.reason}
                     self.run.tell(step, "rejected checkpoint", facts)
             if stable:
@@ -137,18 +139,18 @@ class RollBack:
         return []
 
     def _members(self, stable: list[Path]) -> list[str]:
-        """The window's blocks up to the checkpoint, where there are enough of them; else checkpoints. Newest first."""
+        """Names of what to merge, newest first: the window's blocks up to the checkpoint if they suffice, else checkpoints."""
         last, members = self.section.merge_last, [path.name for path in stable]
         with self.mesh.raise_on_all_ranks():
             if self.mesh.leads and last > 1:
                 blocks = stable_blocks(self.run.path / "window", last, step_of(stable[0]))
                 members = blocks if len(blocks) == last else members
-        told: list[Any] = [members]
-        dist.broadcast_object_list(told, 0)
-        return told[0]
+        shared: list[Any] = [members]
+        dist.broadcast_object_list(shared, 0)
+        return shared[0]
 
     def resume(self, step: int) -> bool:
-        """Finish a roll-back that an earlier process began, or that ``distmerge recover`` planned, if step is its target."""
+        """Carry out a roll-back to ``step`` that an earlier process began or ``distmerge recover`` planned, if there is one."""
         with self.mesh.raise_on_all_ranks():
             plan = read_plan(self.run.path)
         if plan is None or plan.to != step:
@@ -157,10 +159,10 @@ class RollBack:
         return True
 
     def carry_out(self, plan: Plan, kept: optimizer_state.States | None) -> None:
-        """Merge and restore at the plan's checkpoint, which is loaded.
+        """Carry out a plan whose checkpoint has been loaded: merge its members and restore the optimizer's moments.
 
         Args:
-            kept: the live moments, for "keep"; None after a restart, when they are gone.
+            kept: the moments from before the roll-back, for "keep"; None after a restart, which has lost them.
         """
         self.attempts, self.skipped, self.last_spike = plan.attempts, list(plan.skipped), plan.spike
         self.target = plan.to
@@ -174,7 +176,7 @@ class RollBack:
 
     @torch.no_grad()
     def _merge(self, members: list[str]) -> None:
-        """theta = the plain mean of the members, over all workers; and so the anchor."""
+        """Set theta, and the mergers' anchors, to the plain mean of the members over all workers."""
         flat = self.run.engine.parameters
         own = f"parameters-{self.mesh.worker:05}.safetensors"
         stored = [
@@ -193,7 +195,8 @@ class RollBack:
             merger.restart()
 
     def _restore_moments(self, plan: Plan, kept: optimizer_state.States | None) -> str:
-        """The loaded checkpoint's moments are in place: that is "rollback". What was done, in words."""
+        """Apply ``plan.optimizer``; what was done, in words. For "rollback" nothing remains to be done, since the checkpoint's
+        moments are loaded."""
         optimizers = self.run.engine.optimizers
         if plan.optimizer == "reset":
             optimizer_state.reset(optimizers)
@@ -204,15 +207,15 @@ class RollBack:
                 optimizer_state.put(optimizers, optimizer_state.average([reader(path)(file) for path in places]))
         elif plan.optimizer == "keep":
             if kept is None:
-                return "keep: the live moments are gone, the checkpoint's were taken"
+                return "keep: the moments were lost in a restart, the checkpoint's were taken"
             if not optimizer_state.all_finite(kept):
                 optimizer_state.reset(optimizers)
-                return "keep: the live moments were not finite, reset"
+                return "keep: the moments were not finite and were reset"
             optimizer_state.put(optimizers, kept)
         return plan.optimizer
 
     def finish_tainting(self) -> None:
-        """Before a start looks for checkpoints: those that a plan calls tainted are none."""
+        """Set aside what an interrupted roll-back left to be tainted. Called before a start looks for checkpoints."""
         with self.mesh.raise_on_all_ranks():
             if self.mesh.leads and (plan := read_plan(self.run.path)) is not None:
                 guarded(self.run.path, lambda: finish_tainting(self.run.path, plan))

@@ -1,1 +1,1 @@
-"""The run directory: its layout, whose run it is, and who may write to it."""
+"""The run directory: its layout, the identity of the run that owns it, and the lock of the job that uses it."""

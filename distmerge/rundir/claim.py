@@ -1,7 +1,7 @@
-"""Whose run directory it is: claimed by a run's first step, and not before.
+"""A run's claim on its directory, which its first step makes, and not its start.
 
-A configuration that cannot even begin must not keep the directory from the one that is put right. Until then nothing in it
-says whose it is; that no other job uses it is the lock's business.
+A configuration that fails before the first step must not block the directory for the corrected one. Until the claim nothing in
+the directory says which run owns it; that no other job uses it at the same time is ensured by the lock.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class Claim:
     """A run's claim on its directory.
 
     Args:
-        command: that started the run, for the record.
+        command: the command that started the run, for the record.
 
     Attributes:
-        identity: of the run, on the rank that writes it; None on the others.
+        identity: the run's identity, on the lead rank; None on the others.
 
     Raises:
-        UserError: where the directory belongs to a run that read something else.
+        UserError: if the directory belongs to a run that began with other data, another tokenizer or another model.
     """
 
     def __init__(self, directory: RunDirectory, config: TrainConfig, mesh: Mesh, command: Sequence[str]):
@@ -38,7 +38,7 @@ class Claim:
                 self.identity = identify(directory.path, config, directory.claimed)
 
     def take(self) -> None:
-        """Write down what runs here, once per start. A collective."""
+        """Claim the directory: write the run's configuration and identity, once per start. A collective."""
         if self.taken:
             return
         self.taken = True
@@ -50,6 +50,6 @@ class Claim:
         assert self.identity is not None
         self.directory.begin(self.config, self.command, self.identity.record())
 
-    def said(self) -> dict[str, Any]:
-        """What a manifest says of the run, on the rank that writes it."""
-        return {} if self.identity is None else self.identity.said()
+    def manifest_entries(self) -> dict[str, Any]:
+        """The entries about the run for a manifest, on the rank that writes it; empty on the others."""
+        return {} if self.identity is None else self.identity.manifest_entries()

@@ -1,10 +1,9 @@
-"""Whose run a directory, or a checkpoint, is: a part of ``RUN_DIR/environment.json``, and in short of every manifest.
+"""The identity of a run: it says which run a directory or a checkpoint belongs to. Imports no torch.
 
-Imports no torch.
-
-The run's id is drawn when it takes its first step. Nothing that is trained depends on it: two runs of one command end with the
-same parameters. The text, the tokenizer and the models that a run began with are known by fingerprints, so that a resume on
-others is refused and not silently another run.
+It is stored in ``RUN_DIR/environment.json`` and, in short form, in every manifest. The run's id is drawn when it takes its
+first step. Training does not depend on it: two runs of one command end with the same parameters. The identity also holds
+fingerprints of the text, the tokenizer and the models that the run began with, so that resuming with others is refused instead
+of silently continuing as another run.
 """
 
 from __future__ import annotations
@@ -28,16 +27,19 @@ from distmerge.files.models import TOKENIZER_FILES
 FILE = "environment.json"
 KEY = "identity"
 SHOWN = 3
-"""Changed files that an error names; of the others it says how many they are."""
+"""The number of changed files that an error names; the others are only counted."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Attributes:
-    run: the run's id, 16 hexadecimal digits.
-    seed: of its configuration.
-    sources: what the run reads, by the key of the configuration: ``{"files": fingerprints}``, or ``{"hub": revision}``.
-    forked_from: the id of the run whose checkpoint this one began with, if it did.
+    """The identity of a run.
+
+    Attributes:
+        run: the run's id, 16 hexadecimal digits.
+        seed: of its configuration.
+        sources: for each key of the configuration that names something to read, ``{"files": fingerprints}`` or
+            ``{"hub": revision}``.
+        forked_from: the id of the run whose checkpoint this one began with, if it is a fork.
     """
 
     run: str
@@ -45,8 +47,8 @@ class Identity:
     sources: dict[str, dict[str, Any]]
     forked_from: str | None = None
 
-    def said(self) -> dict[str, Any]:
-        """What a manifest says of its run."""
+    def manifest_entries(self) -> dict[str, Any]:
+        """The entries about the run for a manifest."""
         return {"run": self.run, "seed": self.seed, "sources": self._hashes}
 
     @cached_property
@@ -54,19 +56,19 @@ class Identity:
         return {key: hash_of(source) for key, source in self.sources.items()}
 
     def fork(self) -> Identity:
-        """That of a run which begins with a checkpoint of this one."""
+        """The identity of a new run that begins with a checkpoint of this one."""
         return dataclasses.replace(self, run=secrets.token_hex(8), forked_from=self.run)
 
     def record(self) -> dict[str, Any]:
-        """What environment.json says."""
+        """The entry for environment.json."""
         return {KEY: dataclasses.asdict(self)}
 
 
 def read_identity(run_dir: Path) -> Identity | None:
-    """The identity of a run that has taken a step; None for a directory without one, such as an older version's.
+    """The identity of the run that owns a directory; None if it has none, as in directories of older versions.
 
     Raises:
-        UserError: where it cannot be read.
+        UserError: if it cannot be read.
     """
     path = run_dir / FILE
     if not path.exists():
@@ -76,15 +78,15 @@ def read_identity(run_dir: Path) -> Identity | None:
         return None if stored is None else Identity(**stored)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}); delete it to go on without knowing whose checkpoints these are"
+            f"{path} cannot be read ({error}); delete it to go on without a check of which run the checkpoints belong to"
         ) from None
 
 
 def identify(run_dir: Path, config: TrainConfig, claimed: bool) -> Identity:
-    """The identity of the run that is started: the stored one, if the directory is ``claimed``, or a new one.
+    """The identity of the run that is being started: the stored one if the directory is ``claimed``, else a new one.
 
     Raises:
-        UserError: naming what has changed of that which the run reads.
+        UserError: if files that the run reads have changed, naming them, or cannot be read.
     """
     try:
         sources = sources_of(config)
@@ -105,17 +107,18 @@ def identify(run_dir: Path, config: TrainConfig, claimed: bool) -> Identity:
 
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints of one source, in words; empty if nothing does."""
     if "files" in then and "files" in now:
         return differences(then["files"], now["files"])
     if then.keys() != now.keys():
-        return ["it was on the hub" if "hub" in then else "it was on this machine"]
+        return ["it was read from the hub" if "hub" in then else "it was read from this machine"]
     if then["hub"] != now["hub"] and None not in (then["hub"], now["hub"]):
         return [f"its revision was {then['hub']} and is {now['hub']}"]
     return []
 
 
 def sources_of(config: TrainConfig) -> dict[str, dict[str, Any]]:
-    """Fingerprints of all that the run reads, by the key of the configuration that names it."""
+    """Fingerprints of everything that the run reads, by the key of the configuration that names it."""
     found = {"data": of_data(config.data)}
     if config.data.replay is not None:
         found["data.replay"] = of_files(files_of("config.data.replay.files", config.data.replay.files)[1])
@@ -131,6 +134,7 @@ def sources_of(config: TrainConfig) -> dict[str, dict[str, Any]]:
 
 
 def of_data(section: Data) -> dict[str, Any]:
+    """The fingerprint of a data section's files, or of its dataset on the hub."""
     if section.source == "hub":
         assert section.dataset is not None
         return of_directory(section.dataset, ("**/*",), "dataset")
@@ -139,11 +143,12 @@ def of_data(section: Data) -> dict[str, Any]:
 
 
 def of_files(files: list[str], root: str | None = None) -> dict[str, Any]:
+    """The fingerprints of files, by their paths: relative to ``root`` if that is given."""
     return {"files": fingerprints({file if root is None else str(Path(file).relative_to(root)): Path(file) for file in files})}
 
 
 def of_directory(name: str, patterns: tuple[str, ...], kind: str = "model") -> dict[str, Any]:
-    """Of a directory, its files; of a hub id, the revision that lies in the hub's cache."""
+    """For a directory the fingerprints of its files; for an id on the hub the revision in the hub's cache."""
     root = Path(name)
     if not root.is_dir():
         return {"hub": cached_revision(name, kind)}
@@ -152,17 +157,18 @@ def of_directory(name: str, patterns: tuple[str, ...], kind: str = "model") -> d
 
 
 def cached_revision(name: str, kind: str) -> str | None:
-    """The commit that the hub's cache holds as a repository's main branch, if it does."""
+    """The commit of a repository's main branch in the hub's cache; None if it is not cached."""
     from huggingface_hub import constants
 
     reference = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "refs" / "main"
     return reference.read_text().strip() if reference.is_file() else None
 
 
-def stranger(path: Path, identity: Identity | None, name: str = MANIFEST) -> str | None:
-    """Why a published directory, whose manifest is sound, is not of this run; None if it is, or if either does not say.
+def identity_problem(path: Path, identity: Identity | None, name: str = MANIFEST) -> str | None:
+    """Why a published directory does not belong to this run. None if it does, or if the run or the manifest has no identity.
 
     Args:
+        path: of the directory, whose manifest must be readable.
         name: of the manifest.
     """
     if identity is None:

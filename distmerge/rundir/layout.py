@@ -1,4 +1,4 @@
-"""The run directory: its layout, its lock, the configuration that it belongs to. Imports no torch."""
+"""The run directory: its layout, its lock, and the configuration that it belongs to. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 class RunDirectory:
-    """``RUN_DIR``: config.toml, environment.json, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/, window/,
-    steps/, final/ or final.diverged/, summary.json."""
+    """The paths in ``RUN_DIR``: config.toml, environment.json, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/,
+    window/, steps/, final/ or final.diverged/, summary.json."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -45,7 +45,11 @@ class RunDirectory:
         return self.config.exists()
 
     def check(self, config: TrainConfig) -> None:
-        """Refuse a directory that cannot be written or that belongs to another configuration."""
+        """Refuse a directory that cannot be written or that belongs to another configuration.
+
+        Raises:
+            UserError: in either case.
+        """
         try:
             make_directory(self.path)
             with open(self.path / "lock", "a"):
@@ -58,7 +62,7 @@ class RunDirectory:
             stored = toml.read_stored(str(self.config))
         except UserError as error:
             raise UserError(
-                f"{self.config}, from an earlier version: {error}; change it there or take another --run-dir"
+                f"{self.config} was written by an earlier version: {error}; change it there or take another --run-dir"
             ) from None
         if changed := toml.differing_keys(stored, config):
             raise UserError(
@@ -68,8 +72,8 @@ class RunDirectory:
             )
 
     def begin(self, config: TrainConfig, command: list[str], identity: dict[str, Any] | None = None) -> None:
-        """Write what the run is: where the code came from, whose run it is, then the resolved configuration, which claims the
-        directory."""
+        """Write environment.json, which says where the code came from and which run this is, and then the resolved
+        configuration, which claims the directory."""
         environment = {
             "command": command,
             "revision": git_revision(),
@@ -81,12 +85,12 @@ class RunDirectory:
         write_atomically(self.config, toml.dump(config))
 
     def finished(self, steps: int) -> dict[str, Any] | None:
-        """The summary of a run that has reached ``steps``, or was stopped before; None while there is work to do.
+        """The summary of a run that has reached ``steps`` or was stopped before that; None while there is work to do.
 
-        The model that it speaks of is there: its manifest says the same steps.
+        There is also work to do if the final model is missing, or its manifest gives another number of steps than the summary.
 
         Raises:
-            UserError: where the summary cannot be read.
+            UserError: if the summary cannot be read.
         """
         if not self.summary.exists():
             return None
@@ -96,7 +100,7 @@ class RunDirectory:
             over = ended >= steps or bool(summary.get("stopped"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{self.summary} cannot be read ({type(error).__name__}: {error}); delete it, and the next start writes it anew"
+                f"{self.summary} cannot be read ({type(error).__name__}: {error}); delete it and start again to write a new one"
             ) from None
         place = self.diverged if diverged else self.final
         if not place.is_dir():
@@ -107,15 +111,15 @@ class RunDirectory:
             return None
         return summary if over and of_steps == ended else None
 
-    def told_of_divergence(self, reason: str) -> str:
-        """What a user reads of a run that came to its end with a model that is no result, in one line."""
+    def divergence_message(self, reason: str) -> str:
+        """The message, in one line, about a run that ended with a model that diverged."""
         return (
-            f"the run in {self.path} diverged: {reason}; its model is kept as {self.diverged.name} and is no result; lower "
-            "optimizer.lr and begin anew with --restart, or go back with distmerge recover --before STEP"
+            f"the run in {self.path} diverged: {reason}; its model is kept as {self.diverged.name}, do not use it as a result; "
+            "lower optimizer.lr and begin anew with --restart, or go back with distmerge recover --before STEP"
         )
 
     def move_aside(self) -> Path:
-        """Rename the directory as ``RUN_DIR.old-N``; its new name."""
+        """Rename the directory to ``RUN_DIR.old-N``, with the first N that is free; its new path."""
         number = 1
         while os.path.lexists(aside := self.path.with_name(f"{self.path.name}.old-{number}")):
             number += 1
@@ -128,10 +132,10 @@ class RunDirectory:
 
 
 class Lock:
-    """Held by every rank of a job while it uses the run directory; the kernel frees it when they die.
+    """A lock that every rank of a job holds while the job uses the run directory. The kernel releases it when a rank dies.
 
-    Rank r holds byte r of ``RUN_DIR/lock``. The first rank takes the job: it holds byte 0 and finds all others free.
-    These are POSIX locks: they work over NFS and are not inherited by child processes.
+    Rank r holds byte r of ``RUN_DIR/lock``. Rank 0 first takes the job: it may do so only if no byte is held. These are POSIX
+    locks: they work over NFS and are not inherited by child processes.
     """
 
     def __init__(self, run: RunDirectory):
@@ -139,7 +143,14 @@ class Lock:
         self.run = run
 
     def take_job(self, patience_seconds: float = 5.0) -> None:
-        """Take byte 0 if nobody holds any byte. Ranks of a job that was just killed may need a moment to vanish."""
+        """Take byte 0 if nobody holds any byte.
+
+        Args:
+            patience_seconds: how long to wait for that: the ranks of a job that was just killed may need a moment to exit.
+
+        Raises:
+            UserError: if the directory is still in use after that.
+        """
         deadline = time.monotonic() + patience_seconds
         while not (self._try(0, 1) and self._try(1, 0)):
             if time.monotonic() > deadline:
@@ -152,7 +163,7 @@ class Lock:
         self.file.flush()
 
     def join(self, rank: int) -> None:
-        """Take byte ``rank``, after the first rank took the job."""
+        """Take byte ``rank``, after rank 0 has taken the job."""
         fcntl.lockf(self.file, fcntl.LOCK_EX, 1, rank)
 
     def release(self) -> None:
@@ -169,10 +180,10 @@ class Lock:
 
 
 def begin_anew(directory: RunDirectory) -> Path | None:
-    """Move a run's directory aside, unless no run has claimed it; where it is now.
+    """Move a run's directory out of the way; its new path. None if no run has claimed it: then it stays.
 
     Raises:
-        UserError: while a job uses it.
+        UserError: if a job is using it.
     """
     if not directory.claimed and not any(directory.checkpoints.glob("step-*")):
         return None
@@ -185,7 +196,11 @@ def begin_anew(directory: RunDirectory) -> Path | None:
 
 
 def take_lock(directory: RunDirectory, config: TrainConfig, mesh: Mesh) -> Lock:
-    """The run directory, for all ranks of this job and no other."""
+    """Lock the run directory for the ranks of this job. A collective.
+
+    Raises:
+        UserError: if another job uses it, it cannot be written, or it belongs to another configuration.
+    """
     with mesh.raise_on_all_ranks():
         directory.check(config)
         lock = Lock(directory)
@@ -196,7 +211,7 @@ def take_lock(directory: RunDirectory, config: TrainConfig, mesh: Mesh) -> Lock:
 
 
 def git_revision() -> str | None:
-    """The revision of the working tree that this package runs from, "+changes" if it has any; None outside of git."""
+    """The git revision of this package, followed by "+changes" if it has uncommitted ones; None outside of a git repository."""
     here = Path(__file__).parent
     try:
         run = subprocess.run(

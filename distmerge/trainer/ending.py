@@ -60,7 +60,7 @@ def publish_end(directory: RunDirectory, about: dict[str, Any], summary: dict[st
     written = json.dumps({key: finite(value) for key, value in summary.items()}, indent=2, allow_nan=False) + "\n"
     guarded(directory.summary, lambda: write_atomically(directory.summary, written))
     if diverged:
-        print(f"error: {directory.told_of_divergence(diverged)}", file=sys.stderr, flush=True)
+        print(f"error: {directory.divergence_message(diverged)}", file=sys.stderr, flush=True)
         return
     guarded(directory.diverged, lambda: delete(directory.diverged))
     print(table(directory, summary), flush=True)
@@ -110,7 +110,7 @@ def close(run: Run) -> int:
     with run.mesh.raise_on_all_ranks():
         if run.log is not None:
             run.log.close()
-            about, summary = run.claim.said() | {"step": step}, summary_of(run, found) | {"diverged": diverged}
+            about, summary = run.claim.manifest_entries() | {"step": step}, summary_of(run, found) | {"diverged": diverged}
             publish_end(run.directory, about, summary, lambda place: run.expert.save(place, step, whole))
     run.engine.close()
     return 0 if diverged is None else DIVERGED

@@ -1,1 +1,1 @@
-"""The checkpoints axis: blocks of a constant-rate stretch, and their average in place of annealing."""
+"""Windows: blocks of training at a constant learning rate, merged in place of annealing."""

@@ -1,24 +1,25 @@
-"""Merge advice: whether merging a window should help, which part of it and by which curve, from one Gram matrix.
+"""Merge advice: whether merging a window should help, how many members to merge and by which curve, from one Gram matrix.
 
-Members are taken as points of a smooth path, each with noise of its own, s^2 = E|noise|^2, which in training is correlated
-from one to the next, as r^k over k. The two are told apart by the differences of successive members: noise makes neighbouring
-ones oppose each other and leaves others alone, so that with r = 0
+The members are modeled as points on a smooth path (the drift), each with its own noise, s^2 = E|noise|^2. In training the noise
+of members k apart is correlated by r^k. The differences delta of successive members tell path and noise apart: noise makes
+neighbouring differences oppose each other and leaves all others uncorrelated. So with r = 0
 
     E<delta_i, delta_i+1> = <d_i, d_i+1> - s^2,      E<delta_i-1, delta_i+1> = <d_i-1, d_i+1>,
 
-while the steps d of a drift agree with their neighbours as with the next but one. So s^2 is by how much the latter exceed the
-former; a drift that is straight, slows down or turns adds nothing to it, and neither does a random walk. A merge with weights
-c, the last of them c_n, then lies
+where d are the steps of the drift. A step of a smooth drift agrees with the next one about as well as with the one after that,
+so s^2 is estimated as the excess of the second product over the first. A drift that is straight, slows down or turns adds
+nothing to the estimate, and neither does a random walk. The expected squared distance of a merge with weights c_1 ... c_n from
+where the newest member would be without its noise is then estimated as
 
     |sum c theta - theta_n|^2 + s^2 (2 sum_j c_j r^(n - j) - 1)
 
-from where the newest member would be without its noise: Stein's unbiased estimate of risk (Stein 1981,
-https://doi.org/10.1214/aos/1176345632), which takes the drift as it was, of whatever form. The newest member alone lies s^2
-away. The advice is the curve and length with the least estimate. Plain distances count all directions alike, though the
-drift's are mostly flat and the noise's steep, so they lean to short windows; weighed by the curvature's diagonal they are what
-a quadratic loss would see. Either way it is a reason to look, no verdict.
+This is Stein's unbiased risk estimate (Stein 1981, https://doi.org/10.1214/aos/1176345632). It uses the drift as observed and
+assumes nothing about its form. For the newest member alone the estimate is s^2. The advice is the curve and the number of
+members with the smallest estimate. Plain distances weigh all directions equally, although the drift is mostly in flat ones and
+the noise in steep ones, so they favor short windows. Distances weighted by the curvature's diagonal are what a quadratic loss
+would see. Either way the advice is a hint and not a proof.
 
-Source of drift against noise: PMA, https://arxiv.org/abs/2505.12082.
+Source of the comparison of drift and noise: PMA, https://arxiv.org/abs/2505.12082.
 """
 
 from __future__ import annotations
@@ -39,14 +40,17 @@ CURVES = ("linear", "1-sqrt", "cosine", "wma")
 
 @dataclass(frozen=True)
 class Advice:
-    """Attributes:
-    merge: whether the best merge is expected to be nearer to the valley's floor than the newest block.
-    curve, count: the best curve, and how many of the newest blocks.
-    gain: the share of the newest block's squared noise that the merge is expected to take away.
-    ratio: |theta_n - theta_1|^2 / sum |delta_i|^2 of the window; about 1/(n-1) for noise, n-1 for a straight line.
-    cosines: of successive deltas; -1/2 for independent noise, 1 for a straight line.
-    noise, drift: s^2; the squared length of the path over the whole window, as far as the first and the last member tell.
-    effective: N_eff of the advised weights.
+    """What to merge, and the estimates behind it.
+
+    Attributes:
+        merge: whether the best merge is expected to be closer to the noise-free newest member than the newest member itself.
+        curve, count: the best curve, and how many of the newest members to merge by it.
+        gain: the share of the newest member's squared noise that the merge is expected to remove.
+        ratio: |theta_n - theta_1|^2 / sum |delta_i|^2 of the window; about 1/(n-1) for noise, n-1 for a straight line.
+        cosines: of successive deltas; -1/2 for independent noise, 1 for a straight line.
+        noise: s^2.
+        drift: the squared length of the path over the whole window, estimated from the first and the last member.
+        effective: N_eff of the advised weights.
     """
 
     merge: bool
@@ -60,16 +64,17 @@ class Advice:
     effective: float
 
 
-MOST_CORRELATED = 0.8
-"""Of the noise of neighbouring members: with more, a few members cannot tell it from a drift."""
+MAX_CORRELATION = 0.8
+"""Upper bound of the estimated correlation of neighbouring members' noise: beyond it, a few members do not suffice to tell
+noise from drift."""
 
 
 class Noise(NamedTuple):
-    """The members' own noise.
+    """The noise of the members.
 
     Attributes:
-        square: its squared length, s^2.
-        correlation: between neighbouring members, in [0, 1); between members k apart it is the k-th power.
+        square: its expected squared length, s^2.
+        correlation: r, between neighbouring members, in [0, 1); between members k apart it is r^k.
     """
 
     square: float
@@ -77,7 +82,11 @@ class Noise(NamedTuple):
 
 
 def gram_of(vectors: list[Tensor]) -> np.ndarray:
-    """``[n, n]`` float64: inner products of the members' distances from the first one."""
+    """``[n, n]`` float64: inner products of the members' differences from the first one.
+
+    Args:
+        vectors: the members, ``[d]`` each, oldest first.
+    """
     gram = np.zeros((len(vectors), len(vectors)))
     size = 1 << 18
     for start in range(0, vectors[0].numel(), size):
@@ -86,29 +95,29 @@ def gram_of(vectors: list[Tensor]) -> np.ndarray:
 
 
 def gram_of_chunk(members: Iterable[Tensor], curvature: Tensor | None = None) -> np.ndarray:
-    """The same of one chunk; chunks and tensors add up.
+    """The Gram matrix over one chunk of the members' elements. The matrices of all chunks and tensors add up to the whole one.
 
     Args:
-        curvature: of the chunk's elements, to weigh squared distances with.
+        curvature: of the chunk's elements, as weights of the squared distances.
     """
     stacked = torch.stack([member.to(torch.float32) for member in members])
     deltas = (stacked - stacked[0]).double()
-    weighed = deltas if curvature is None else deltas * curvature
-    return (weighed @ deltas.T).numpy()
+    weighted = deltas if curvature is None else deltas * curvature
+    return (weighted @ deltas.T).numpy()
 
 
 def distances(gram: np.ndarray) -> np.ndarray:
-    """``[n, n]`` squared distances between members."""
+    """``[n, n]`` squared distances between members, from their Gram matrix."""
     squares = np.diag(gram)
     return np.maximum(squares[:, None] + squares[None, :] - 2 * gram, 0.0)
 
 
 def advise(gram: np.ndarray, starts: list[float], end: float | None = None) -> Advice:
-    """What to merge.
+    """Choose the curve and the number of newest members with the smallest estimated risk.
 
     Args:
-        gram: of the members, oldest first; at least two.
-        starts, end: positions, as of :func:`distmerge.windows.curves.token_shares`.
+        gram: ``[n, n]`` of the members, oldest first; at least two.
+        starts, end: their positions, as in :func:`distmerge.windows.curves.token_shares`.
     """
     n = len(gram)
     x = token_shares(starts, end)
@@ -139,15 +148,16 @@ def advise(gram: np.ndarray, starts: list[float], end: float | None = None) -> A
 
 
 def noise_of(gram: np.ndarray, x: np.ndarray) -> Noise:
-    """The noise, from differences of members that are 1, 2 or 3 apart; none where nothing speaks for any.
+    """Estimate the noise from differences of members that are 1, 2 or 3 apart; 0 if there is no evidence of any.
 
-    With steps of the lengths h_1, h_2, h_3, of three successive differences
+    For three successive differences over steps of lengths h_1, h_2, h_3
 
         <delta_1, delta_3> / h_1 h_3 - (<delta_1, delta_2> / h_1 h_2 + <delta_2, delta_3> / h_2 h_3) / 2
 
-    has the mean s^2 (1 / h_1 h_2 + 1 / h_2 h_3) / 2, whatever a straight drift adds. Noise whose correlation falls as r^k is
-    seen as s^2 (1 - r^k)^3 between members that are k apart: the largest of the three and the first tell s^2 and r. Of three
-    members there is one pair of differences: their opposition alone is a lower bound. Two members tell nothing.
+    has the mean s^2 (1 / h_1 h_2 + 1 / h_2 h_3) / 2, whatever a straight drift adds. If the noise is correlated by r^k, the
+    estimate from members k apart has the mean s^2 (1 - r^k)^3. Two of these estimates, for k = 1 and for the k with the largest
+    one, give s^2 and r. Three members have only one pair of differences; how much these oppose each other is a lower bound. Two
+    members tell nothing.
 
     Args:
         gram: ``[n, n]`` inner products of the members.
@@ -162,16 +172,17 @@ def noise_of(gram: np.ndarray, x: np.ndarray) -> Noise:
     apart = max(found, key=lambda apart: found[apart])
     if found[apart] <= 0:
         return Noise(0.0, 0.0)
-    root = (max(0.0, found[1]) / found[apart]) ** (1 / 3)  # (1 - r) / (1 - r^k), where r^k is between members k apart
-    r = 1 / max(root, 1e-3) - 1  # = r + ... + r^(k-1)
+    root = (max(0.0, found[1]) / found[apart]) ** (1 / 3)  # (1 - r) / (1 - r^k), with k = apart
+    r = 1 / max(root, 1e-3) - 1  # = r + ... + r^(k-1), which is r itself for k = 2
     if apart == 3:
-        r = (math.sqrt(1 + 4 * r) - 1) / 2
-    r = min(MOST_CORRELATED, r) if apart > 1 else 0.0
+        r = (math.sqrt(1 + 4 * r) - 1) / 2  # solves r + r^2 = the value above
+    r = min(MAX_CORRELATION, r) if apart > 1 else 0.0
     return Noise(found[apart] / (1 - r**apart) ** 3, r)
 
 
 def excess(gram: np.ndarray, x: np.ndarray, apart: int) -> float:
-    """By how much differences of members ``apart`` agree more with the next but one than with their neighbours."""
+    """The noise as differences over ``apart`` members show it: how much better each of these agrees with the one after the next
+    than with the next one."""
     total = scale = 0.0
     for first in range(len(x) - 3 * apart):
         at = [first, first + apart, first + 2 * apart, first + 3 * apart]
@@ -184,10 +195,14 @@ def excess(gram: np.ndarray, x: np.ndarray, apart: int) -> float:
 
 
 def risk(c: np.ndarray, gram: np.ndarray, noise: Noise) -> float:
-    """The squared distance of a merge of the newest members from where the newest one would be without its noise.
+    """The estimated squared distance of a merge of the newest members from where the newest one would be without its noise.
 
-    It is at least what is left of the noise, ``c^T N c`` with its covariances N, of which the estimate could fall short by
-    chance.
+    By chance the estimate can fall below the noise that is left in the merge, ``c^T N c`` with the noise's covariances N, which
+    is therefore its lower bound.
+
+    Args:
+        c: ``[m]`` weights of the newest m members, oldest first.
+        gram: ``[n, n]`` of all members.
     """
     away = np.zeros(len(gram))
     away[-len(c) :] = c
@@ -199,7 +214,7 @@ def risk(c: np.ndarray, gram: np.ndarray, noise: Noise) -> float:
 
 
 def cosines(squared: np.ndarray) -> list[float]:
-    """Of successive deltas, from distances alone."""
+    """Cosines of successive deltas, from the ``[n, n]`` squared distances by the law of cosines."""
     found = []
     for i in range(len(squared) - 2):
         a, b, both = squared[i, i + 1], squared[i + 1, i + 2], squared[i, i + 2]
@@ -208,7 +223,11 @@ def cosines(squared: np.ndarray) -> list[float]:
 
 
 def explain(advice: Advice, names: list[str]) -> str:
-    """The advice for people, with its reasons."""
+    """The advice in words, with its reasons.
+
+    Args:
+        names: of the members, oldest first.
+    """
     n = len(names)
     mean_cosine = float(np.mean(advice.cosines)) if advice.cosines else float("nan")
     lines = [
@@ -219,8 +238,8 @@ def explain(advice: Advice, names: list[str]) -> str:
     if advice.merge:
         lines.append(
             f"merging should help: the newest {advice.count} ({names[-advice.count]} to {names[-1]}) by {advice.curve}, "
-            f"N_eff {advice.effective:.1f}, should lose {advice.gain:.0%} of the newest member's squared noise"
+            f"N_eff {advice.effective:.1f}, should remove {advice.gain:.0%} of the newest member's squared noise"
         )
     else:
-        lines.append("merging should not help: the window drifts faster than its noise averages out; take the newest member")
+        lines.append("merging should not help: the window drifts faster than its noise averages out; use the newest member")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""Annealing for real: fork a run at a checkpoint, really anneal it, and hold the prediction against the outcome.
+"""Actual annealing: forks a run at a checkpoint, anneals the fork, and compares the predicted loss with the outcome.
 
-The prediction is on disk before the fork takes its first step. ``RUN_DIR/ledger.jsonl`` holds both, one line a fork.
+The prediction is on disk before the fork takes its first step. ``RUN_DIR/ledger.jsonl`` holds both, one line per fork.
 """
 
 from __future__ import annotations
@@ -28,14 +28,18 @@ LEDGER = "ledger.jsonl"
 def begin_fork(
     run_dir: Path, step: int, decay_steps: int, curve: str, siblings: list[Path], modules: Sequence[str] = ()
 ) -> tuple[TrainConfig, dict[str, Any]]:
-    """Make the fork and write the prediction; the fork's configuration, and its line of the ledger.
+    """Create the fork's directory and write the prediction.
 
     Args:
+        step: of the checkpoint to fork from.
         siblings: other runs whose ledgers may correct the prediction.
-        modules: plugins that the user gives. What only the run's own record names is not imported.
+        modules: plugins that the user names. A plugin that only the run's stored configuration names is not imported.
+
+    Returns:
+        the fork's configuration, and its line of the ledger.
 
     Raises:
-        UserError: where the record names a module that is not given, or anything else is wrong with the run.
+        UserError: if the stored configuration names a plugin that the user does not, or anything else is wrong with the run.
     """
     config = configuration_of(run_dir)
     path = run_dir / "config.toml"
@@ -58,21 +62,22 @@ def begin_fork(
 
 
 def configuration_of(run_dir: Path) -> TrainConfig:
+    """The configuration that a run was started with."""
     if not (run_dir / "config.toml").is_file():
         raise UserError(f"RUN_DIR must be a run's directory, got {run_dir}")
     return toml.read_stored(str(run_dir / "config.toml"))
 
 
 def check_sibling(sibling: Path, config: TrainConfig) -> None:
-    """Another run tells of this one only if its seed, and nothing but its seed, differs."""
+    """Refuse a sibling unless it differs by its seed alone: the forks of any other run say nothing about this one."""
     differing = toml.differing_keys(configuration_of(sibling), config)
     if differing != ["seed"]:
         in_what = ", ".join(differing) or "nothing"
-        raise UserError(f"--calibrate must be a run that differs by its seed alone, {sibling} differs in {in_what}")
+        raise UserError(f"--calibrate must name runs that differ by their seed alone, {sibling} differs in {in_what}")
 
 
 def record_outcome(run_dir: Path, fork: TrainConfig, entry: dict[str, Any]) -> str:
-    """Write the outcome beside the prediction; both, in words."""
+    """Write the outcome next to the prediction; both, in words."""
     outcome = json.loads((Path(fork.run_dir) / "summary.json").read_text())["eval_loss_last"]
     remember(run_dir, entry | {"outcome": outcome, "error": relative(entry["predicted"], outcome)})
     said = entry["basis"] if entry["predicted"] is None else f"predicted {entry['predicted']:.4f} by {entry['basis']}"
@@ -80,10 +85,12 @@ def record_outcome(run_dir: Path, fork: TrainConfig, entry: dict[str, Any]) -> s
 
 
 def relative(predicted: float | None, outcome: float) -> float | None:
+    """The relative error of a prediction, 0.01 for one that was 1% too high; None without a prediction."""
     return None if predicted is None else predicted / outcome - 1
 
 
 def checkpoint_at(run_dir: Path, step: int) -> Path:
+    """The published checkpoint of a step, verified."""
     steps = {step_of(path): path for path in published_checkpoints(run_dir / "checkpoints")}
     if step not in steps:
         raise UserError(f"--from must be a checkpoint's step, one of {', '.join(map(str, steps)) or 'none'}, got {step}")
@@ -95,7 +102,7 @@ def checkpoint_at(run_dir: Path, step: int) -> Path:
 def fork_config(
     run_dir: Path, config: TrainConfig, step: int, decay_steps: int, curve: str, modules: Sequence[str] = ()
 ) -> TrainConfig:
-    """The run's own configuration with a decay from ``step`` on, in a directory of its own."""
+    """The run's own configuration with a decay of the learning rate from ``step`` on, and with the fork's directory."""
     table = config.model_dump(mode="json", by_alias=True, exclude_none=True)
     table |= {"run_dir": str(run_dir / "anneals" / f"from-{step:08}-{curve}-{decay_steps}"), "steps": step + decay_steps}
     table["schedule"] |= {"name": "wsd", "decay": decay_steps, "curve": curve}
@@ -106,7 +113,7 @@ def fork_config(
 
 
 def prepare(fork: Path, config: TrainConfig, checkpoint: Path, parent: Identity | None) -> None:
-    """The fork's directory, with the checkpoint that it goes on from; an interrupted one is resumed as it is."""
+    """Create the fork's directory with the checkpoint that it starts from. An existing fork is left as it is, to be resumed."""
     if (fork / "config.toml").exists():
         return
 
@@ -115,7 +122,7 @@ def prepare(fork: Path, config: TrainConfig, checkpoint: Path, parent: Identity 
         target = fork / "checkpoints" / checkpoint.name
         temporary = target.with_name(f".{target.name}")
         make_directory(target.parent)
-        shutil.copytree(checkpoint, temporary, copy_function=os.link)  # published files never change: links are copies
+        shutil.copytree(checkpoint, temporary, copy_function=os.link)  # hard links suffice, since published files never change
         give_name(temporary, target)
         if parent is not None:
             write_atomically(fork / "environment.json", json.dumps(parent.fork().record(), indent=2) + "\n")
@@ -125,17 +132,17 @@ def prepare(fork: Path, config: TrainConfig, checkpoint: Path, parent: Identity 
 
 
 def remember(run_dir: Path, entry: dict[str, Any]) -> None:
-    """Write the fork's line of the ledger, in place of the one with its prediction alone."""
+    """Write the fork's line of the ledger. It replaces an earlier line of the same fork."""
     path = run_dir / LEDGER
     kept = [line for line in read_ledger(run_dir) if not same_fork(line, entry)]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in [*kept, entry]))
 
 
 def read_ledger(run_dir: Path) -> list[dict[str, Any]]:
-    """The ledger's lines, one a fork.
+    """The lines of a run's ledger, one per fork; empty if there is no ledger.
 
     Raises:
-        UserError: where it cannot be read.
+        UserError: if it cannot be read.
     """
     path = run_dir / LEDGER
     try:
@@ -145,4 +152,5 @@ def read_ledger(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def same_fork(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two lines of a ledger are about the same fork."""
     return all(a[name] == b[name] for name in ("from", "decay_steps", "curve"))

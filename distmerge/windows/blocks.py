@@ -1,4 +1,4 @@
-"""Blocks on disk: model directories that anyone can read, with a record of where in the run they lie."""
+"""Blocks on disk: model directories that any tool can load, each with a record of its place in the run."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ TENSORS = "*.safetensors"
 
 @dataclass(frozen=True)
 class Block:
-    """A stretch of a run at one learning rate, as one checkpoint.
+    """Consecutive steps of a run at one learning rate, summarized by one set of parameters.
 
     Attributes:
-        first_step, last_step: inner steps, counted from 1, both inside.
-        first_token, last_token: tokens of all workers before the block, and with it.
+        first_step, last_step: its first and its last inner step, counted from 1.
+        first_token, last_token: tokens that all workers had seen before the block, and at its end.
         lr: the learning rate of all its steps.
         loss: the mean training loss in it, over all workers.
         kind: "mean" of the parameters over the block, or "snapshot" at its end.
-        stretch: steps before the constant-rate stretch that the block is part of; blocks of different ones don't merge.
-        tainted: a spike touched it or may have, or it is of a course that was given up for one; merges leave it out.
+        stretch: the number of steps before the learning rate took its value. It identifies the constant-rate phase; blocks of
+            different phases are not merged with each other.
+        tainted: whether a spike touched the block or may have, or a roll-back discarded it. Merges leave it out.
     """
 
     first_step: int
@@ -63,13 +64,18 @@ def publish_block(
     dtype: str,
     about: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the model as it stands as an HF directory with the block's record, and give it its name.
+    """Publish the model's present parameters as an HF directory with the block's record.
 
     Args:
-        about: what the record says of the run.
+        root: the directory of all blocks.
+        dtype: of the parameters in the files.
+        about: what the record says about the run.
+
+    Returns:
+        the block's directory.
 
     Raises:
-        UserError: when the disk is full or not writable; nothing that was published is harmed.
+        UserError: if the disk is full or not writable. Nothing that was published before is harmed.
     """
     published = root / block.name
     publish_directory(
@@ -79,7 +85,7 @@ def publish_block(
 
 
 def record_of(block: Block) -> dict[str, Any]:
-    """What a block's record says beside its files."""
+    """What a block's record says besides its files."""
     return {"step": block.last_step} | asdict(block)
 
 
@@ -87,17 +93,17 @@ def read_block(path: Path) -> Block:
     """A block's record.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: where it is not as it was written.
+        OSError, ValueError, KeyError, TypeError: if it is missing or damaged.
     """
     record = read_manifest(path, RECORD)
     return Block(**{key: record[key] for key in Block.__dataclass_fields__})
 
 
-def legible(path: Path) -> Block:
-    """A block's record.
+def load_block(path: Path) -> Block:
+    """A block's record, for verbs that cannot do without it.
 
     Raises:
-        UserError: where it is not as it was written.
+        UserError: if it is missing or damaged.
     """
     try:
         return read_block(path)
@@ -105,15 +111,19 @@ def legible(path: Path) -> Block:
         raise UserError(f"{path / RECORD} cannot be read ({error}); move the block away to go on without it") from None
 
 
-def intact(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a published block, or None, by the hash that runs at the speed of memory."""
+def verify_block(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a published block, or None. XXH128 is checked, since it is hashed as fast as memory is read.
+
+    Args:
+        part, parts: check only every ``parts``-th file from file ``part`` on, to share the work among ranks.
+    """
     return verify(path, part, parts, RECORD, "xxh128")
 
 
 def mark_tainted(path: Path, tainted: bool = True) -> None:
-    """Say in a published block's record whether a spike touched it: all that may ever change about a block.
+    """Write to a published block's record whether it is tainted. Nothing else about a published block ever changes.
 
-    One that is damaged stays as it is: no merge takes it, either.
+    A damaged block is left as it is, since no merge takes it anyway.
     """
     if verify(path, name=RECORD) is None:
         record = read_manifest(path, RECORD) | {"tainted": tainted}
@@ -121,7 +131,7 @@ def mark_tainted(path: Path, tainted: bool = True) -> None:
 
 
 def marks(root: Path) -> dict[str, bool]:
-    """Whether each published block is tainted; those whose records cannot be read are left out."""
+    """Whether each published block is tainted, by its name. Blocks whose records cannot be read are left out."""
     found: dict[str, bool] = {}
     for path in published_blocks(root):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -130,21 +140,28 @@ def marks(root: Path) -> dict[str, bool]:
 
 
 def published_blocks(root: Path) -> list[Path]:
-    """Directories of published blocks, oldest first."""
+    """The directories of published blocks, oldest first."""
     return published_directories(root, "block")
 
 
 def mergeable(blocks: list[Block], last: int | None = None) -> list[Block]:
-    """The newest ``last`` blocks that may be merged: of the newest one's constant-rate stretch, untainted, oldest first."""
+    """The newest ``last`` blocks that may be merged, oldest first.
+
+    These are untainted, have a finite loss and belong to the same constant-rate phase as the newest block.
+
+    Args:
+        blocks: oldest first.
+        last: how many at most; None or 0 for all.
+    """
     if not blocks:
         return []
-    together = [block for block in blocks if block.stretch == blocks[-1].stretch and block.lr == blocks[-1].lr]
-    clean = [block for block in together if not block.tainted and math.isfinite(block.loss)]
+    same_rate = [block for block in blocks if block.stretch == blocks[-1].stretch and block.lr == blocks[-1].lr]
+    clean = [block for block in same_rate if not block.tainted and math.isfinite(block.loss)]
     return clean[-last:] if last else clean
 
 
 def stable_blocks(root: Path, count: int, up_to: int) -> list[str]:
-    """Names of the newest ``count`` blocks of one constant-rate stretch, of steps ``up_to``, that verify, newest first."""
+    """Names of the newest ``count`` blocks that verify, can be merged together and end by step ``up_to``; newest first."""
     good: list[Block] = []
     for path in reversed(published_blocks(root)):
         if len(good) == count:
@@ -156,7 +173,10 @@ def stable_blocks(root: Path, count: int, up_to: int) -> list[str]:
 
 
 def block_weights(curve: str, blocks: list[Block]) -> list[float]:
-    """Merge weights of a run's blocks: means tile the window, snapshots stand at their blocks' ends."""
+    """Merge weights of a run's blocks, oldest first.
+
+    Blocks of kind "mean" tile the window, so a block's position is its start. A snapshot's position is the end of its block.
+    """
     if blocks[-1].kind == "mean":
         shares = token_shares([block.first_token for block in blocks], blocks[-1].last_token)
     else:
@@ -183,5 +203,5 @@ def merge_stored(members: Iterable[tuple[Path, str]], weights: Iterable[float], 
 
 
 def describe(block: Block) -> dict[str, Any]:
-    """What an event says of a block."""
+    """What an event says about a block."""
     return {"block": block.name, "loss": block.loss, "lr": block.lr, "tokens": block.last_token}

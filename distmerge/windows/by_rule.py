@@ -1,4 +1,4 @@
-"""A window by a rule of the catalogue: its members as the models of a recipe, its buffers by their own policies."""
+"""Merges a window by a rule of the catalogue: parameters as in a recipe of the members, buffers by their own policies."""
 
 from __future__ import annotations
 
@@ -21,12 +21,19 @@ from distmerge.windows.options import ByRule
 def rule_jobs(
     members: list[Member], base: Model | None, way: ByRule, maps: Maps, dtype: str | None
 ) -> tuple[list[Job], Survey | None, Model | None, list[Member]]:
-    """The jobs of a window, in the order of the first member's tensors.
+    """The jobs that merge a window, in the order of the first member's tensors.
 
-    A rule that needs a base, and is given none, takes the oldest member for it.
+    Args:
+        base: the model that the rule's task vectors start from. If the rule needs one and it is None, the oldest member is the
+            base.
+        dtype: of the merged parameters; None for the members' own.
 
     Returns:
-        the jobs, the survey that must come before them, the base, and the members beside it.
+        the jobs; the survey that must run before them, if the rule needs one; the base, if there is one; and the members
+        without the base.
+
+    Raises:
+        UserError: if the same model is given twice.
     """
     if base is None and catalogue.entry(way.rule).base == "needed":
         base, members = members[0].model, members[1:]

@@ -1,8 +1,8 @@
-"""The curvature's diagonal, as Adam's second moments estimate it: in which directions a distance costs loss.
+"""The curvature's diagonal, estimated by Adam's second moments: it says in which directions a distance costs loss.
 
-They are running means of squared gradients, near a minimum about proportional to the diagonal of the Fisher information
-(https://arxiv.org/abs/1412.6980). Weighed with them, the flat directions in which a run drifts count for little, and the
-steep ones in which it is noisy for much.
+The second moments are running means of squared gradients. Near a minimum they are about proportional to the diagonal of the
+Fisher information (https://arxiv.org/abs/1412.6980). In distances weighted by them, the flat directions in which a run drifts
+count for little, and the steep ones in which it is noisy count for much.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from distmerge.files.header import read_header
 
 
 class Curvature(NamedTuple):
-    """Attributes:
-    source: the checkpoint's name.
-    diagonal: each parameter's second moments by its name, flat, mapped from the file.
-    mean: of all of them.
+    """The second moments of one checkpoint.
+
+    Attributes:
+        source: the checkpoint's name.
+        diagonal: for each parameter, by name, its second moments as a flat ``[numel]`` tensor, memory-mapped from the file.
+        mean: over the elements of all parameters.
     """
 
     source: str
@@ -31,13 +33,16 @@ class Curvature(NamedTuple):
 
 
 def newest_curvature(run_dir: Path) -> Curvature | None:
-    """Of the newest checkpoint, its first worker's. None where it is damaged, sharded, or not of AdamW alone."""
+    """The second moments of the first worker in the newest checkpoint. None if that checkpoint is missing, damaged, sharded, or
+    written with another optimizer than a single AdamW."""
     checkpoints = published_checkpoints(run_dir / "checkpoints")
     moments = checkpoints[-1] / "optimizer-00000.pt" if checkpoints else None
     if moments is None or not moments.is_file() or verify(checkpoints[-1]) is not None:
         return None
     tensors = read_header(checkpoints[-1] / "parameters-00000.safetensors").tensors
-    entries = sorted(  # the optimizer has two groups, see parameter_groups; inside of each the model's order
+    # The optimizer numbers parameters group by group: first those with weight decay (at least 2 dimensions), then the others,
+    # each in the model's order. See distmerge.engine.optimizers.parameter_groups.
+    entries = sorted(
         ((name, entry) for name, entry in tensors.items() if not name.startswith("buffer:")),
         key=lambda item: len(item[1].shape) < 2,
     )

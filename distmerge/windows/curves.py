@@ -1,18 +1,22 @@
-"""Merge weights from learning-rate curves, and back.
+"""Merge weights from learning-rate curves, and the curve that given weights imply.
 
-A merge of the checkpoints of a constant-rate stretch does what a decay of the learning rate would have done to the updates
-between them (WSM, https://arxiv.org/abs/2507.17634): with theta_j = theta_0 + u_1 + ... + u_j,
+A merge of checkpoints that were trained at a constant learning rate does to the updates between them what a decay of the
+learning rate would have done (WSM, https://arxiv.org/abs/2507.17634): with theta_j = theta_0 + u_1 + ... + u_j,
 
     sum_j c_j theta_j = theta_0 + sum_i w_i u_i,      w_i = sum_{j >= i} c_j
 
-so that w_i is the factor that update u_i's learning rate would have had, whatever the optimizer. A decay curve d, from 1 at
-x = 0 down to x = 1, gives the factors, and their differences the weights.
+so w_i is the factor by which the decay would have scaled update u_i, whatever the optimizer. A decay curve d over x in [0, 1],
+with d(0) = 1, gives the factors, and their differences are the merge weights.
 
     c = weights("1-sqrt", token_shares(starts, end))
 
+For example, three members at x = 0, 1/3, 2/3 with the linear curve have the factors d(1/3) = 2/3 and d(2/3) = 1/3. Their
+weights are 1 - 2/3, 2/3 - 1/3 and 1/3: the plain mean.
+
 Curves by name: ``linear`` 1 - x; ``cosine`` (1 + cos pi x) / 2; ``1-sqrt`` 1 - sqrt x; ``floor:R`` R + (1 - R)(1 - x).
-Averages by name, which know no positions: ``mean`` 1/n; ``wma`` i / (n (n + 1) / 2); ``ema:A`` (recursive: the oldest
-keeps (1 - A)^(n - 1)); ``ema-normalized:A`` A (1 - A)^(n - i), divided by its sum.
+Averages by name, which ignore the positions of the members i = 1 ... n: ``mean`` 1/n; ``wma`` i / (n (n + 1) / 2); ``ema:A``
+A (1 - A)^(n - i), except that the oldest member has (1 - A)^(n - 1), as in the recursion; ``ema-normalized:A``
+A (1 - A)^(n - i), divided by the sum.
 """
 
 from __future__ import annotations
@@ -29,12 +33,14 @@ from distmerge.errors import UserError
 from distmerge.rules.decay import DECAYS, Decay, Table, with_floor
 
 Curve = str | Decay | Sequence[tuple[float, float]]
-"""A name, a function, or a table of points (x, d) with straight lines between them."""
+"""A name, a function, or a table of points (x, d) that are connected by straight lines."""
 
 Quadrature = Literal["endpoint", "mean"]
-"""endpoint: w_i = d(x_i), x_i the share of the tokens before member i: members are blocks that tile the window, and the merge
-of block means then follows d as a chain of straight lines. mean: w_i is the mean of d over the stretch between members i - 1
-and i: members are snapshots, and the n - 1 stretches between them are the whole decay."""
+"""How a curve becomes factors.
+
+endpoint: w_i = d(x_i), where x_i is the share of the window's tokens before member i. This is meant for blocks that tile the
+window: a merge of block means then follows d piecewise linearly. mean: w_i is the mean of d between members i - 1 and i. This
+is meant for snapshots: the n - 1 intervals between them make up the whole decay."""
 
 NAMES = ("mean", "wma", *DECAYS, "floor:R", "ema:A", "ema-normalized:A")
 
@@ -43,9 +49,9 @@ def weights(curve: Curve, shares: Sequence[float], quadrature: Quadrature = "end
     """The members' merge weights, oldest first.
 
     Args:
-        curve: see the module.
-        shares: ``[n]``, for each member the share of the window's tokens before it, from 0, increasing, below 1.
-        quadrature: how a decay becomes factors; averages don't ask.
+        curve: see the module's docstring.
+        shares: ``[n]``, for each member the share of the window's tokens before it: from 0, increasing, below 1.
+        quadrature: how a decay becomes factors; averages ignore it.
 
     Returns:
         ``[n]`` float64, with sum 1.
@@ -73,12 +79,16 @@ def factors(decay: Decay, x: np.ndarray, quadrature: Quadrature) -> np.ndarray:
 
 
 def differences(factors: np.ndarray) -> np.ndarray:
-    """Weights from factors: c_0 = 1 - w_1, c_j = w_j - w_(j+1), and the last w itself."""
+    """``[n]`` weights from ``[n - 1]`` factors: c_0 = 1 - w_1, then c_j = w_j - w_(j+1), and last w_(n-1) itself."""
     return -np.diff(np.concatenate([[1.0], factors, [0.0]]))
 
 
 def mean_over(decay: Decay, a: float, b: float) -> float:
-    """The mean of a decay over [a, b]. In sqrt(x) all named curves are smooth, so that Gauss's rule is exact for them."""
+    """The mean of a decay over [a, b].
+
+    It is integrated over sqrt(x), in which all named curves are smooth, so that Gauss-Legendre quadrature is exact for them up
+    to rounding. A table is integrated from kink to kink.
+    """
     kinks = decay.x[(decay.x > a) & (decay.x < b)] if isinstance(decay, Table) else []
     nodes, node_weights = np.polynomial.legendre.leggauss(48)
     integral = 0.0
@@ -90,7 +100,7 @@ def mean_over(decay: Decay, a: float, b: float) -> float:
 
 
 def named_average(name: str, n: int) -> np.ndarray | None:
-    """The weights of an average that knows no positions; None if the name is a decay's."""
+    """The weights of an average that ignores positions; None if the name is that of a decay."""
     kind, _, parameter = name.partition(":")
     age = np.arange(n - 1, -1, -1, dtype=np.float64)
     match kind:
@@ -111,7 +121,7 @@ def named_average(name: str, n: int) -> np.ndarray | None:
 
 
 def find_decay(curve: Curve) -> Decay:
-    """The decay that a curve means."""
+    """The decay that a curve stands for."""
     if callable(curve):
         return curve
     if not isinstance(curve, str):
@@ -126,6 +136,7 @@ def find_decay(curve: Curve) -> Decay:
 
 
 def number(name: str, parameter: str) -> float:
+    """The parameter of a curve's name, such as 0.1 in ``floor:0.1``."""
     try:
         value = float(parameter)
     except ValueError:
@@ -143,7 +154,7 @@ def table_of(points: Sequence[tuple[float, float]]) -> Table:
 
 
 def parse_points(curve: str) -> list[tuple[float, float]]:
-    """``table:0=1,0.5=0.2,1=0`` as points."""
+    """The points of ``table:0=1,0.5=0.2,1=0``: (0, 1), (0.5, 0.2) and (1, 0)."""
     try:
         pairs = [point.split("=") for point in curve.partition(":")[2].split(",")]
         return [(float(x), float(d)) for x, d in pairs]
@@ -152,7 +163,7 @@ def parse_points(curve: str) -> list[tuple[float, float]]:
 
 
 def check_decay(decay: Decay, curve: Curve) -> None:
-    """Refuse what is no decay: it must begin at 1, never increase and stay in [0, 1]."""
+    """Refuse a function that is not a decay: it must begin at 1, never increase and stay in [0, 1]."""
     name = curve if isinstance(curve, str) else getattr(curve, "__name__", "the given one")
     values = [decay(x) for x in np.linspace(0, 1, 257).tolist()]
     if not math.isclose(values[0], 1.0, abs_tol=1e-9):
@@ -173,11 +184,14 @@ def checked_shares(shares: Sequence[float]) -> np.ndarray:
 
 
 def token_shares(starts: Sequence[float], end: float | None = None) -> np.ndarray:
-    """Positions as shares of the window.
+    """Positions as shares of the window, ``[n]`` float64 from 0, below 1.
 
     Args:
         starts: ``[n]`` tokens (or steps) before each member, increasing.
-        end: where the window ends; without it, one mean spacing after the last start, as for snapshots.
+        end: where the window ends. By default it is one mean spacing after the last start, which suits snapshots.
+
+    Raises:
+        UserError: if there are no members, or the positions don't increase up to the end.
     """
     x = np.asarray(starts, dtype=np.float64)
     if len(x) == 0:
@@ -192,10 +206,17 @@ def token_shares(starts: Sequence[float], end: float | None = None) -> np.ndarra
 
 
 def implied_curve(members: Sequence[float] | np.ndarray, shares: Sequence[float] | np.ndarray) -> Table:
-    """The decay that merge weights amount to: the inverse of :func:`weights` with the endpoint rule.
+    """The decay that merge weights imply: the inverse of :func:`weights` with the endpoint rule.
 
-    The table holds (x_j, sum of the weights from j on); after the last member the factor stays. Negative weights make a
-    curve that increases, which :func:`weights` refuses, but the table tells.
+    The table holds (x_j, sum of the weights from member j on), and stays constant after the last member. Negative weights imply
+    a curve that increases somewhere: :func:`weights` would refuse it, but the table shows it.
+
+    Args:
+        members: ``[n]`` the members' weights, oldest first, with sum 1.
+        shares: ``[n]`` their positions, as in :func:`weights`.
+
+    Raises:
+        UserError: if the numbers of weights and positions differ, or the sum is not 1.
     """
     c, x = np.asarray(members, dtype=np.float64), checked_shares(list(shares))
     if len(c) != len(x) or not math.isclose(c.sum(), 1.0, abs_tol=1e-6):
@@ -205,14 +226,18 @@ def implied_curve(members: Sequence[float] | np.ndarray, shares: Sequence[float]
 
 
 def effective_count(members: Sequence[float] | np.ndarray) -> float:
-    """N_eff = 1 / sum c^2: how many members of equal weight would quiet independent noise as much."""
+    """N_eff = 1 / sum c^2: the number of members whose plain mean would reduce independent noise as much."""
     return float(1 / np.square(np.asarray(members)).sum())
 
 
 def frequency_response(members: Sequence[float] | np.ndarray, shares: Sequence[float], cycles: Sequence[float]) -> np.ndarray:
-    """|H(f)|: how much of an oscillation of the weights with ``f`` cycles per window the merge lets through.
+    """``[len(cycles)]``: |H(f)|, the share of an oscillation with ``f`` cycles per window that passes through the merge.
 
-    The merge is a low-pass filter over time: H(0) = 1, and H(f) = sum_j c_j exp(-2 pi i f x_j).
+    The merge is a low-pass filter over time: H(f) = sum_j c_j exp(-2 pi i f x_j), so H(0) = 1.
+
+    Args:
+        members, shares: ``[n]`` the members' weights and positions, as in :func:`implied_curve`.
+        cycles: the frequencies f, in cycles per window.
     """
     c, x = np.asarray(members, dtype=np.float64), checked_shares(shares)
     return np.array([abs(sum(w * cmath.exp(-2j * math.pi * f * at) for w, at in zip(c, x, strict=True))) for f in cycles])

@@ -1,6 +1,7 @@
-"""The merge of a window: the blocks of a run, or other checkpoints of one model, by a curve or by a rule of the catalogue.
+"""Merges a window: the blocks of a run, or other checkpoints of one model, by a curve or by a rule of the catalogue.
 
-Streamed, rounded once, published by one rename with a merge.json that says what came from where.
+The merge is streamed, and each value is rounded once. The result is published by one rename, with a merge.json that records the
+inputs and how they were merged.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ from distmerge.windows.options import ByCurve, ByRule, WindowOptions
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""A dtype's name in safetensors, and in a model's configuration."""
+"""The name of each dtype in a model's configuration, by its name in safetensors."""
 
 
 @dataclass(frozen=True)
 class WindowResult:
-    """What became of a window.
+    """The result of merging a window.
 
     Attributes:
         members: the names of the members, oldest first.
-        way: the curve or the rule by which it was merged.
+        way: the curve or the rule by which they were merged.
         base: the name of the model that a rule's task vectors start from, if there is one.
-        weights: of the members in the mean, by a curve alone.
-        effective_count: ``1 / sum c^2`` of the weights: how many members of equal weight would quiet noise as much.
-        advice: whether merging should help here and why, where that was asked for; paragraphs.
-        out: the merged model's directory, where one was written.
+        weights: the members' weights in the mean; None for a merge by a rule.
+        effective_count: ``1 / sum c^2`` of the weights: the number of members whose plain mean would reduce noise as much.
+        advice: whether merging should help here and why, in paragraphs; empty unless it was asked for.
+        out: the merged model's directory, if one was written.
     """
 
     members: tuple[str, ...]
@@ -59,7 +60,7 @@ class WindowResult:
     out: Path | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as JSON has it."""
+        """The result as a JSON object."""
         return {
             "members": list(self.members),
             "way": self.way,
@@ -81,7 +82,14 @@ class WindowResult:
 
 @dataclass(frozen=True)
 class WindowMerge:
-    """A window that is ready to be merged. Attributes: its jobs, what its record says, and every model that they read."""
+    """A window that is ready to be merged.
+
+    Attributes:
+        jobs: one per tensor of the output.
+        record: what merge.json says besides the hashes of inputs and outputs.
+        models: every model that the jobs read.
+        survey: what must be measured before the merge, if the rule needs it.
+    """
 
     jobs: list[Job]
     record: dict[str, Any]
@@ -93,11 +101,11 @@ def merge_window(
     references: list[str], way: ByCurve | ByRule, options: WindowOptions, out: Path | None = None,
     explain: bool = False, plot: Path | None = None,
 ) -> WindowResult:  # fmt: skip
-    """Merge a window, explain it, draw it: what is asked for.
+    """Merge a window, explain it, plot it: whichever of these is asked for.
 
     Args:
         references: one run directory, or models, oldest first.
-        out: the merged model's directory, which must not exist yet.
+        out: the merged model's directory, which must not exist yet; None to write none.
         explain: whether to say if merging should help here, and why.
         plot: a .svg, .png or .pdf file for the weights, the learning-rate curve that they imply and the frequency response.
 
@@ -105,7 +113,7 @@ def merge_window(
         UserError: for anything wrong with the members, the curve or rule, or the disk.
     """
     check_device(options.device)
-    torch.set_num_threads(1)  # ours share the work
+    torch.set_num_threads(1)  # the stream's own threads share the work
     if out is not None:
         refuse_existing(out)
     members = chosen(find_members(references, options.allow_pickle), options.last, options.steps)
@@ -131,7 +139,7 @@ def merge_window(
 def merge_by_rule(
     members: list[Member], way: ByRule, options: WindowOptions, out: Path | None, advised: tuple[str, ...], maps: Maps
 ) -> WindowResult:
-    """The same by a rule of the catalogue."""
+    """Merge a window by a rule of the catalogue, see :func:`merge_window`."""
     base = None if way.base is None else open_any(way.base, options.allow_pickle)
     if base is not None:
         check_alike([base, *(member.model for member in members)])
@@ -154,7 +162,7 @@ def merge_by_rule(
 
 
 def curve_record(members: list[Member], way: ByCurve, c: list[float], shares: list[float]) -> dict[str, Any]:
-    """What merge.json says of a merge by a curve."""
+    """What merge.json says about a merge by a curve."""
     table = implied_curve(np.array(c), shares)
     return {
         "tool": "distmerge",
@@ -169,7 +177,7 @@ def curve_record(members: list[Member], way: ByCurve, c: list[float], shares: li
 
 
 def write(out: Path, members: list[Member], window: WindowMerge, options: WindowOptions) -> None:
-    """Merge and publish."""
+    """Merge a window and publish the result as a model directory."""
     newest = members[-1].model
     dtype = None if options.dtype is None else DTYPES[options.dtype]
 
@@ -195,19 +203,24 @@ def curve_job(name: str, members: list[Member], c: list[float], maps: Maps, dtyp
 
 
 def advise(references: list[str], members: list[Member], maps: Maps) -> tuple[str, ...]:
-    """The advice by plain distances and, where a checkpoint of the run has one, by the curvature, in paragraphs."""
+    """The advice in paragraphs: by plain distances and, if a checkpoint of the run has the curvature, by distances weighted
+    with that."""
     starts, end, names = [member.start for member in members], members[-1].end, [member.name for member in members]
     found = [advice.explain(advice.advise(gram(members, maps), starts, end), names)]
     curvature = newest_curvature(Path(references[0]))
     floats = {name for name, entry in members[0].model.tensors.items() if entry.dtype in FLOATS}
     if curvature is not None and curvature.mean > 0 and floats <= curvature.diagonal.keys():
-        found.append(f"the same, distances weighed by the curvature (Adam's second moments in {curvature.source}):")
+        found.append(f"with distances weighted by the curvature (Adam's second moments in {curvature.source}):")
         found.append(advice.explain(advice.advise(gram(members, maps, curvature), starts, end), names))
     return tuple(found)
 
 
 def gram(members: list[Member], maps: Maps, curvature: Curvature | None = None) -> np.ndarray:
-    """One streaming pass over the floating-point tensors."""
+    """The members' ``[n, n]`` Gram matrix, from one streaming pass over the floating-point tensors.
+
+    Args:
+        curvature: to weight squared distances with, scaled to mean 1.
+    """
     total = np.zeros((len(members), len(members)))
     for name, entry in members[0].model.tensors.items():
         if entry.dtype in FLOATS:
@@ -220,7 +233,7 @@ def gram(members: list[Member], maps: Maps, curvature: Curvature | None = None) 
 
 
 def identity(record: dict[str, Any], models: list[Model], dtype: str | None) -> str:
-    """All that the output depends on; an interrupted merge of the same is resumed."""
+    """A hash of everything that the output depends on. An interrupted merge is resumed only if it has the same."""
     files = [file for model in models for file in model.files]
     stats = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return hashlib.sha256(json.dumps([record, dtype, stats], sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What may be chosen for the merge of a window, as the command line and the Python API give it. Imports no torch."""
+"""The options of a window's merge, as the command line and the Python API set them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ MEAN = "mean"
 
 @dataclass(frozen=True)
 class ByCurve:
-    """The members' weighted mean, with the weights of a learning-rate curve (``distmerge.windows.curves``).
+    """The weighted mean of the members, with weights from a learning-rate curve.
 
-    Attributes: the curve; its quadrature, which is how a curve becomes weights.
+    Attributes:
+        curve: see :mod:`distmerge.windows.curves`.
+        quadrature: how the curve becomes weights.
     """
 
     curve: Curve = "linear"
@@ -30,7 +32,7 @@ class ByCurve:
 
     @property
     def name(self) -> str:
-        """The curve in words."""
+        """The curve's name, if it has one, for messages and records."""
         if isinstance(self.curve, str):
             return self.curve
         return getattr(self.curve, "__name__", "a function" if callable(self.curve) else "a table")
@@ -38,12 +40,12 @@ class ByCurve:
 
 @dataclass(frozen=True)
 class ByRule:
-    """The members merged by a rule of the catalogue.
+    """A merge by a rule of the catalogue.
 
     Attributes:
         rule: its name.
-        base: what the rule's task vectors start from. None takes the oldest member, if the rule needs a base: it is the
-            base then, and the others are the members.
+        base: the model that the rule's task vectors start from. If it is None and the rule needs a base, the oldest member is
+            the base and the others are merged.
         parameters: of the rule, and its variants.
         compat, seed: as in :class:`distmerge.merging.options.MergeOptions`.
     """
@@ -59,14 +61,14 @@ def way_of(
     rule: str, curve: Curve | None, quadrature: Quadrature, base: str | None, parameters: Mapping[str, Setting],
     compat: Compat | None = None, seed: int | None = None, drawn: bool = False,
 ) -> ByCurve | ByRule:  # fmt: skip
-    """How a window is to be merged: rule "mean" by a curve ("linear", unless another is given), every other rule by itself.
+    """How to merge a window. Rule "mean" takes its weights from a curve ("linear" by default), all other rules take none.
 
     Args:
-        drawn: whether a picture of the weights is asked for.
+        drawn: whether a plot of the weights is asked for.
 
     Raises:
-        UserError: where a curve is given to another rule, the mean is given what only other rules have, the rule needs what
-            a window does not have, or there is no such rule.
+        UserError: if there is no such rule, it needs what a window does not have, or an option is given that is meant for other
+            rules.
     """
     entry = catalogue.check(rule, "--rule")
     rule = catalogue.canonical(rule)
@@ -79,11 +81,11 @@ def way_of(
         return ByCurve("linear" if curve is None else curve, quadrature)
     if curve is not None or quadrature != "endpoint":
         flag = "--quadrature" if curve is None else "--curve"
-        raise UserError(f"{flag} makes the weights of rule mean alone, got --rule {rule}, too")
+        raise UserError(f"{flag} sets the weights of rule mean only, got it with --rule {rule}")
     if drawn:
-        raise UserError(f"--plot draws the weights of rule mean, and --rule {rule} has none")
+        raise UserError(f"--plot draws the weights of rule mean, but --rule {rule} has none")
     if entry.first == "general":
-        raise UserError(f"--rule {rule} needs a general model beside the base, which a window does not have")
+        raise UserError(f"--rule {rule} needs a general model besides the base, which a window does not have")
     if base is not None and entry.base == "none":
         raise UserError(f"--rule {rule} has no use for a base, got --base {base}")
     return ByRule(rule, base, parameters, compat, seed)
@@ -91,12 +93,12 @@ def way_of(
 
 @dataclass(frozen=True)
 class WindowOptions(StreamOptions):
-    """What may be chosen for a window beside its members and the way they are merged.
+    """The options of a window besides its members and the way to merge them.
 
     Attributes:
-        last: only the newest so many members; None for all.
-        steps: only the members that end at steps from the first to the second, both inside.
-        dtype: of the output, as safetensors names it; None for the inputs'.
+        last: how many of the newest members to merge; None for all.
+        steps: merge only the members whose last steps are from the first to the second of these, inclusive; None for all.
+        dtype: of the output, as safetensors names it; None for that of the inputs.
     """
 
     last: int | None = None

@@ -1,4 +1,4 @@
-"""A picture of a merge: its weights, the learning-rate curve that they imply, and the merge as a low-pass filter."""
+"""Plots a merge: its weights, the learning-rate curve that they imply, and its frequency response as a low-pass filter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from distmerge.windows.curves import effective_count, frequency_response, implie
 
 
 def plot(members: Sequence[float] | np.ndarray, shares: Sequence[float], path: Path, title: str = "") -> None:
-    """Write the picture; the suffix of ``path`` chooses the format (.svg, .png, .pdf)."""
+    """Write the plot; the suffix of ``path`` chooses the format (.svg, .png, .pdf).
+
+    Args:
+        members, shares: ``[n]`` the members' weights and positions, as in :func:`distmerge.windows.curves.weights`.
+    """
     from matplotlib.figure import Figure
 
     curve = implied_curve(members, shares)

@@ -1,10 +1,11 @@
-"""What annealing a run would reach, told before it is annealed.
+"""Predicts the loss that annealing a run would reach, before it is annealed.
 
-The merge of the window of the same steps, by the same curve, stands for the decay (WSM, https://arxiv.org/abs/2507.17634).
-It is off by a few tenths to two and a half percent: a long window lags behind a decay, a short one is quieter than a short
-decay. How far, depends on where in training the fork lies and how long it is, and by half a percent on the seed. So forks of
-about the same place and length that were really annealed, of this run or of one that differs by its seed, correct it.
-Forks farther away do not: over a third of a run the bias moved by more than a percent (benchmarks/window.py).
+The run's window over the same steps, merged by the same curve, stands for the decay (WSM, https://arxiv.org/abs/2507.17634).
+Its loss is off by a few tenths of a percent to 2.5%: a long window lags behind a decay, and a short one averages out more noise
+than a short decay. The bias depends on where in training the fork lies and how long it is, and varies with the seed by half a
+percent. Therefore it is corrected by forks that were actually annealed, at about the same place and over about the same length,
+from this run or from one that differs by its seed alone. Forks farther away do not help: over a third of a run the bias changed
+by more than a percent (benchmarks/window.py).
 """
 
 from __future__ import annotations
@@ -17,26 +18,33 @@ from typing import Any
 from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
 from distmerge.files.directories import verify
-from distmerge.windows.blocks import RECORD, TENSORS, Block, block_weights, legible, merge_stored, published_blocks
+from distmerge.windows.blocks import RECORD, TENSORS, Block, block_weights, load_block, merge_stored, published_blocks
 
 NEAR = 0.1
-"""How far, as a share of each, the end and the length of a fork may lie from those of one that it corrects."""
+"""A fork corrects another one only if its end and its length differ from those of the other by at most this share."""
 
 SCATTER = 0.005
-"""How far the biases of forks that differ by their seed alone lie apart, at least: their deviation (benchmarks/window.py)."""
+"""Lower bound of the standard deviation of the bias between forks that differ by their seed alone (benchmarks/window.py)."""
 
 
 def predict(run_dir: Path, config: TrainConfig, fork: dict[str, Any], known: list[dict[str, Any]]) -> dict[str, Any]:
-    """The ledger's ``merged`` (the merged window's loss), ``predicted`` (that, corrected) and ``basis`` (in words).
+    """Predict the outcome of a fork.
 
-    The window's blocks are those of the same steps, where the run has gone that far, else the newest up to the fork.
+    The merged blocks are those over the decay's steps if the run has gone that far, else as many before the fork.
 
     Args:
         fork: a line of the ledger: from, decay_steps, curve.
-        known: lines of ledgers, some with an outcome; never that of the fork itself.
+        known: lines of ledgers, some of them with an outcome; the fork's own line must not be among them.
+
+    Returns:
+        the ledger's ``merged`` (the loss of the merged window), ``predicted`` (the same with its bias corrected) and ``basis``
+        (what the prediction is based on, in words).
+
+    Raises:
+        UserError: if a block is damaged.
     """
     step, decay_steps = fork["from"], fork["decay_steps"]
-    blocks = [legible(path) for path in published_blocks(run_dir / "window")]
+    blocks = [load_block(path) for path in published_blocks(run_dir / "window")]
     inside = [block for block in blocks if step < block.first_step and block.last_step <= step + decay_steps]
     covered = sum(block.last_step - block.first_step + 1 for block in inside) >= 0.9 * decay_steps
     before = [block for block in blocks if step - decay_steps < block.first_step and block.last_step <= step]
@@ -48,17 +56,18 @@ def predict(run_dir: Path, config: TrainConfig, fork: dict[str, Any], known: lis
             raise UserError(f"{run_dir / 'window' / block.name} is damaged ({problem}); move it away to go on without it")
     merged = merged_loss(run_dir, config, chosen, fork["curve"])
     ratios = corrections(fork, known)
-    basis = f"{chosen[0].name} to {chosen[-1].name}" + ("" if covered else ", which end where the decay begins")
+    basis = f"{chosen[0].name} to {chosen[-1].name}" + ("" if covered else ", which end where the decay would begin")
     predicted = corrected(merged, ratios)
     if predicted != merged:
         basis += f", corrected by {len(ratios)} annealed forks"
     else:
-        basis += f", uncorrected: the bias of {len(ratios)} annealed forks may be chance" if ratios else ", uncorrected"
+        basis += f", uncorrected since the bias of {len(ratios)} annealed forks may be chance" if ratios else ", uncorrected"
     return {"merged": merged, "predicted": predicted, "basis": basis}
 
 
 def corrections(fork: dict[str, Any], known: list[dict[str, Any]]) -> list[float]:
-    """log(merged / outcome) of the annealed forks that are near: of the same curve, about as long, ending about there."""
+    """log(merged / outcome) of the annealed forks that are similar: by the same curve, about as long, and with about the same
+    end."""
     end = fork["from"] + fork["decay_steps"]
     return [
         math.log(line["merged"] / line["outcome"])
@@ -70,10 +79,11 @@ def corrections(fork: dict[str, Any], known: list[dict[str, Any]]) -> list[float
 
 
 def corrected(merged: float, ratios: list[float]) -> float:
-    """The merged loss without the mean bias of the forks that were annealed, shrunk as far as their scatter may explain it.
+    """The merged loss minus the mean bias of the annealed forks, shrunk as far as their scatter may explain it.
 
-    Of a mean bias ``b`` of k forks that scatter by ``s`` the share ``max(0, 1 - s^2 / (k b^2))`` is taken out, as in the
-    positive-part James-Stein estimate: two forks that are half a percent off by chance must not spoil a good prediction.
+    If the biases of k forks have the mean ``b`` and the standard deviation ``s``, the share ``max(0, 1 - s^2 / (k b^2))`` of
+    the bias is removed, as in the positive-part James-Stein estimator: two forks that are half a percent off by chance must not
+    spoil a good prediction. For example, of one fork's bias of 2% with s = 0.5% the share 1 - 1/16 = 94% is removed.
     """
     if not ratios:
         return merged
@@ -84,7 +94,11 @@ def corrected(merged: float, ratios: list[float]) -> float:
 
 
 def merged_loss(run_dir: Path, config: TrainConfig, blocks: list[Block], curve: str) -> float:
-    """As the run itself evaluates, on the same held-out text."""
+    """The loss of the merged blocks on the run's held-out text, evaluated as in the run itself.
+
+    Raises:
+        UserError: for a run on streamed data.
+    """
     import torch
 
     from distmerge.data.packed import open_corpus, sampled

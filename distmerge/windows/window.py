@@ -1,9 +1,9 @@
-"""The window: blocks of a constant-rate stretch, each kept as one checkpoint, to be merged in place of a decay.
+"""The window: blocks of steps at a constant learning rate, each stored as one checkpoint, to be merged in place of a decay.
 
-A block of kind "mean" is the running mean of theta inside it (https://arxiv.org/abs/2405.18392): at the storage of one
-snapshot it has averaged the noise of a whole block away. Means over workers and over time commute, so that a run of several
-workers takes one reduction per block; where a merger keeps an anchor, the block is the mean of the anchors after the
-merges inside it, which all workers have. A block never spans a change of the learning rate.
+A block of kind "mean" is the running mean of theta over its steps (https://arxiv.org/abs/2405.18392): it takes the storage of
+one snapshot but averages over the noise of the whole block. Means over workers and over time commute, so that several workers
+need only one reduction per block. If a merger keeps an anchor, a block is instead the mean of the anchors after each merge in
+it, which all workers have. A block never spans a change of the learning rate.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from distmerge.workers.group import WorkerGroup
 from distmerge.workers.merger import Merger
 
 Tell = Callable[[int, str, dict[str, Any]], None]
-"""``tell(step, event, facts)``: a line of events.jsonl, from the rank that writes them."""
+"""``tell(step, event, facts)`` writes a line of events.jsonl, on the rank that writes them."""
 
 
 class Window:
     """Follows a run step by step, and publishes its blocks.
 
     Args:
-        root: where blocks are published.
-        flat: theta.
-        mergers: those that keep an anchor decide what a block averages.
-        tokens_per_step: of all workers together.
-        identity: of the run, on the rank that writes its blocks.
+        root: the directory in which blocks are published.
+        flat: theta, this worker's parameters.
+        mergers: if one of them keeps an anchor, blocks average that and not theta.
+        tokens_per_step: the sum over all workers.
+        identity: the run's identity, on the rank that writes its blocks.
 
     Raises:
-        UserError: for a block shorter than the merge interval of a merger that keeps an anchor.
+        UserError: if a block is shorter than the merge interval of the merger that keeps an anchor.
     """
 
     def __init__(
@@ -83,21 +83,21 @@ class Window:
             )
         self.peers = WorkerGroup(mesh.peers)
         self.mean = torch.zeros_like(flat.vector, device="cpu" if section.offload else None)
-        self.losses = torch.zeros(2, dtype=torch.float64, device=flat.vector.device)  # sum and count of those that are numbers
-        self.count = 0  # states of theta in the mean
+        self.losses = torch.zeros(2, dtype=torch.float64, device=flat.vector.device)  # sum and number of the finite ones
+        self.count = 0  # states of theta in the mean so far
         self.lr: float | None = None
         self.stretch = 0  # steps before the learning rate took its present value
-        self.rounds = 0  # the anchored merger's, when it was last looked at
-        self.tainted = False
-        self.held: list[str] = []  # names of blocks that count as tainted until they are released
+        self.rounds = 0  # of the merger with the anchor, when it was last read
+        self.tainted = False  # whether the block in progress will be dropped
+        self.held: list[str] = []  # names of blocks that are marked as tainted until they are released
         self.blocks: list[Block] = []
-        self.kept: list[Tensor] = []  # store "memory": the blocks' vectors
+        self.kept: list[Tensor] = []  # for store = "memory": the parameters of each block
 
     def open(self, step: int) -> None:
-        """Clear away what an interrupted job left, and blocks newer than the checkpoint that the run resumed from.
+        """Delete what an interrupted job left, and blocks newer than ``step``, the checkpoint that the run resumed from.
 
-        Older blocks that have gone, or can't be read, since the state was saved are forgotten; marks that they were given
-        since then are heeded."""
+        Older blocks that have since been removed, or can no longer be read, are forgotten. Taint marks on disk override those
+        of the restored state."""
         if self.section.store == "memory":
             return
         with self.mesh.raise_on_all_ranks():
@@ -106,25 +106,27 @@ class Window:
                 for path in published_blocks(self.root):
                     if step_of(path) > step:
                         guarded(path, lambda path=path: remove(path))
-        told = [marks(self.root) if self.mesh.leads else {}]
-        dist.broadcast_object_list(told, 0)
-        there = told[0]
-        blocks = [block for block in self.blocks if block.name in there]
-        self.blocks = [replace(block, tainted=there[block.name] or block.name in self.held) for block in blocks]
+        shared = [marks(self.root) if self.mesh.leads else {}]
+        dist.broadcast_object_list(shared, 0)
+        on_disk = shared[0]
+        blocks = [block for block in self.blocks if block.name in on_disk]
+        self.blocks = [replace(block, tainted=on_disk[block.name] or block.name in self.held) for block in blocks]
 
     @torch.no_grad()
     def observe(self, step: int, lr: float, loss: Tensor, suspicious: bool = False) -> Block | None:
-        """Take in the state after inner step ``step``, counted from 1; the block that it ended, if it was published.
+        """Take in the state after inner step ``step``, counted from 1; the block that ended there, if it was published.
+
+        A collective at the last step of a block.
 
         Args:
-            suspicious: whether this worker's last steps may turn out to be part of a divergence. A block that ends while any
-                worker's are is published as tainted, until :meth:`release`.
+            suspicious: whether this worker's last steps may turn out to be part of a divergence. If this is so on any worker at
+                the end of a block, the block is published as tainted, until :meth:`release`.
         """
         if lr != self.lr:
             self.lr, self.stretch = lr, step - 1
             self._begin()
         if (step - 1) // self.every * self.every < self.stretch:
-            return None  # this block began at another learning rate
+            return None  # the block began at another learning rate: steps 24 to 30 if every = 10 and stretch = 23
         self.losses += torch.stack([loss.nan_to_num(0.0, 0.0, 0.0), loss.isfinite()])
         if self._due(step):
             self.flat.pull()
@@ -134,27 +136,27 @@ class Window:
         return self._end(step, suspicious) if step % self.every == 0 else None
 
     def taint(self) -> None:
-        """The block in progress takes in values that must not be kept, so it will be dropped at its end."""
+        """Mark the block in progress: it took in values that must not be kept, so it will be dropped at its end."""
         self.tainted = True
 
     def taint_published(self, since: int, held_only: bool = False) -> list[str]:
-        """Mark the published blocks that a spike touched from step ``since`` on; their names. A collective.
+        """Mark the published blocks that a spike touched from step ``since`` on as tainted for good; their names. A collective.
 
         Args:
-            held_only: only of those that are held.
+            held_only: only mark blocks that are held back.
 
         Raises:
-            UserError: where a mark cannot be written.
+            UserError: if a mark cannot be written.
         """
         touched = [block.name for block in self.blocks if block.last_step >= since]
         held = [name for name in touched if name in self.held]
         marked = [block.name for block in self.blocks if block.name in touched and not block.tainted and not held_only]
-        self.held = [name for name in self.held if name not in held]  # these stay as they are
+        self.held = [name for name in self.held if name not in held]  # they are no longer to be released
         self._mark(marked, tainted=True)
         return [name for name in touched if name in held or name in marked]
 
     def release(self) -> list[str]:
-        """What was held is as good as any other block; its names. A collective."""
+        """Remove the marks of blocks that were held back; their names. A collective."""
         names, self.held = [block.name for block in self.blocks if block.name in self.held], []
         self._mark(names, tainted=False)
         return names
@@ -168,14 +170,14 @@ class Window:
                 guarded(self.root / name, lambda name=name: mark_tainted(self.root / name, tainted))
 
     def _due(self, step: int) -> bool:
-        """Whether this step's state counts: with an anchor, a merge's; of a snapshot block, the last one."""
+        """Whether this step's state counts: after a merge with an anchor, else every ``stride`` steps or at the snapshot."""
         if self.anchored is not None:
             merged, self.rounds = self.anchored.round != self.rounds, self.anchored.round
             return merged
         return step % (self.every if self.section.kind == "snapshot" else self.section.stride) == 0
 
     def _take(self, theta: Tensor) -> None:
-        """One lerp: mean += (theta - mean) / count."""
+        """Update the running mean: mean += (theta - mean) / count."""
         self.count += 1
         first = self.count == 1 or self.section.kind == "snapshot"
         self.mean.copy_(theta) if first else self.mean.lerp_(theta.to(self.mean.device), 1 / self.count)
@@ -185,7 +187,7 @@ class Window:
         self.losses.zero_()
 
     def _end(self, step: int, suspicious: bool) -> Block | None:
-        """Reduce over the workers, publish, begin the next."""
+        """Reduce the block over the workers, publish it, and begin the next one."""
         unhealthy = nonfinite(self.mean).bool() | self.tainted
         sums = torch.cat([self.losses, torch.stack([unhealthy.to(self.losses), self.losses.new_tensor(float(suspicious))])])
         dist.all_reduce(sums)
@@ -230,14 +232,14 @@ class Window:
         return block
 
     def _write(self, block: Block) -> str | None:
-        """Publish a block, and on all ranks what was in the way: training goes on without it."""
+        """Write a block to disk; on all ranks the problem, if it could not be written. Training continues without the block."""
         problem: str | None = None
         with self.flat.borrowed() as vector:
             vector.copy_(self.mean)
             self.flat.push()
             if self.mesh.leads:
                 model: nn.Module = self.flat.model
-                about = self.identity.said() if self.identity else None
+                about = self.identity.manifest_entries() if self.identity else None
                 try:
                     publish_block(self.root, block, model, self.tokenizer, self.section.dtype, about)
                 except UserError as error:
@@ -245,7 +247,7 @@ class Window:
         return self.mesh.first_problem(problem)
 
     def _retain(self) -> None:
-        """Keep the newest blocks, as many as configured."""
+        """Delete all but the configured number of newest blocks."""
         keep = self.section.blocks
         if not keep or len(self.blocks) <= keep:
             return
@@ -256,11 +258,12 @@ class Window:
                     guarded(path, lambda path=path: remove(path))
 
     def mergeable(self, last: int | None = None) -> list[Block]:
+        """The newest ``last`` blocks that may be merged, see :func:`distmerge.windows.blocks.mergeable`."""
         return mergeable(self.blocks, last)
 
     @torch.no_grad()
     def merge_into(self, flat: FlatParameters, curve: str, blocks: list[Block]) -> None:
-        """Put the merge of ``blocks`` in place of theta, accumulated in float32. The caller borrows ``flat``."""
+        """Replace theta by the merge of ``blocks``, accumulated in float32. The caller must have borrowed ``flat``."""
         c = block_weights(curve, blocks)
         if self.section.store == "memory":
             flat.vector.zero_()
@@ -290,7 +293,7 @@ class Window:
 
 
 def steps_per_block(section: config.WindowSettings, tokens_per_step: int) -> int:
-    """A block's length in steps; from every_tokens, rounded to whole steps."""
+    """The length of a block in steps. If it is configured in tokens, it is rounded to whole steps."""
     if section.every is not None:
         return section.every
     assert section.every_tokens is not None

@@ -171,7 +171,7 @@ def test_without_recovery_what_is_not_finite_takes_no_checkpoints_place(
 
 def test_each_attempt_goes_further_back(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_updates(monkeypatch, set(range(33, 100)))
-    with pytest.raises(UserError, match="3 roll-backs did not cure it"):
+    with pytest.raises(UserError, match="3 roll-backs did not help"):
         run(tmp_path, "sick", text, recovery=RECOVERY, checkpoint={"every": 5, "keep": 4})
     assert [event["to"] for event in events(tmp_path / "sick", "rolled back")] == [30, 25, 20]
 

@@ -189,7 +189,7 @@ def test_a_killed_tainting_is_finished(tmp_path: Path, text: Path, monkeypatch: 
 
 def test_stops_after_its_attempts_and_says_so(tmp_path: Path, text: Path, nan_at: Any) -> None:
     nan_at(*range(15, 1000))
-    with pytest.raises(UserError, match="2 roll-backs did not cure it") as caught:
+    with pytest.raises(UserError, match="2 roll-backs did not help") as caught:
         run(tmp_path, "sick", text, recovery=RECOVERY | {"attempts": 2}, checkpoint={"every": 5, "keep": 4})
     assert "\n" not in str(caught.value)
     assert [event["attempt"] for event in events(tmp_path / "sick", "spike")] == [1, 2, 3]

@@ -199,7 +199,7 @@ def test_another_mesh_is_refused(ranks: Ranks, root: Path) -> None:
     first, second = ranks.run(2, newest, root, 2, group=False)
     assert first[2] == (
         f"{root}/step-00000010 was written by 2 ranks in 1 workers, got 2 ranks in 2; "
-        "resume with as many, or take another --run-dir"
+        "resume with the same numbers, or take another --run-dir"
     )
     assert second[2] == "status 2"
 

@@ -119,7 +119,7 @@ def test_explain_and_plot(trained: Path, tmp_path: Path, capsys: pytest.CaptureF
     window(trained, "--explain", "--plot", tmp_path / "merge.svg")
     said = capsys.readouterr().out
     assert "drift/noise ratio of 5 members" in said and said.count("merging should") == 2
-    assert "weighed by the curvature (Adam's second moments in step-00000040)" in said
+    assert "weighted by the curvature (Adam's second moments in step-00000040)" in said
     assert (tmp_path / "merge.svg").exists()
 
 

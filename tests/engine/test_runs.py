@@ -113,7 +113,11 @@ def test_another_layout_goes_on_with_the_same_run(
 
 
 REFUSED = {
-    "deepspeed": (zero(1), (4, (*zero(1), *HALF)), "DeepSpeed's state is read by the same engine on as many ranks alone"),
+    "deepspeed": (
+        zero(1),
+        (4, (*zero(1), *HALF)),
+        "DeepSpeed's state can only be read by the same engine on the same number of ranks",
+    ),
     "a larger step": ((), (4, ()), "must be 4, the sequences of a step in"),
     "sparta": (
         ("--merge.0.kind", "sparta"),
