@@ -117,7 +117,7 @@ def check_deepspeed(config: Any) -> None:
         if key in table:
             ours = "optimizer" if key == "optimizer" else "schedule"
             raise UserError(f"engine.config.{key} must not be given, since [{ours}] decides, got {table[key]}")
-    for key, name, ours in trainers_values(config):
+    for key, name, ours in values_from_train(config):
         if table.get(key, "auto") not in ("auto", ours):
             raise UserError(f"engine.config.{key} must be {ours}, as train.{name} is, got {table[key]}")
     bfloat16 = train.precision == "bfloat16"
@@ -143,7 +143,7 @@ def check_deepspeed(config: Any) -> None:
         )
 
 
-def trainers_values(config: Any) -> list[tuple[str, str, float]]:
+def values_from_train(config: Any) -> list[tuple[str, str, float]]:
     """DeepSpeed's name, ours in [train], and the value, of what both configurations say."""
     train = config.train
     return [

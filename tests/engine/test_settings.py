@@ -68,8 +68,8 @@ def test_the_batch_of_a_worker() -> None:
     with pytest.raises(UserError) as caught:
         deepspeed_table(config, TwoRanks())  # pyright: ignore[reportArgumentType]
     assert str(caught.value) == (
-        "config.engine.config.train_batch_size must be 16, as train.batch_size x gradient_accumulation x 2 ranks of a worker "
-        "is, got 24"
+        "config.engine.config.train_batch_size must be 16, which is train.batch_size x gradient_accumulation x 2 ranks per "
+        "worker, got 24"
     )
 
 
