@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from distmerge.errors import UserError
-from distmerge.theta.flat import FlatParameters, Slot, check_dtype, check_identity
+from distmerge.theta.checks import check_dtype, check_identity
+from distmerge.theta.flat import FlatParameters, Slot
 
 
 class ReplicatedParameters(FlatParameters):

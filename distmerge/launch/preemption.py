@@ -146,13 +146,13 @@ class Preemption:
         return max(int(answer) for answer in answers if answer is not None)
 
     def _leave(self) -> None:
-        self.tell_agent()
+        self.notify_agent()
         if self.mesh.leads:
             name = signal.Signals(self.number).name
             say(f"interrupted by {name}; start the same command again to go on from the newest checkpoint")
         os._exit(self.status)
 
-    def tell_agent(self) -> None:
+    def notify_agent(self) -> None:
         """Another node's agent was told: this node's would take the ranks that leave for failed ones, and start them again."""
         several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
         if several and not self.heard and os.environ.get("LOCAL_RANK") == "0":

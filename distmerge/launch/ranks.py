@@ -28,7 +28,7 @@ HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 GRACE_SECONDS = 60
 """How long ranks that were told to leave may take: a step, or an evaluation, and a commit."""
 
-LEFT = "left"
+STOP_REPORTED = "left"
 """Is on the board where rank 0 has said that the job leaves, and at which step."""
 
 
@@ -163,7 +163,7 @@ def run_agent(ranks: int, arguments: list[str]) -> int:
     except ChildFailedError as error:
         return explain_failure(error)
     except SignalException as error:
-        if not Loopback.said(LEFT):
+        if not Loopback.said(STOP_REPORTED):
             end_line = f"interrupted by {error.sigval.name}; start the same command again to resume from the newest checkpoint"
             print(("\n" if sys.stderr.isatty() else "") + end_line, file=sys.stderr)
         return status_of(int(error.sigval))
