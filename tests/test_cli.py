@@ -197,7 +197,7 @@ def test_a_run_directory_without_permission(folder: Path, tmp_path: Path) -> Non
         ("--data.files {0}/bad.parquet", "config.data: cannot read {0}/bad.parquet: Parquet magic bytes not found in footer"),
         (
             "--data.sequence-length 3000",
-            "config.data.sequence_length must be <= 2048, the model's positions, got 3000",
+            "config.data.sequence_length must be <= 2048, the model's number of positions, got 3000",
         ),
         (
             "--data.eval-fraction 0.001 --data.files {0}/rows.jsonl --data.sequence-length 2000",
@@ -252,7 +252,7 @@ def test_a_model_of_fewer_tokens_than_the_tokenizer(ranks: Ranks, folder: Path, 
     config.write_text(text[:start] + f'[model]\npath = "{tmp_path}/model"\n' + text[stop:])
     outcomes = ranks.run(2, command, ["train", str(config), "--run-dir", str(tmp_path / "run")], group=False)
     said = "".join(outcome.stderr for outcome in outcomes)
-    assert said == "error: config.data.tokenizer must have at most 50 tokens, as the model has, got 384\n"
+    assert said == "error: config.data.tokenizer must have at most 50 tokens, the size of the model's embedding, got 384\n"
 
 
 # ---- as real processes

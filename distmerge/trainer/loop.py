@@ -38,7 +38,7 @@ def train(config: TrainConfig, place: Place, command: list[str]) -> None:
         if status:
             raise SystemExit(status)
     except RuntimeError as error:
-        raise mesh.name_dead_peers(error) from error
+        raise mesh.explain_lost_ranks(error) from error
     finally:
         if run is not None:
             run.preemption.close()
