@@ -83,7 +83,7 @@ def error_of(outcome: Outcome) -> str:
         ("train {0}/config.toml --step 3", 'config.step is not a known key; did you mean "steps"?'),
         ("train {0}/config.toml --verbose", 'config.verbose is not a known key; did you mean "merge"?'),
         ("train {0}/config.toml --steps many", "config.steps must be an integer, got 'many'"),
-        ("train {0}/config.toml --run-dir=", "config.run_dir must be a word, and not empty, got ''"),
+        ("train {0}/config.toml --run-dir=", "config.run_dir must be a string that is not empty, got ''"),
         ("train {0}/config.toml --steps 0", "config.steps must be >= 1, got 0"),
         ("train {0}/config.toml --data.files {0}/no*.txt", 'config.data.files: "{0}/no*.txt" matches no file'),
         (
