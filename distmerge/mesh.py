@@ -224,7 +224,7 @@ class Mesh:
         dist.destroy_process_group()
 
 
-def alone() -> dist.ProcessGroup:
+def single_rank_group() -> dist.ProcessGroup:
     """A process group of this rank only. All ranks must call it together."""
     group, _ = dist.new_subgroups_by_enumeration([[rank] for rank in range(dist.get_world_size())])
     assert isinstance(group, dist.ProcessGroup)

@@ -25,7 +25,7 @@ class MergerSettings(Section):
             steps: number of steps of the run, if it is known.
 
         Raises:
-            UserError: for a key that must be given, or one that is not valid for so many workers.
+            UserError: for a key that must be given, or one that is not valid for this number of workers.
         """
         return self
 

@@ -13,7 +13,7 @@ from distmerge.rules import catalogue
 from distmerge.rules.parameters import PARAMETERS, REQUIRED, checked
 
 AUTO = "auto"
-"""The name that stands for a choice at each merge, by the correlation of the workers' deltas."""
+"""The name in place of a rule's for choosing one at each merge, by the correlation of the workers' deltas."""
 
 Value = float | bool | str
 """The value of a rule's parameter."""

@@ -20,7 +20,7 @@ from distmerge.engine.master_weights import FlatMasterWeights, PublicMasterWeigh
 from distmerge.engine.ops import build_ops, import_deepspeed
 from distmerge.engine.optimizers import parameter_groups
 from distmerge.errors import UserError
-from distmerge.mesh import Mesh, alone
+from distmerge.mesh import Mesh, single_rank_group
 
 
 class ZeroEngine(Engine):
@@ -119,9 +119,9 @@ class ZeroEngine(Engine):
 
     def load_optimizer_state(self, state: list[dict[str, Any]]) -> None:
         device = self.parameters.vector.device
-        for tensor, theirs in zip(self._owned(), state, strict=True):
+        for tensor, stored in zip(self._owned(), state, strict=True):
             moments = {
-                key: value.to(device) if isinstance(value, Tensor) and value.ndim else value for key, value in theirs.items()
+                key: value.to(device) if isinstance(value, Tensor) and value.ndim else value for key, value in stored.items()
             }
             self.engine.basic_optimizer.state[tensor] = moments
 
@@ -153,7 +153,7 @@ class WorkerRanks:
 
     def __init__(self, inside: dist.ProcessGroup):
         import_deepspeed(inside_device(inside))
-        self.inside, self.alone = inside, alone()
+        self.inside, self.own_group = inside, single_rank_group()
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self.inside
@@ -165,7 +165,7 @@ class WorkerRanks:
         return dist.get_world_size(self.inside)
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.alone
+        return self.own_group
 
     def get_model_parallel_rank(self) -> int:
         return 0

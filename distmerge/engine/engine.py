@@ -155,7 +155,7 @@ def gather_whole(model: nn.Module, flat: FlatParameters, mesh: Mesh) -> dict[str
     flat.pull()
     parts: list[list] = [[]] * mesh.shards
     dist.all_gather_object(parts, flat.parts(), group=mesh.inside)
-    longest = max(sum(part.numel for part in theirs) for theirs in parts)
+    longest = max(sum(part.numel for part in rank_parts) for rank_parts in parts)
     padded = flat.vector.new_zeros(longest)
     padded[: flat.vector.numel()] = flat.vector
     leader = mesh.worker * mesh.shards
@@ -164,8 +164,8 @@ def gather_whole(model: nn.Module, flat: FlatParameters, mesh: Mesh) -> dict[str
     if received is None:
         return None
     whole = {slot.name: torch.zeros(slot.shape) for slot in flat.layout}
-    for theirs, vector in zip(parts, received, strict=True):
-        for part in theirs:
+    for rank_parts, vector in zip(parts, received, strict=True):
+        for part in rank_parts:
             values = vector[part.offset : part.offset + part.numel].cpu()
             whole[part.name].view(-1)[part.first : part.first + part.numel] = values
     return whole | remaining_state(model, whole)

@@ -84,13 +84,13 @@ class FSDPEngine(TorchEngine):
         return states
 
     def load_optimizer_state(self, state: list[dict[str, Any]]) -> None:
-        for optimizer, theirs in zip(self.optimizers, state, strict=True):
+        for optimizer, stored in zip(self.optimizers, state, strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             whole = {
                 index: {key: sharded_like(parameters[index], value) for key, value in moments.items()}
-                for index, moments in theirs["state"].items()
+                for index, moments in stored["state"].items()
             }
-            optimizer.load_state_dict(theirs | {"state": whole})
+            optimizer.load_state_dict(stored | {"state": whole})
 
     def whole_state(self) -> dict[str, Tensor] | None:
         return gather_whole(self.model, self.parameters, self.mesh)

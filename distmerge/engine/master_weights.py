@@ -2,9 +2,9 @@
 parameters with values from its masters.
 
 ZeRO (https://arxiv.org/abs/1910.02054) flattens each group of parameters and keeps one partition of it on each rank. The
-partitions can be reached only through private names of DeepSpeed, all of which are used in this file alone. For versions that
-are not in VERIFIED, DeepSpeed's public functions are used: they read and write whole parameters one by one, which is slower and
-needs memory for the whole model on every rank. The log then says so.
+partitions can be reached only through private names of DeepSpeed, which only this file uses. For versions that are not in
+VERIFIED, DeepSpeed's public functions are used: they read and write whole parameters one by one, which is slower and needs
+memory for the whole model on every rank. The log then says so.
 """
 
 from __future__ import annotations

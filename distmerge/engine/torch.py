@@ -88,5 +88,5 @@ class TorchEngine(Engine):
         return [optimizer.state_dict() for optimizer in self.optimizers]
 
     def load_optimizer_state(self, state: list[dict[str, Any]]) -> None:
-        for optimizer, theirs in zip(self.optimizers, state, strict=True):
-            optimizer.load_state_dict(theirs)
+        for optimizer, stored in zip(self.optimizers, state, strict=True):
+            optimizer.load_state_dict(stored)

@@ -106,8 +106,8 @@ def first_slurm_host() -> str:
     """The host of rank 0 of a job step of srun."""
     nodes = os.environ.get("SLURM_STEP_NODELIST", "")
     try:
-        said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        return said.stdout.split()[0]
+        result = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return result.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         raise UserError(
             f'MASTER_ADDR must be set, since scontrol cannot resolve the hosts of SLURM_STEP_NODELIST "{nodes}"'

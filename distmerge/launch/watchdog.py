@@ -54,11 +54,11 @@ def verdict(ranks: Ranks, waited: bool) -> str | None:
         keys = [f"failed/{rank}" for rank in range(ranks.world)]
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
-            told, *notes = ranks.board.ask(
+            reported, *notes = ranks.board.ask(
                 lambda store: [store.check([STOP_REQUEST]) or store.check([WATCHDOG_ENDED]), *texts(store, keys)],
                 PATIENCE_SECONDS,
             )
-            if told:
+            if reported:
                 return ""
             if None not in notes or time.monotonic() > deadline:
                 break

@@ -57,7 +57,7 @@ class Run:
         with mesh.raise_on_all_ranks():
             self.batches, drawn = mesh.lead_first("data", self._open_data)
         self.held_out = from_lead(drawn) if config.data.streaming else drawn
-        mesh.check_same("the parameters that they start from", torch.stack([fingerprint(p) for p in model.parameters()]).sum())
+        mesh.check_same("their initial parameters", torch.stack([fingerprint(p) for p in model.parameters()]).sum())
         self.engine = build_engine(model, config, mesh)
         with mesh.raise_on_all_ranks():
             self.mergers: list[Merger] = build_mergers(config, self.engine.parameters, mesh)
