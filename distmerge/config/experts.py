@@ -68,9 +68,9 @@ class Stopping(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def patient(cls, table: Any) -> Any:
-        """Defaults and names that depend on other keys. Patience is 2 for merged, since merges are evaluated rarely and a later
-        step can make up for one unlucky evaluation."""
+    def defaults_of_rule(cls, table: Any) -> Any:
+        """Set the default of patience, and replace aliases of method. Patience is 2 for merged, since merges are evaluated
+        rarely and a later step can make up for one unlucky evaluation."""
         if isinstance(table, dict) and table.get("rule") == "merged":
             table = {"patience": 2} | table
         if isinstance(table, dict) and isinstance(table.get("method"), str):

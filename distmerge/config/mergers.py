@@ -82,7 +82,7 @@ class DiLoCoSettings(PeriodicSettings):
         return values | {"rule": "mean", "weights": "tokens"} if short else values
 
     @model_validator(mode="after")
-    def of_the_catalogue(self, info: ValidationInfo) -> DiLoCoSettings:
+    def check_rule(self, info: ValidationInfo) -> DiLoCoSettings:
         """Check the rule and its parameters against the catalogue, and replace aliases by the rule's name."""
         (given, key), stored = self.named_rule, bool(info.context and info.context.get(STORED))
         if key == "rule" and (self.auto_rule, self.auto_above) != ("ties", 0.9):
@@ -204,7 +204,7 @@ class SPARTASettings(MergerSettings):
     them, and give those workers the others' result (their optimizer moments stay, see [recovery])."""
 
     @model_validator(mode="after")
-    def lands_in_time(self) -> SPARTASettings:
+    def delay_within_cycle(self) -> SPARTASettings:
         cycle = math.ceil(1 / self.fraction) * self.every
         if self.selector != "random" and self.delay > cycle:
             raise UserError(

@@ -99,7 +99,7 @@ class Evaluate(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def no_batches(cls, values: Any) -> Any:
+    def refuse_batches(cls, values: Any) -> Any:
         if isinstance(values, dict) and "batches" in values:
             raise UserError(
                 f"batches is now sequences, which are drawn from all of the held-out text: instead of batches = "
