@@ -1,4 +1,4 @@
-"""distmerge: training in which merging is an event.
+"""distmerge: merging as an event in training.
 
     import distmerge as dm
     merger = dm.DiLoCo(model, every=50)
@@ -7,7 +7,7 @@
 
     dm.merge(method="ties", models=["a", "b"], base="base", density=0.5, out="merged")
 
-Names are loaded when they are first used, so that importing the package imports no torch.
+Names are imported when they are first used, so importing the package does not import torch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
     "flatten", "merge", "rule", "sweep", "window",
 ]  # fmt: skip
 
-ROOMS = {
+MODULE_OF = {
     "DiLoCo": "distmerge.workers.diloco",
     "SPARTA": "distmerge.workers.sparta",
     "compose": "distmerge.workers.compose",
@@ -75,7 +75,7 @@ ROOMS = {
     "Target": "distmerge.rules.protocol",
     "Block": "distmerge.rules.protocol",
 }
-"""The module of each name."""
+"""The module that defines each public name."""
 
 
 def __getattr__(name: str) -> Any:
@@ -83,9 +83,9 @@ def __getattr__(name: str) -> Any:
         from distmerge.version import installed_version
 
         return installed_version()
-    if name not in ROOMS:
+    if name not in MODULE_OF:
         raise AttributeError(f"module 'distmerge' has no attribute {name!r}")
-    return getattr(importlib.import_module(ROOMS[name]), name)
+    return getattr(importlib.import_module(MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

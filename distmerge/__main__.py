@@ -1,10 +1,10 @@
-"""The ``distmerge`` command, and ``python -m distmerge``: signals are heard before anything else is imported."""
+"""The ``distmerge`` command and ``python -m distmerge``. Signals are handled before anything else is imported."""
 
-from distmerge.launch.interrupts import EARS
+from distmerge.launch.interrupts import SIGNAL_THREAD
 
 
 def program() -> None:
-    EARS.install()
+    SIGNAL_THREAD.install()
     from distmerge.cli.main import program
 
     program()

@@ -1,12 +1,12 @@
-"""Merging, diagnosing, sweeping and windows from Python: what the commands of the same names do, with typed results.
+"""Python functions for the commands ``merge``, ``diagnose``, ``sweep`` and ``window``, with typed results.
 
     import distmerge as dm
 
     result = dm.merge(method="ties", models=["a", "b"], base="base", density=0.5, out="merged")
     print(result)
 
-Errors name an option by its flag on the command line. Nothing is printed; every result says what the command would print
-when it is turned into a string, and has it for programs in ``as_dict()``.
+Nothing is printed: ``str(result)`` is what the command would print, and ``as_dict()`` has the same for programs. Error messages
+name options by their flags on the command line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from distmerge.windows.merge import WindowResult
 
 Reference = str | Path
-"""A model's directory, a hub id, or a LoRA adapter on a base ("BASE+ADAPTER")."""
+"""A model directory, a hub id, or a LoRA adapter on a base ("BASE+ADAPTER")."""
 
 
 def merge(
@@ -48,18 +48,19 @@ def merge(
     """Merge models into the directory ``out``, as ``distmerge merge`` does.
 
     Args:
-        recipe: a .yaml file of mergekit's or a .toml file of distmerge's. Without one, ``method`` and ``models`` are needed.
-        out: must not exist yet; it appears when it is whole.
-        method: one of the catalogue's, "auto" (what a diagnosis recommends), or for adapters "cat", "svd", "extract".
-        models: directories or hub ids, in order, each perhaps with its weight: ``["a", ("b", 0.5)]`` or ``{"a": 1, "b": 0.5}``.
-        base: what the models were trained from.
-        general: for ptm, the model to which the others' task vectors are added.
-        options: how the merge is done.
-        parameters: of the method, such as ``density=0.5``, and its variants, such as ``trim="tensor"``. One whose name is a
-            word of Python's takes an underscore: ``lambda_=0.5``. With a recipe in a file, variants alone.
+        recipe: a .yaml file in mergekit's format or a .toml file in distmerge's. Without one, ``method`` and ``models`` are
+            needed.
+        out: the directory to create. It must not exist, and it appears only when it is complete.
+        method: a method of the catalogue, "auto" (which a diagnosis chooses), or for adapters "cat", "svd" or "extract".
+        models: directories or hub ids, in order, optionally with weights: ``["a", ("b", 0.5)]`` or ``{"a": 1, "b": 0.5}``.
+        base: the model from which the models were trained.
+        general: for method ptm, the model to which the others' task vectors are added.
+        options: how the merge is carried out.
+        parameters: parameters of the method, such as ``density=0.5``, and its variants, such as ``trim="tensor"``. A name that
+            is a keyword of Python takes an underscore: ``lambda_=0.5``. With a recipe in a file only variants are allowed.
 
     Raises:
-        UserError: for anything wrong with the recipe, the models or the disk; nothing is left under the name ``out``.
+        UserError: for an error in the recipe, the models or on the disk; ``out`` does not exist then.
     """
     options = options or MergeOptions()
     given = check_parameters(parameters, method)
@@ -72,7 +73,7 @@ def merge(
         return merge_models(whole, Path(out), options)
     flags = {"method": method, "base": base, "general": general, "model": models or None}
     if wrong := [key for key, value in flags.items() if value is not None]:
-        raise UserError(f"--{wrong[0]} belongs to a recipe in flags, got the recipe {recipe}, too")
+        raise UserError(f"--{wrong[0]} belongs to a recipe in flags, but the recipe {recipe} is given")
     return merge_models(recipe_in_file(str(recipe), given, options), Path(out), options)
 
 
@@ -84,16 +85,16 @@ def diagnose(
     tensorboard: Reference | None = None,
     options: DiagnoseOptions | None = None,
 ) -> Diagnosis:
-    """Say how alike models are, and how to merge them, as ``distmerge diagnose`` does.
+    """Measure how similar models are and recommend how to merge them, as ``distmerge diagnose`` does.
 
     Args:
-        models: at least two, trained from ``base``.
-        plot: a directory for cosines.png and layers.png.
-        tensorboard: a directory for the same figures and scalars, as TensorBoard reads them.
-        options: how it is done, and the text on which losses are measured.
+        models: at least two models that were trained from ``base``.
+        plot: a directory for the figures cosines.png and layers.png.
+        tensorboard: a directory for TensorBoard files with the same figures and the scalars.
+        options: how the diagnosis is carried out, and the text on which losses are measured.
 
     Raises:
-        UserError: for anything wrong with the models or the text.
+        UserError: for an error in the models or the text.
     """
     from distmerge.merging.diagnose import diagnose_models
     from distmerge.plotting import require_matplotlib
@@ -125,19 +126,20 @@ def sweep(
     options: SweepOptions | None = None,
     **parameters: Setting,
 ) -> SweepResult:
-    """Judge merges by their loss on text, as ``distmerge sweep`` does: a parameter over a grid, or a greedy soup.
+    """Evaluate merges by their loss on text, for a grid of values of a parameter or for a greedy soup, as ``distmerge sweep``
+    does.
 
     Args:
-        method, models, base, general, parameters: as of :func:`merge`; "greedy_soup" keeps the models that do not raise the
-            mean loss, and takes no grid.
-        skills: globs of text for each skill by its name; the first one stands for the general ability.
+        method, models, base, general, parameters: as in :func:`merge`. Method "greedy_soup" keeps the models that do not raise
+            the mean loss, and takes no grid.
+        skills: globs of text files for each skill by name. The first skill represents the general ability.
         grid: the parameter and its values, such as ``("lambda", [0.2, 0.4])``.
-        out: where the model of the lowest mean loss is written; None writes none.
-        plot: a directory for pareto.png, the first skill against the others.
-        options: how it is done, and how much text a point is judged on.
+        out: the directory for the merge with the lowest mean loss; None writes none.
+        plot: a directory for the figure pareto.png, the first skill against the others.
+        options: how the sweep is carried out, and the amount of text for each evaluation.
 
     Raises:
-        UserError: for anything wrong with the models, the grid, the text or the disk.
+        UserError: for an error in the models, the grid or the text, or on the disk.
     """
     from distmerge.merging.merge import merge_models
     from distmerge.plotting import require_matplotlib
@@ -171,23 +173,24 @@ def window(
     options: WindowOptions | None = None,
     **parameters: Setting,
 ) -> WindowResult:
-    """Merge a run's blocks, or other checkpoints of one model, as ``distmerge window`` does.
+    """Merge the blocks of a run's window, or other checkpoints of one model, as ``distmerge window`` does.
 
     Args:
-        members: a run's directory, or models of one run, oldest first.
-        out: the merged model's directory, which must not exist yet; None writes none.
-        curve: of the learning rate, whose weights rule "mean" takes: a name (``distmerge.windows.curves``), a function of
-            the share of the window's tokens that are behind, or a table of points; None for "linear".
-        quadrature: how a curve becomes weights: "endpoint" for blocks, "mean" for snapshots.
-        rule: "mean", or any other of the catalogue that needs no base, or takes one.
-        base: what the rule's task vectors start from. A rule that needs one, and is given none, takes the oldest member.
-        explain: whether the result says if merging should help here, and why.
-        plot: a .svg, .png or .pdf file for the weights, what learning rate they imply, and the frequency response.
-        options: which members, and how it is done.
-        parameters: of the rule, as of :func:`merge`.
+        members: a run directory, or the models of one run, oldest first.
+        out: the directory to create for the merged model, which must not exist; None writes none.
+        curve: the learning-rate decay that the weights of rule "mean" stand for: a name (:mod:`distmerge.windows.curves`), a
+            function of the share of the window's tokens that have passed, or a table of points. None is "linear".
+        quadrature: how a curve is turned into weights: "endpoint" for blocks, "mean" for snapshots.
+        rule: "mean" or another rule of the catalogue.
+        base: the model from which the rule's task vectors are measured. For a rule that needs one it is by default the oldest
+            member.
+        explain: whether the result says if a merge should help here, and why.
+        plot: a .svg, .png or .pdf file for the weights, the learning rates that they imply, and their frequency response.
+        options: the choice of members, and how the merge is carried out.
+        parameters: parameters of the rule, as in :func:`merge`.
 
     Raises:
-        UserError: for anything wrong with the members, the curve, the rule or the disk.
+        UserError: for an error in the members, the curve or the rule, or on the disk.
     """
     from distmerge.plotting import check_picture
 

@@ -1,9 +1,9 @@
-"""The one kind of error that is the user's to mend."""
+"""The error that is raised for a user's mistakes."""
 
 
 class UserError(ValueError):
-    """Something that the user can mend: one line that names the key, its value and what is allowed.
+    """A mistake that the user can fix. Its message is one line with the key, its value and what is allowed.
 
-    The command line prints it as ``error: ...`` and leaves with status 2. Everything else that is raised is our own
-    mistake, and keeps its traceback.
+    The command line prints it as ``error: ...`` and exits with status 2. Any other exception is a bug of distmerge and keeps
+    its traceback.
     """

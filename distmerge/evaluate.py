@@ -26,12 +26,13 @@ from distmerge.model import check_fits, first_line, load_model, load_tokenizer
 
 
 class Evaluation(NamedTuple):
-    """What a model's loss on some sequences is.
+    """A model's loss on some sequences.
 
     Attributes:
-        loss: in nats per token, over all tokens that were predicted.
-        tokens: how many those were.
-        standard_error: of the loss, in nats per token; None for fewer than two sequences, or where the loss is not finite.
+        loss: mean over all predicted tokens, in nats per token.
+        tokens: number of predicted tokens.
+        standard_error: standard error of the loss in nats per token. None for fewer than two sequences, or if the loss is not
+            finite.
     """
 
     loss: float
@@ -41,28 +42,31 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: datasets.Dataset, batch_size: int, rank: int = 0, world: int = 1) -> Evaluation:
-    """The loss over every sequence of ``data``, each judged once, whatever the batch size and the number of ranks.
+    """The loss over all sequences of ``data``. Each is evaluated once, for any batch size and number of ranks.
 
-    With several ranks it is a collective over all of them; each evaluates its own model on its batches, and all take as many
-    forward passes, which are collectives where a model is sharded. The model's mode and all generators are left as they were.
+    With several ranks this is a collective over all of them: each evaluates its own model on a share of the batches, with the
+    same number of forward passes, since those are collectives if a model is sharded. The model's training mode is restored, and
+    no random generator is used.
 
     Args:
-        data: rows with ``input_ids``; which rows stand for a text is :func:`distmerge.data.packed.sampled`'s to say.
-        batch_size: sequences of one forward pass.
+        data: rows with ``input_ids``, such as :func:`distmerge.data.packed.sampled` draws from a text.
+        batch_size: sequences per forward pass.
+        rank, world: this rank, and the number of ranks.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     batches = math.ceil(len(data) / batch_size)
-    # A row for each sequence: every rank fills in its own, so adding them up is exact, and the sum is always in one order.
+    # Each rank fills in the rows of its own sequences, so the all-reduce only adds zeros. It is exact, and the final sum is
+    # always taken in the same order.
     sums = torch.zeros(len(data), 2, dtype=torch.float64, device=device)
     for turn in range(math.ceil(batches / world)):
         index = turn * world + rank
-        start = index * batch_size if index < batches else 0  # a rank without a batch of its own keeps the others company
+        start = index * batch_size if index < batches else 0  # a rank without a batch takes part in the others' collectives
         batch = torch.from_numpy(np.asarray(data[start : start + batch_size]["input_ids"], dtype=np.int64)).to(device)
-        judged = loss_by_sequence(model, batch)
+        losses = loss_by_sequence(model, batch)
         if index < batches:
-            sums[start : start + len(batch)] = judged
+            sums[start : start + len(batch)] = losses
     if world > 1:
         dist.all_reduce(sums)
     model.train(was_training)
@@ -70,7 +74,11 @@ def evaluate(model: nn.Module, data: datasets.Dataset, batch_size: int, rank: in
 
 
 def loss_by_sequence(model: nn.Module, batch: Tensor) -> Tensor:
-    """``[batch, 2]`` float64: the loss of each sequence in nats, summed over the tokens that count, and their number."""
+    """For each sequence the sum of its tokens' losses in nats and the number of tokens that count, ``[batch, 2]`` float64.
+
+    Args:
+        batch: ``[batch, length]`` token ids, see :mod:`distmerge.data.loss_mask`.
+    """
     ids, labels = ids_and_labels(batch)
     logits = model(input_ids=ids, use_cache=False).logits.float()
     following = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -79,10 +87,13 @@ def loss_by_sequence(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def mean_over_tokens(sums: Tensor) -> Evaluation:
-    """The loss per token of sequences that were judged one by one, ``[sequences, 2]`` as of :func:`loss_by_sequence`.
+    """The mean loss per token, with its standard error.
 
-    The mean is a ratio of two sums, so its standard error is that of a ratio (Cochran, Sampling Techniques, chapter 6), with
-    the sequences taken as drawn independently.
+    The mean is a ratio of two sums, so its standard error is that of a ratio estimator (Cochran, Sampling Techniques,
+    chapter 6), which treats the sequences as independent draws.
+
+    Args:
+        sums: ``[sequences, 2]``, as from :func:`loss_by_sequence`.
     """
     total, tokens = sums.sum(0).tolist()
     loss = total / tokens
@@ -98,10 +109,11 @@ class DirectoryEvaluation:
     """The loss of a model directory on text.
 
     Attributes:
-        text: which text, in words.
+        text: a description of the text.
         loss, standard_error: as in :class:`Evaluation`.
-        sequences, tokens: how many were judged.
-        bytes: of the text, where its length in bytes is known.
+        sequences: number of sequences.
+        tokens: number of predicted tokens.
+        bytes: length of the text in bytes, if it is known.
     """
 
     text: str
@@ -120,7 +132,7 @@ class DirectoryEvaluation:
         return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as JSON has it."""
+        """The result as a JSON object."""
         line = {
             "text": self.text,
             "loss": self.loss,
@@ -136,12 +148,12 @@ def evaluate_directory(path: str, files: list[str] | None, sequence_length: int 
     """The loss of the HF model directory ``path`` on text.
 
     Args:
-        files: text files, all of whose text may be drawn from; None for the text that the model's own run held out.
-        sequence_length: tokens of a sequence; None for 128, or where there are no files for as many as in the model's run.
-        sequences: how many are drawn.
+        files: globs of text files, from all of which sequences are drawn; None for the text that the model's own run held out.
+        sequence_length: tokens per sequence. By default 128 with ``files``, else as in the model's run.
+        sequences: number of sequences to draw.
 
     Raises:
-        UserError: where there is no model, no text, or too little of it.
+        UserError: if there is no model, no text, or too little text.
     """
     tokenizer = load_tokenizer(path)
     section = Data(source="files", files=files) if files else section_of(path)
@@ -155,15 +167,16 @@ def evaluate_directory(path: str, files: list[str] | None, sequence_length: int 
     check_fits(model, tokenizer, section.sequence_length)
     found = evaluate(model, text, 8)
     size = int(np.sum(text["bytes"])) if "bytes" in text.column_names else None
-    said = " ".join(files) if files else f"held out by {path}'s own run"
-    return DirectoryEvaluation(said, found.loss, found.standard_error, len(text), found.tokens, size)
+    description = " ".join(files) if files else f"held out by {path}'s own run"
+    return DirectoryEvaluation(description, found.loss, found.standard_error, len(text), found.tokens, size)
 
 
 def section_of(path: str) -> Data:
-    """The data that a model was trained on, as its ``training.json`` or the run directory around it tells.
+    """The [data] section with which a model was trained, from its ``training.json`` or the ``config.toml`` of the run directory
+    that it is in.
 
     Raises:
-        UserError: where nothing tells, or what tells cannot be read.
+        UserError: if there is neither file, or it cannot be read.
     """
     directory = Path(path).resolve()
     tables = [(directory / "training.json", lambda text: json.loads(text).get("data"))]
@@ -176,14 +189,12 @@ def section_of(path: str) -> Data:
             if table is not None:
                 return Data.model_validate(table)
         except (OSError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{file} does not tell what {path} was trained on ({first_line(error)}): give --files GLOB"
-            ) from None
+            raise UserError(f"{file} does not describe the data of {path} ({first_line(error)}): give --files GLOB") from None
     raise UserError(f"--files must be given for {path}, since no training.json or config.toml says what text its run held out")
 
 
 def held_out_text(path: str, section: Data, sequences: int) -> datasets.Dataset:
-    """The sequences that the model's own run was judged on, if it drew as many."""
+    """Sequences of the text that the model's own run held out; those of its evaluations if the number is the same."""
     try:
         if section.streaming:
             return stream_held_out(section, sequences)

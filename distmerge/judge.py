@@ -1,12 +1,11 @@
-"""The judge of merges in memory: one model, into which they are put, and its loss on each of several texts.
+"""Evaluates merges in memory: each is put into one model, whose loss is taken on each of several texts.
 
     judge = Judge(model, texts_of({"code": ["code/*.py"]}, "bytes", 128, 256))
-    judge.losses()                                  # of the model as it is
-    judge.losses_of(holding(model, merged))         # of another state; afterwards every bit is as it was
+    judge.losses()                                  # of the model in its present state
+    judge.losses_of(holding(model, merged))         # of another state; the previous one is restored bit for bit
 
-What puts a merge into the model is a context: :func:`holding` for a state by names,
-:meth:`distmerge.experts.adapt.Theta.holding` for a vector, :meth:`distmerge.theta.flat.FlatParameters.borrowed` to write in
-place.
+A context puts a merge into the model: :func:`holding` a state_dict, :meth:`distmerge.experts.adapt.Theta.holding` a vector, and
+in :meth:`distmerge.theta.flat.FlatParameters.borrowed` the caller writes it in place.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from distmerge.model import load_tokenizer
 
 
 class Judge:
-    """The losses of what is in a model, on texts.
+    """The losses of a model on several texts.
 
     Args:
-        texts: rows with ``input_ids``, by the text's name.
-        batch_size: sequences of a forward pass.
-        rank, world: with several ranks, every judgement is a collective over all of them, see
+        texts: rows with ``input_ids``, by the name of the text.
+        batch_size: sequences per forward pass.
+        rank, world: this rank, and the number of ranks. With several, each evaluation is a collective over all of them, see
             :func:`distmerge.evaluate.evaluate`.
     """
 
@@ -41,22 +40,21 @@ class Judge:
         self.batch_size, self.rank, self.world = batch_size, rank, world
 
     def losses(self, names: Iterable[str] | None = None) -> dict[str, float]:
-        """The loss of the model as it is on the named texts, by default all of them; nats per token."""
+        """The model's loss on each of the named texts, by default on all of them, in nats per token."""
         chosen = self.texts if names is None else names
         return {name: evaluate(self.model, self.texts[name], self.batch_size, self.rank, self.world).loss for name in chosen}
 
     def losses_of(
         self, held: contextlib.AbstractContextManager[object], names: Iterable[str] | None = None
     ) -> dict[str, float]:
-        """The losses of what the model is inside the context ``held``, which puts back what was there."""
+        """The losses of the state that the context ``held`` puts into the model, as from :meth:`losses`."""
         with held:
             return self.losses(names)
 
 
 @contextlib.contextmanager
 def holding(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """A context in which the model computes with ``state``, tensors by the names of its state_dict. Afterwards every bit of
-    the model is as it was."""
+    """A context in which the model has the state_dict ``state``. At its end the previous state is restored bit for bit."""
     own = {name: value.clone() for name, value in model.state_dict().items()}
     try:
         model.load_state_dict(state)
@@ -68,17 +66,17 @@ def holding(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
 def texts_of(
     files: Mapping[str, Sequence[str]], tokenizer: str, sequence_length: int, sequences: int, option: str = "--skill {name}"
 ) -> dict[str, datasets.Dataset]:
-    """The sequences of each text that models are judged on.
+    """Draw the sequences of each text on which models are evaluated.
 
     Args:
-        files: globs of each text's files, by the text's name.
-        tokenizer: as ``data.tokenizer``, see :func:`tokenizer_of`.
-        sequence_length: tokens of a sequence.
-        sequences: how many are drawn from each text.
-        option: what the user gave the files by; errors name it.
+        files: globs of each text's files, by the name of the text.
+        tokenizer: as the key ``data.tokenizer``, see :func:`tokenizer_of`.
+        sequence_length: tokens per sequence.
+        sequences: number of sequences to draw from each text.
+        option: the option by which the user gave the files, for errors.
 
     Raises:
-        UserError: for a text that does not hold a single sequence.
+        UserError: for a text that is shorter than one sequence.
     """
     texts: dict[str, datasets.Dataset] = {}
     for name, patterns in files.items():
@@ -90,7 +88,7 @@ def texts_of(
 
 
 def tokenizer_of(directory: str) -> str:
-    """What ``data.tokenizer`` must be for texts of a model: "bytes", or the directory that its tokenizer lies in."""
+    """The value of ``data.tokenizer`` that stands for a model's own tokenizer: "bytes" or the model's directory."""
     from transformers import ByT5Tokenizer
 
     return "bytes" if isinstance(load_tokenizer(directory), ByT5Tokenizer) else directory

@@ -1,4 +1,5 @@
-"""What draws: matplotlib, from the extra ``plot``. It is asked for before a verb begins its work, and loaded when it draws."""
+"""Checks that figures can be drawn, before a command begins its work. They need matplotlib, of the extra ``plot``, which is
+imported only when a figure is drawn."""
 
 from __future__ import annotations
 
@@ -9,20 +10,23 @@ from distmerge.errors import UserError
 
 
 def require_matplotlib(what: str) -> None:
-    """Refuse to begin what would end in a picture that cannot be drawn.
+    """Refuse to draw figures without matplotlib.
 
     Args:
-        what: the verb or the flag that draws, for the error.
+        what: the command or the flag that draws, for the error.
 
     Raises:
-        UserError: without matplotlib.
+        UserError: if matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise UserError(f"{what} needs matplotlib, which draws its pictures: pip install 'distmerge[plot]'")
+        raise UserError(f"{what} needs matplotlib to draw figures: pip install 'distmerge[plot]'")
 
 
 def check_picture(flag: str, path: str) -> None:
-    """Refuse a picture that could not be drawn, or whose suffix names no format.
+    """Refuse a figure that cannot be drawn because matplotlib is missing or the suffix of its file is unknown.
+
+    Args:
+        flag: the flag that gives the file, for the error.
 
     Raises:
         UserError: naming the flag.

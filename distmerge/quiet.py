@@ -1,4 +1,4 @@
-"""Commands whose standard output programs read: what libraries print on the way goes to standard error."""
+"""Keeps standard output clean for commands whose output programs read: what libraries print goes to standard error."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """A stretch in which standard output is standard error, for Python, for C and for child processes.
+    """A context in which standard output is redirected to standard error, for Python, C code and child processes.
 
-    A logger that a library makes of ``sys.stdout`` in it stays with standard error.
+    A logger that a library creates for ``sys.stdout`` in this context keeps writing to standard error afterwards.
     """
     sys.stdout.flush()
     kept = os.dup(1)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, as pure functions of the step: nothing to save, nothing to resume."""
+"""Learning-rate schedules. They are pure functions of the step, so checkpoints need no state for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from distmerge.rules.decay import DECAYS, with_floor
 
 
 def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
-    """The share of the peak learning rate that inner step ``step`` (counted from 0) of ``steps`` takes."""
+    """The learning rate of inner step ``step``, counted from 0, as a share of the peak rate.
+
+    Args:
+        steps: number of steps of the whole run.
+    """
     if step < schedule.warmup:
         return (step + 1) / schedule.warmup
     if schedule.name == "constant":

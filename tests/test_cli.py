@@ -83,7 +83,7 @@ def error_of(outcome: Outcome) -> str:
         ("train {0}/config.toml --step 3", 'config.step is not a known key; did you mean "steps"?'),
         ("train {0}/config.toml --verbose", 'config.verbose is not a known key; did you mean "merge"?'),
         ("train {0}/config.toml --steps many", "config.steps must be an integer, got 'many'"),
-        ("train {0}/config.toml --run-dir=", "config.run_dir must be a word, and not empty, got ''"),
+        ("train {0}/config.toml --run-dir=", "config.run_dir must be a string that is not empty, got ''"),
         ("train {0}/config.toml --steps 0", "config.steps must be >= 1, got 0"),
         ("train {0}/config.toml --data.files {0}/no*.txt", 'config.data.files: "{0}/no*.txt" matches no file'),
         (
@@ -197,7 +197,7 @@ def test_a_run_directory_without_permission(folder: Path, tmp_path: Path) -> Non
         ("--data.files {0}/bad.parquet", "config.data: cannot read {0}/bad.parquet: Parquet magic bytes not found in footer"),
         (
             "--data.sequence-length 3000",
-            "config.data.sequence_length must be <= 2048, the model's positions, got 3000",
+            "config.data.sequence_length must be <= 2048, the model's number of positions, got 3000",
         ),
         (
             "--data.eval-fraction 0.001 --data.files {0}/rows.jsonl --data.sequence-length 2000",
@@ -252,7 +252,7 @@ def test_a_model_of_fewer_tokens_than_the_tokenizer(ranks: Ranks, folder: Path, 
     config.write_text(text[:start] + f'[model]\npath = "{tmp_path}/model"\n' + text[stop:])
     outcomes = ranks.run(2, command, ["train", str(config), "--run-dir", str(tmp_path / "run")], group=False)
     said = "".join(outcome.stderr for outcome in outcomes)
-    assert said == "error: config.data.tokenizer must have at most 50 tokens, as the model has, got 384\n"
+    assert said == "error: config.data.tokenizer must have at most 50 tokens, the size of the model's embedding, got 384\n"
 
 
 # ---- as real processes

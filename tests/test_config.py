@@ -137,7 +137,7 @@ def test_mistakes(change: str, message: str, tmp_path: Path) -> None:
             '[[merge]]\nkind = "diloco"\nevery = 20',
             "",
             "config.merge must have an entry when mesh.workers is 2, got none "
-            '(kind = "none" for workers that never merge but at the end)',
+            '(kind = "none" for workers that merge only at the end)',
         ),
         ("[[merge]]", "[merge]", "config.merge must be a list, got {'kind': 'diloco', 'every': 20}"),
     ],
@@ -284,7 +284,7 @@ def test_a_run_of_few_merges_is_told_so_in_one_line(tmp_path: Path) -> None:
     few = merges(tmp_path, steps=400, entry="every = 20").merge[0]
     assert merges(tmp_path, steps=400).merge[0].warning(400) is None
     assert few.warning(400) == (
-        "400 steps with every = 20 are 20 merges; with fewer than 30 or so, merging costs several percent of the loss: "
+        "400 steps with every = 20 give 20 merges; with fewer than about 30, merging raises the loss by several percent: "
         "lower every, or train for longer"
     )
 

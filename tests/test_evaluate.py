@@ -157,7 +157,7 @@ def test_the_verbs_mistakes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("few")
     with pytest.raises(main.UserError, match="--files must hold at least one sequence of 20 tokens"):
         main.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "a.txt"), "--sequence-length", "20"])
-    with pytest.raises(main.UserError, match="sequence_length must be <= 2048, the model's positions, got 3000"):
+    with pytest.raises(main.UserError, match="sequence_length must be <= 2048, the model's number of positions, got 3000"):
         (tmp_path / "b.txt").write_text("many " * 1000)
         main.run(["eval", str(tmp_path / "model"), "--files", str(tmp_path / "b.txt"), "--sequence-length", "3000"])
     with pytest.raises(main.UserError, match="matches no file"):
@@ -204,7 +204,7 @@ def test_where_nothing_tells_what_was_held_out_files_are_asked_for(tmp_path: Pat
         main.run(["eval", str(tmp_path / "model")])
     for broken in ("{", "[]", '{"data": {"source": "moon"}}', '{"data": 5}'):
         (tmp_path / "model" / "training.json").write_text(broken)
-        with pytest.raises(main.UserError, match=r"training.json does not tell what .* was trained on .*: give --files GLOB"):
+        with pytest.raises(main.UserError, match=r"training.json does not describe the data of .*: give --files GLOB"):
             main.run(["eval", str(tmp_path / "model")])
 
 

@@ -192,7 +192,7 @@ def replace(model: nn.Sequential) -> None:
         (lambda model: model[1].requires_grad_(True), "parameter 1.weight trains, but did not when the merger was made"),
         (lambda model: model.append(nn.Linear(3, 3)), "parameter 3.weight trains, but did not when the merger was made"),
         (lambda model: model[0].requires_grad_(False), "parameter 0.weight was frozen after the merger was made"),
-        (lambda model: model.pop(2), "parameter 2.weight was taken out of the model after the merger was made"),
+        (lambda model: model.pop(2), "parameter 2.weight was removed from the model after the merger was made"),
     ],
     ids=["assign", "replace", "unfreeze", "append", "freeze", "remove"],
 )

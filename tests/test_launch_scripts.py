@@ -98,7 +98,7 @@ def test_told_to_leave_it_commits_and_asks_for_a_requeue(tmp_path: Path, started
     assert len(checkpoints) == 1
     step = int(checkpoints[0].name.removeprefix("step-"))
     assert step >= 8
-    assert f"told to leave: checkpoint of step {step} committed, status 75 asks for a requeue" in job.output
+    assert f"stopped early: checkpoint of step {step} committed, exit status 75 asks for a requeue" in job.output
     assert "Traceback" not in job.output and "interrupted" not in job.output, "it is told once"
     again = Script("local.sh", [config, "--steps", str(step + 3), *arguments[3:]], tmp_path / "log-again")
     started.append(again)

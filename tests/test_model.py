@@ -131,10 +131,12 @@ def test_what_does_not_fit() -> None:
     tokenizer = ByT5Tokenizer()
     model = build("gpt2")
     check_fits(model, tokenizer, 32)
-    with pytest.raises(UserError, match=r"config.data.sequence_length must be <= 32, the model's positions, got 33"):
+    with pytest.raises(UserError, match=r"config.data.sequence_length must be <= 32, the model's number of positions, got 33"):
         check_fits(model, tokenizer, 33)
     model.resize_token_embeddings(20)
-    with pytest.raises(UserError, match=r"config.data.tokenizer must have at most 20 tokens, as the model has, got 384"):
+    with pytest.raises(
+        UserError, match=r"config.data.tokenizer must have at most 20 tokens, the size of the model's embedding, got 384"
+    ):
         check_fits(model, tokenizer, 32)
 
 
@@ -191,7 +193,7 @@ def test_weights_without_a_place_are_said(tmp_path: Path, capfd) -> None:
     content = load_file(tmp_path / "model.safetensors")
     save_file(content | {"score.weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     load_model(str(tmp_path))
-    assert "holds 1 weights that its architecture has no place for, such as score.weight" in capfd.readouterr().err
+    assert "holds 1 weights that its architecture does not have, such as score.weight" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -28,4 +28,4 @@ def test_pictures_ask_for_matplotlib_before_the_work(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     jobs.write_config(tmp_path)
     said = error_of(command(arguments.format(tmp_path).split()))
-    assert said == f"{what} needs matplotlib, which draws its pictures: pip install 'distmerge[plot]'"
+    assert said == f"{what} needs matplotlib to draw figures: pip install 'distmerge[plot]'"

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from distmerge.cli import checkpoints, experts, merging, training
 from distmerge.errors import UserError
-from distmerge.launch.interrupts import EARS
+from distmerge.launch.interrupts import SIGNAL_THREAD
 from distmerge.merging.options import check_text
 from distmerge.quiet import quiet
 
@@ -26,7 +26,7 @@ MEMORY_SIGNS = ("can't allocate memory", "not enough memory", "bad_alloc", "can'
 
 def program() -> None:
     """The command: the process ends with it."""
-    EARS.install()
+    SIGNAL_THREAD.install()
     gc.set_threshold(50_000, 20, 20)  # imports make no garbage, and looking for it is a tenth of their time
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what torch's sockets warn of is told in a line

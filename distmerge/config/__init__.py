@@ -1,1 +1,1 @@
-"""The configuration: frozen sections, read from TOML and overridden from the command line. Imports no torch."""
+"""The configuration: frozen sections, read from TOML files and overridden on the command line. Imports no torch."""

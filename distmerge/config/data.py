@@ -1,4 +1,4 @@
-"""Where text comes from: a section of the configuration. Imports no torch."""
+"""The section of the training data. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,53 +12,54 @@ from distmerge.errors import UserError
 
 class Replay(Section):
     share: float = Field(gt=0, lt=1)
-    """Of the training sequences, those that are drawn from the files below."""
+    """Share of the training sequences that is drawn from the replay files."""
     files: list[str] = Field(min_length=1)
-    """Globs, read as data.files are."""
+    """Globs of the replay files, in the formats of data.files."""
 
 
 class Data(Section):
     source: Literal["stdlib", "files", "hub"] = "stdlib"
-    """stdlib: the source text of Python's standard library on this machine; files: the files below; hub: a data set of
-    the Hugging Face hub or its cache."""
+    """stdlib: the source code of Python's standard library on this machine; files: the files of data.files; hub: a dataset
+    from the Hugging Face hub or its local cache."""
     files: list[str] = Field(default=[])
-    """Globs of .txt, .jsonl or .parquet files (source files). One text file is cut into pieces at line ends."""
+    """Globs of .txt, .jsonl or .parquet files (source files). Long documents are split at line ends, so one file is enough."""
     dataset: str | None = None
-    """The data set's name (source hub)."""
+    """Name of the dataset (source hub)."""
     name: str | None = None
-    """The data set's configuration (source hub)."""
+    """Configuration of the dataset (source hub)."""
     split: str = "train"
-    """The data set's split (source hub)."""
+    """Split of the dataset (source hub)."""
     column: str = "text"
-    """The column that holds the text, in .jsonl and .parquet files and hub data sets."""
+    """Column with the text, in .jsonl and .parquet files and hub datasets."""
     streaming: bool = False
-    """Read as a stream, without an index: for corpora that do not fit the disk."""
+    """Read the data as a stream instead of indexing it, for corpora that do not fit on the disk."""
     shuffle_buffer: int = Field(default=1000, ge=1)
-    """Documents that a stream shuffles at a time, from several shards in turn (streaming). 1 does not shuffle them."""
+    """Number of documents in the shuffle buffer of a stream (streaming), read from several shards in turn. 1 disables
+    shuffling."""
     tokenizer: str = "bytes"
-    """bytes, or a tokenizer's directory or hub id."""
+    """bytes, or the directory or hub id of a tokenizer."""
     sequence_length: int = Field(default=128, ge=2)
-    """Tokens per sequence; documents are packed end to end."""
+    """Tokens per sequence. Documents are packed end to end."""
     eval_fraction: float = Field(default=0.02, gt=0, lt=1)
-    """Share of the documents held out for evaluation; at least one."""
+    """Share of the documents held out for evaluation, at least one document."""
     format: Literal["text", "completion", "chat"] = "text"
-    """text: packed end to end. completion, chat: one example a row, padded, with the loss on the completion, or on what
-    the assistant says, only."""
+    """text: documents packed end to end. completion, chat: one padded example per row, with the loss only on the completion or
+    on the assistant's messages."""
     prompt: str = "prompt"
-    """The column of the prompt (format completion)."""
+    """Column with the prompt (format completion)."""
     completion: str = "completion"
-    """The column of the completion (format completion)."""
+    """Column with the completion (format completion)."""
     messages: str = "messages"
-    """The column of the messages, a list of role and content (format chat)."""
+    """Column with the messages, a list of role and content (format chat)."""
     overlong: Literal["refuse", "drop"] = "refuse"
-    """What becomes of examples of more than sequence_length tokens."""
+    """Whether to stop with an error at examples with more than sequence_length tokens, or to drop them."""
     replay: Replay | None = None
-    """Text that is mixed in."""
+    """Text that is mixed into the training data, such as text of the original pretraining."""
 
     @model_validator(mode="after")
     def complete(self) -> Data:
         if self.streaming and (self.format != "text" or self.replay is not None):
-            raise UserError("streaming must be false with replay, or where format is not text, got true")
+            raise UserError("streaming must be false with replay, or if format is not text, got true")
         if (self.source == "files") != bool(self.files):
             raise UserError(f'files must be given exactly when data.source is "files", got {self.files}')
         if (self.source == "hub") != (self.dataset is not None):

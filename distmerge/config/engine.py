@@ -1,4 +1,4 @@
-"""The engine's section of the configuration, and what it may not contradict. Imports no torch."""
+"""The section of the engine, and checks of combinations that engines do not support. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from distmerge.errors import UserError
 
 class EngineSettings(Section):
     kind: Literal["torch", "fsdp", "deepspeed"] = "torch"
-    """How one worker computes and stores its parameters. torch: a replica on each rank, with DDP where there are several;
-    fsdp: FSDP2 over the worker's ranks; deepspeed: ZeRO 0 to 3 over them."""
+    """How one worker computes and stores its parameters. torch: a replica on each rank, with DDP if the worker has several;
+    fsdp: FSDP2 over the worker's ranks; deepspeed: ZeRO 0 to 3 over the worker's ranks."""
     reshard_after_forward: bool = True
-    """Free a block's gathered parameters after its forward pass, and gather them again for the backward one (fsdp)."""
+    """Free a block's gathered parameters after its forward pass and gather them again for its backward pass (fsdp)."""
     config: dict[str, Any] = Field(default={})
-    """DeepSpeed's configuration, a table or the path of a JSON file (deepspeed). What [train] says need not be repeated."""
+    """DeepSpeed's configuration, as a table or the path of a JSON file (deepspeed). Values of [train] need not be repeated."""
 
     @model_validator(mode="before")
     @classmethod
     def read_file(cls, values: Any) -> Any:
-        """A file's contents in place of its path: the run directory keeps what the run was told."""
+        """Replace the path of a file by its contents, so that the run directory records the configuration itself."""
         if isinstance(values, dict) and isinstance(values.get("config"), str):
             return values | {"config": read_json(values["config"])}
         return values
@@ -32,11 +32,9 @@ class EngineSettings(Section):
     @model_validator(mode="after")
     def consistent(self) -> EngineSettings:
         if self.config and self.kind != "deepspeed":
-            raise UserError(
-                f'config must not be given where kind is not "deepspeed", got {sorted(self.config)} with {self.kind}'
-            )
+            raise UserError(f'config must not be given if kind is not "deepspeed", got {sorted(self.config)} with {self.kind}')
         if not self.reshard_after_forward and self.kind != "fsdp":
-            raise UserError(f'reshard_after_forward must be true where kind is not "fsdp", got false with {self.kind}')
+            raise UserError(f'reshard_after_forward must be true if kind is not "fsdp", got false with {self.kind}')
         zero = self.config.get("zero_optimization", {})
         tables = {key: self.config[key] for key in ("zero_optimization", "bf16", "fp16") if key in self.config}
         if isinstance(zero, dict):
@@ -48,7 +46,7 @@ class EngineSettings(Section):
 
     @property
     def stage(self) -> int:
-        """DeepSpeed's ZeRO stage."""
+        """DeepSpeed's ZeRO stage, 0 to 3."""
         return self.config.get("zero_optimization", {}).get("stage", 0)
 
     @property
@@ -58,13 +56,17 @@ class EngineSettings(Section):
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """A JSON table; null, which is no value in TOML, is left out."""
+    """Read a JSON object. Keys whose value is null are removed, since TOML cannot represent them.
+
+    Raises:
+        UserError: if the file cannot be read or is not a JSON object.
+    """
     try:
         table = json.loads(Path(path).read_text())
     except OSError as error:
         raise UserError(f"config cannot be read from {path}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"config must be JSON, {path} is not: {error}") from None
+        raise UserError(f"config must be a JSON file, but {path} is not valid JSON: {error}") from None
     if not isinstance(table, dict):
         raise UserError(f"config must be a JSON object, got {type(table).__name__} in {path}")
     return without_null(table)
@@ -75,10 +77,13 @@ def without_null(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_engine(config: Any) -> None:
-    """Refuse what an engine cannot do, and a DeepSpeed configuration that contradicts the trainer's.
+    """Refuse settings that the engine does not support, and a DeepSpeed configuration that contradicts other sections.
 
     Args:
         config: the whole TrainConfig.
+
+    Raises:
+        UserError: naming the key.
     """
     kind = config.engine.kind
     if kind == "torch":
@@ -95,16 +100,16 @@ def check_engine(config: Any) -> None:
     }
     for key, (value, given) in whole.items():
         if given:
-            raise UserError(f'engine.kind must be "torch" where {key} is {value}, which needs whole tensors, got "{kind}"')
+            raise UserError(f'engine.kind must be "torch" if {key} is {value}, which needs whole tensors, got "{kind}"')
     if kind == "deepspeed" and config.data.format != "text":
-        raise UserError(f'data.format must be "text" where engine.kind is "deepspeed", got "{config.data.format}"')
+        raise UserError(f'data.format must be "text" if engine.kind is "deepspeed", got "{config.data.format}"')
     if config.recovery.enabled:
         raise UserError(f'engine.kind must be "torch" with recovery.enabled, which reads whole parameters, got "{kind}"')
     if config.train.compile:
-        raise UserError(f'train.compile must be false where engine.kind is "{kind}", got true')
+        raise UserError(f'train.compile must be false if engine.kind is "{kind}", got true')
     if config.optimizer.name != "adamw":
         raise UserError(
-            f'optimizer.name must be "adamw" where engine.kind is "{kind}", since Muon needs whole matrices, '
+            f'optimizer.name must be "adamw" if engine.kind is "{kind}", since Muon needs whole matrices, '
             f'got "{config.optimizer.name}"'
         )
     if kind == "deepspeed":
@@ -112,12 +117,17 @@ def check_engine(config: Any) -> None:
 
 
 def check_deepspeed(config: Any) -> None:
+    """Refuse keys of DeepSpeed's configuration that contradict other sections, and features that are not supported.
+
+    Raises:
+        UserError: naming the key.
+    """
     table, train = config.engine.config, config.train
     for key in ("optimizer", "scheduler"):
         if key in table:
             ours = "optimizer" if key == "optimizer" else "schedule"
             raise UserError(f"engine.config.{key} must not be given, since [{ours}] decides, got {table[key]}")
-    for key, name, ours in trainers_values(config):
+    for key, name, ours in values_from_train(config):
         if table.get(key, "auto") not in ("auto", ours):
             raise UserError(f"engine.config.{key} must be {ours}, as train.{name} is, got {table[key]}")
     bfloat16 = train.precision == "bfloat16"
@@ -143,8 +153,8 @@ def check_deepspeed(config: Any) -> None:
         )
 
 
-def trainers_values(config: Any) -> list[tuple[str, str, float]]:
-    """DeepSpeed's name, ours in [train], and the value, of what both configurations say."""
+def values_from_train(config: Any) -> list[tuple[str, str, float]]:
+    """The settings that DeepSpeed's configuration shares with [train]: DeepSpeed's name, the key in [train], and the value."""
     train = config.train
     return [
         ("train_micro_batch_size_per_gpu", "batch_size", train.batch_size),

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one line: the key, its value, what is allowed, and the name that was perhaps meant."""
+"""Turns pydantic's errors into one line: the key, its value, what is allowed, and for an unknown key a suggestion."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import get_args
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from distmerge.config.mergers import OURS, OutsideSettings
+from distmerge.config.mergers import BUILT_IN, CustomSettings
 from distmerge.config.section import Section
 from distmerge.config.train import TrainConfig
 
-MERGE_SECTIONS: dict[str, type[Section]] = {section.__name__: section for section in (*OURS.values(), OutsideSettings)}
-"""Those of [[merge]], by the names that stand for them in an error's location."""
+MERGE_SECTIONS: dict[str, type[Section]] = {section.__name__: section for section in (*BUILT_IN.values(), CustomSettings)}
+"""The sections of [[merge]] entries, by the class names that pydantic puts into an error's location."""
 
 
 def section_at(location: list[str] | tuple[str | int, ...]) -> type[Section] | None:
-    """The section that a dotted key, or an error's location, leads to."""
+    """The section to which the parts of a dotted key, or an error's location, lead; None if they lead elsewhere."""
     section: type[Section] | None = TrainConfig
     for name in location:
         if section is TrainConfig and name == "merge":
@@ -32,12 +32,12 @@ def section_at(location: list[str] | tuple[str | int, ...]) -> type[Section] | N
 
 
 def fields_of(section: type[Section]) -> dict[str, FieldInfo]:
-    """A section's fields by the names that a file gives them: async is no name in Python."""
+    """A section's fields by their keys in TOML. These are aliases where the key is a keyword of Python, such as async."""
     return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def explain(error: ErrorDetails) -> str:
-    """One line: the key, what is allowed, the value."""
+    """An error as one line with the key, what is allowed, and the value."""
     location, value, context = error["loc"], error["input"], error.get("ctx", {})
     kind = error["type"]
     key = name_of(location)
@@ -52,9 +52,9 @@ def explain(error: ErrorDetails) -> str:
         near = near or difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
         return f"{key} is not a known key; " + (f'did you mean "{near[0]}"?' if near else f"known: {', '.join(known)}")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tags = ", ".join(f"'{name}'" for name in OURS)
-        said = f"got {context['tag']!r}" if "tag" in context else "and is not given"
-        return f"{key}.kind must be one of {tags}, {said}"
+        tags = ", ".join(f"'{name}'" for name in BUILT_IN)
+        problem = f"got {context['tag']!r}" if "tag" in context else "and is not given"
+        return f"{key}.kind must be one of {tags}, {problem}"
     if kind not in ALLOWED:
         return f"{key}: {error['msg']}, got {value!r}"
     shown = value if kind.endswith(("than", "equal")) else repr(value)
@@ -74,7 +74,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "per_device_train_batch_size": ("batch_size",), "gradient_accumulation_steps": ("gradient_accumulation",),
     "sync_every": ("every",), "interval": ("every",), "warmup_steps": ("warmup",),
 }  # fmt: skip
-"""Keys as other tools call them, and as they are called here."""
+"""Names that other tools use, and the keys that correspond to them here."""
 
 ALLOWED = {
     "greater_than_equal": ">= {ge:g}",
@@ -96,6 +96,6 @@ ALLOWED = {
     "dict_type": "a table",
     "model_type": "a table",
     "model_attributes_type": "a table",
-    "string_too_short": "a word, and not empty",
+    "string_too_short": "a string that is not empty",
     "too_long": "at most {max_length} long",
 }

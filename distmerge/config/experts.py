@@ -1,4 +1,4 @@
-"""The experts axis' sections of the configuration. Imports no torch."""
+"""The sections for training experts: models that are trained in order to be merged. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,61 +13,64 @@ from distmerge.rules import catalogue
 
 
 class Lora(Section):
-    """Low-rank adapters in place of full finetuning, trained by peft. https://arxiv.org/abs/2106.09685"""
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685) instead of full finetuning, trained with PEFT."""
 
     rank: int = Field(default=8, ge=1)
-    """Columns of B and rows of A."""
+    """Rank of the adapters: the number of columns of B and rows of A."""
     alpha: float = Field(default=16.0, gt=0)
-    """The adapter is alpha / rank times B A."""
+    """Scale of the adapters: the weight's change is alpha / rank times B A."""
     targets: list[str] = Field(
         default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
     )
-    """The last parts of the names of the linear layers that get one."""
+    """Linear layers that get an adapter, by the last part of their names."""
 
 
 class Expert(Section):
-    """A model that is trained to be merged. Given at all, the run trains one."""
+    """A model that is trained in order to be merged. The run trains one if the section is present."""
 
     skill: str = Field(pattern=r"^[\w.-]+$")
-    """What it learns, in a word; part of file names and reports."""
+    """Name of the skill that the expert learns, used in file names and reports."""
     base: str | None = None
-    """The model that merges measure it from. By default model.path, from which it is trained."""
+    """The model from which merges measure the expert's task vector. By default model.path, from which it is trained."""
     lora: Lora | None = None
-    """Train an adapter; the output is an adapter's directory in PEFT's format."""
+    """Train an adapter. The output is then an adapter directory in PEFT's format."""
 
 
 class Stopping(Section):
-    """When an expert has trained enough to be merged. https://arxiv.org/abs/2506.14126"""
+    """When to stop the training of an expert (https://arxiv.org/abs/2506.14126)."""
 
     rule: Literal["none", "plateau", "merged"] = "none"
-    """plateau: the run's own evaluation no longer improves: lower the rate, then stop. merged: the merge with the models
-    below no longer improves, looked at where checkpoint.at publishes; the run ends with the step that merged best."""
+    """plateau: when the run's own evaluation loss no longer improves, lower the learning rate, later stop. merged: stop when
+    the loss of the merge with merge_with no longer improves. It is evaluated at the steps of checkpoint.at, and the run ends
+    with the step that merged best."""
     patience: int = Field(default=1, ge=1)
-    """Evaluations, or for merged looks, in a row without an improvement that are too many; 2 by default for merged."""
+    """Number of evaluations in a row without an improvement after which the rule acts. By default 2 for merged."""
     after: int = Field(default=16, ge=1)
-    """merged: looks before this step do not count; before anything is learned they are noise."""
+    """Evaluations of the merge before this step are ignored, since they are noise before anything is learned (merged)."""
     tolerance: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the best loss by which a lower one must be lower to be an improvement."""
+    """A lower loss counts as an improvement if it is lower than the best by more than this share of it."""
     factor: float = Field(default=0.5, gt=0, lt=1)
-    """What the learning rate is multiplied by on a plateau."""
+    """Factor by which the learning rate is multiplied at a plateau (plateau)."""
     reductions: int = Field(default=1, ge=0)
-    """Plateaus on which the rate is lowered; the next one ends the run."""
+    """Number of plateaus at which the learning rate is lowered. The next plateau ends the run (plateau)."""
     merge_with: list[str] = Field(default=[])
-    """Model directories, and run directories of sibling experts, each at its newest published step that is not later."""
+    """Models to merge with: model directories, and run directories of sibling experts. Of a sibling the newest published step
+    is taken that is not later than this run's step (merged)."""
     method: str = "mean"
-    """A rule's name: of the task vectors of this expert and of merge_with, in its paper's form. ptm: scale times this expert's
-    is added to merge_with, which is the one general model."""
+    """The rule that merges the task vectors of this expert and of merge_with, in the form of its paper. ptm: merge_with is one
+    general model, to which scale times this expert's task vector is added (merged)."""
     scale: float = Field(default=1.0, gt=0)
-    """On the merged task vector (lambda, omega)."""
+    """Factor on the merged task vector (lambda, omega)."""
     density: float = Field(default=0.2, gt=0, le=1)
-    """Share of each task vector that rules keep which thin them, such as ties and dare."""
+    """Share of each task vector's values that sparsifying rules, such as ties and dare, keep."""
     skills: dict[str, Data] = Field(default={})
-    """Beside the run's own data: what the merge is judged by, each by the held-out share of it."""
+    """Further data on which the merge is evaluated beside the run's own, by name. The held-out share of each is used."""
 
     @model_validator(mode="before")
     @classmethod
-    def patient(cls, table: Any) -> Any:
-        """A merge is looked at seldom, and later steps make up for a look that was unlucky."""
+    def defaults_of_rule(cls, table: Any) -> Any:
+        """Set the default of patience, and replace aliases of method. Patience is 2 for merged, since merges are evaluated
+        rarely and a later step can make up for one unlucky evaluation."""
         if isinstance(table, dict) and table.get("rule") == "merged":
             table = {"patience": 2} | table
         if isinstance(table, dict) and isinstance(table.get("method"), str):
@@ -91,13 +94,15 @@ class Stopping(Section):
 
 
 class Examples(Section):
-    """What is learned when, example by example: a forward pass over them wherever checkpoint.at publishes."""
+    """Records at which step each of a sample of training examples is learned. This takes a forward pass over the sample at each
+    step of checkpoint.at."""
 
     track: bool = False
-    """Track examples of the training data, drawn by the seed. RUN_DIR/examples.safetensors holds what is known of each."""
+    """Track examples of the training data, drawn with the seed. The results are in RUN_DIR/examples.safetensors."""
     count: int = Field(default=4096, ge=1)
-    """Examples to track; 19 bytes each, whatever the number of steps."""
+    """Number of examples to track. Each takes 19 bytes, for any number of steps."""
     early: int = Field(default=32, ge=1)
-    """The first published step from here on gives the difficulty, EL2N."""
+    """The difficulty of examples (EL2N, https://arxiv.org/abs/2107.07075) is measured at the first published step that is not
+    before this one."""
     learned: float = Field(default=0.5, gt=0, le=1)
-    """Share of an example's tokens that must be predicted right for it to count as learned."""
+    """Share of an example's tokens that must be predicted correctly for it to count as learned."""

@@ -1,4 +1,4 @@
-"""What the sections of all [[merge]] entries share. Imports no torch."""
+"""Base classes of the sections of [[merge]] entries. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,28 +11,36 @@ from distmerge.config.section import Section
 from distmerge.errors import UserError
 
 FEW_MERGES = 30
-"""With fewer merges than this in a run, the loss that merging costs is several percent whatever the settings."""
+"""With fewer merges than this in a run, merging raises the loss by several percent with any settings."""
 
 
 class MergerSettings(Section):
-    """What every entry can do: become complete, and say what it warns of."""
+    """The methods of every [[merge]] entry."""
 
     def completed(self, workers: int, steps: int | None = None) -> Self:
-        """With a value for each key that depends on the run and was not given."""
+        """A copy with values for the keys that were not given and whose defaults depend on the run.
+
+        Args:
+            workers: number of workers.
+            steps: number of steps of the run, if it is known.
+
+        Raises:
+            UserError: for a key that must be given, or one that is not valid for this number of workers.
+        """
         return self
 
     def warning(self, steps: int) -> str | None:
-        """What a user should know before a run of so many steps."""
+        """A warning to print before a run of ``steps`` steps, or None."""
         return None
 
     def tied_to_layout(self) -> list[str]:
-        """Why this merger's state can't be carried over to another number of ranks per worker, if it can't; each follows the
-        entry's name."""
+        """The reasons why this merger's state can't be resumed with another number of ranks per worker; empty if it can. Each
+        reason continues a sentence that begins with the entry, such as ``merge[0]``."""
         return []
 
 
 class PeriodicSettings(MergerSettings):
-    """A merger of all parameters in turn."""
+    """A merger that merges each parameter every ``every`` steps."""
 
     every: int | None = Field(default=None, ge=1)
 
@@ -45,6 +53,7 @@ class PeriodicSettings(MergerSettings):
 
     @property
     def least_every(self) -> int:
+        """The smallest ``every`` that the other keys allow."""
         return 1
 
     def warning(self, steps: int) -> str | None:
@@ -53,11 +62,11 @@ class PeriodicSettings(MergerSettings):
         if merges >= FEW_MERGES:
             return None
         return (
-            f"{steps} steps with every = {self.every} are {merges} merges; with fewer than {FEW_MERGES} or so, merging costs "
-            "several percent of the loss: lower every, or train for longer"
+            f"{steps} steps with every = {self.every} give {merges} merges; with fewer than about {FEW_MERGES}, merging raises "
+            "the loss by several percent: lower every, or train for longer"
         )
 
 
 Wire = Literal["fp32", "bf16", "int8", "int4"]
 Nonfinite = Literal["raise", "leave-out"]
-LOST_BY_RANK = ".error_feedback remembers what each rank's messages lost"
+LOST_BY_RANK = ".error_feedback keeps the rounding errors of each rank's messages"

@@ -1,4 +1,4 @@
-"""The [[merge]] entries of a configuration, and what they are where the user does not say."""
+"""The sections of [[merge]] entries, one for each kind of merger, with their defaults."""
 
 from __future__ import annotations
 
@@ -15,87 +15,88 @@ from distmerge.errors import UserError
 
 
 class DiLoCoSettings(PeriodicSettings):
-    """Keys beside these are parameters of the rule, see :attr:`parameters`."""
+    """DiLoCo (https://arxiv.org/abs/2311.08105). Keys that are no fields are parameters of the rule, see :attr:`parameters`."""
 
     model_config = ConfigDict(extra="allow")
 
     kind: Literal["diloco"] = "diloco"
     every: int | None = Field(default=None, ge=1)
-    """Inner steps between merges of a parameter (H). By default steps / 100, but at least 10 and at most 100: the number of
-    merges matters most. Each merge sends the model once."""
+    """Inner steps between merges of a parameter (H). By default steps / 100, but at least 10 and at most 100, since the number
+    of merges matters most. Each merge sends the model once."""
     outer_lr: float | None = Field(default=None, gt=0)
     """Outer learning rate. 1 with momentum 0 is parameter averaging. By default 0.7 for 2 and 3 workers, 1.0 for more."""
     outer_momentum: float | None = Field(default=None, ge=0, lt=1)
-    """Outer momentum. By default 0.5, the best with 10 to 250 merges; the paper's 0.9 (kind paper-diloco) wants many more."""
+    """Outer momentum. By default 0.5, the best for 10 to 250 merges. The paper's 0.9 (kind paper-diloco) needs many more."""
     nesterov: bool = True
-    """Nesterov's form of the outer momentum."""
+    """Use Nesterov's form of the outer momentum."""
     fragments: int = Field(default=1, ge=1)
-    """Parts of the model that merge in turn, staggered over the H steps (Streaming DiLoCo)."""
+    """Number of parts of the model that merge in turn, staggered over the H steps (Streaming DiLoCo)."""
     fragment_order: Literal["strided", "balanced"] = "strided"
-    """strided: blocks dealt out over depth; balanced: by bytes."""
+    """How blocks are assigned to fragments. strided: in turn over the depth; balanced: so that fragments have similar sizes."""
     fragment_patterns: tuple[str, ...] = ()
-    """A regular expression for each fragment, found in the names of its parameters, in place of an order."""
+    """Assign parameters to fragments by their names instead: a regular expression for each fragment."""
     overlap: int = Field(default=0, ge=0)
-    """Inner steps that go on while a fragment's collectives run (tau); < every / fragments."""
+    """Inner steps that are taken while a fragment's collectives run (tau). Must be < every / fragments."""
     mix: float = Field(default=0.0, ge=0, le=1)
-    """Share of its own parameters that a worker keeps in a merge (alpha). 1 is no communication but at the end."""
+    """Share of its own parameters that a worker keeps in a merge (alpha). With 1, merges change no worker until the end."""
     wire: Wire = "fp32"
-    """The format of the values that travel; the integer ones in blocks of 64."""
+    """Format of the values sent between workers. int8 and int4 are quantized in blocks of 64 values."""
     error_feedback: bool = False
-    """Add what the wire's rounding lost to the next message."""
+    """Add the rounding errors of the wire's format to the next message."""
     rule: str = "mean"
-    """What becomes of the workers' deltas: mean, radial (length and direction averaged apart), median, ties or any other rule
-    of the catalogue, whose parameters are keys beside it, such as density. tokens: the mean with weights = "tokens". auto: at
-    each merge the mean where the deltas correlate, else auto_rule."""
+    """How the workers' deltas are merged: mean, radial (length and direction averaged separately), median, ties or another rule
+    of the catalogue. Parameters of the rule, such as density, are further keys of the entry. tokens: the mean with weights =
+    "tokens". auto: at each merge the mean if the deltas correlate, else auto_rule."""
     weights: Literal["equal", "tokens"] = "equal"
-    """tokens: workers are weighted by tokens^2 / steps of what they were trained on since the last merge."""
+    """Weights of the workers in the mean. tokens: tokens^2 / steps, counted since the last merge."""
     auto_rule: str = "ties"
-    """auto's rule where the deltas don't correlate. The rule's parameters are keys beside it."""
+    """The rule that auto uses if the deltas do not correlate. Its parameters are further keys of the entry."""
     auto_above: float = Field(default=0.9, ge=-1, le=1)
-    """The mean correlation of two workers' deltas above which auto takes the mean."""
+    """auto uses the mean if the mean correlation between two workers' deltas is above this value."""
     outer_sharded: bool = False
-    """Each worker keeps and steps 1/M of the anchor and velocity. Same traffic, no correlation in the metrics."""
+    """Each of the M workers keeps and updates 1/M of the anchor and velocity. The traffic is the same, but the metrics have no
+    correlation."""
     outer_device: Literal["cpu"] | None = None
-    """cpu keeps anchor and velocity in host memory."""
+    """cpu: keep anchor and velocity in host memory."""
     bucket_bytes: int = Field(default=64 * 2**20, ge=4)
     """Bytes of parameters per collective."""
     nonfinite: Nonfinite = "raise"
-    """What becomes of NaN and infinity. raise: a merge that would take them in ends the run; leave-out: a worker that has them
-    counts for nothing in the merge and takes the others' values (its optimizer's moments stay: see [recovery])."""
+    """How merges treat NaN and infinity. raise: end the run before they are merged; leave-out: exclude the workers that have
+    them, and give those workers the others' result (their optimizer moments stay, see [recovery])."""
 
     @property
     def parameters(self) -> dict[str, rules.Value]:
-        """The rule's own parameters by name, or those of auto's rule."""
+        """The parameters of ``rule``, or with auto those of ``auto_rule``, by name."""
         return dict(self.model_extra or {})
 
     @property
     def named_rule(self) -> tuple[str, str]:
-        """The rule that the parameters are of, and the key that names it."""
+        """The rule to which the parameters belong, and the key that names it."""
         return (self.auto_rule, "auto_rule") if self.rule == rules.AUTO else (self.rule, "rule")
 
     @model_validator(mode="before")
     @classmethod
     def by_tokens(cls, values: Any) -> Any:
-        """The short form of the mean with token weights."""
+        """Accept rule = "tokens" as a short form of the mean with token weights."""
         short = isinstance(values, dict) and values.get("rule") == "tokens"
         return values | {"rule": "mean", "weights": "tokens"} if short else values
 
     @model_validator(mode="after")
-    def of_the_catalogue(self, info: ValidationInfo) -> DiLoCoSettings:
-        """Hold the rule and its parameters against the catalogue, and call it by its one name."""
+    def check_rule(self, info: ValidationInfo) -> DiLoCoSettings:
+        """Check the rule and its parameters against the catalogue, and replace aliases by the rule's name."""
         (given, key), stored = self.named_rule, bool(info.context and info.context.get(STORED))
         if key == "rule" and (self.auto_rule, self.auto_above) != ("ties", 0.9):
-            raise UserError(f'rule must be "auto" where auto_rule or auto_above is given, got "{given}"')
+            raise UserError(f'rule must be "auto" if auto_rule or auto_above is given, got "{given}"')
         name = rules.known_rule(given, stored, key)
-        if name is None:  # from outside, in a run directory's configuration
+        if name is None:  # a plugin's rule in a run directory's configuration, which loads no plugins
             return self
         entry = rules.catalogue.entry(name)
         if key == "auto_rule" and rules.is_weighted_mean(name):
-            raise UserError(f'auto_rule must be a rule that is no weighted mean, which auto takes by itself, got "{given}"')
+            raise UserError(f'auto_rule must not be a weighted mean, which auto uses if deltas correlate, got "{given}"')
         if self.weights == "tokens" and "weight" not in entry.parameters:
             raise UserError(f'weights must be "equal" for rule "{name}", which takes no weights, got "tokens"')
         if self.outer_sharded and not (entry.linear and key == "rule"):
-            raise UserError(f'outer_sharded needs a rule that is linear, which "{name}" is not, got true')
+            raise UserError(f'outer_sharded must be false for rule "{name}", which is not linear, got true')
         settled = rules.check_parameters(name, self.parameters, list(type(self).model_fields))
         object.__setattr__(self, key, name)  # frozen from here on
         object.__setattr__(self, "__pydantic_extra__", settled)
@@ -111,9 +112,9 @@ class DiLoCoSettings(PeriodicSettings):
         if self.every is not None and self.overlap and self.overlap * self.fragments >= self.every:
             raise UserError(f"overlap must be < every / fragments = {self.every / self.fragments:g}, got {self.overlap}")
         if self.error_feedback and self.wire == "fp32":
-            raise UserError("error_feedback must be false where wire is fp32, which loses nothing, got true")
+            raise UserError("error_feedback must be false if wire is fp32, which has no rounding errors, got true")
         if self.outer_sharded and self.wire != "fp32":
-            raise UserError(f"outer_sharded needs wire fp32, since it sends parameters and not deltas, got {self.wire}")
+            raise UserError(f"wire must be fp32 with outer_sharded, which sends parameters instead of deltas, got {self.wire}")
         return self
 
     @property
@@ -121,7 +122,7 @@ class DiLoCoSettings(PeriodicSettings):
         return self.fragments * (self.overlap + 1)
 
     def tied_to_layout(self) -> list[str]:
-        reasons = [".outer_sharded cuts the anchor by rank"] if self.outer_sharded else []
+        reasons = [".outer_sharded divides the anchor by rank"] if self.outer_sharded else []
         return reasons + ([LOST_BY_RANK] if self.error_feedback else [])
 
     def completed(self, workers: int, steps: int | None = None) -> Self:
@@ -133,7 +134,8 @@ class DiLoCoSettings(PeriodicSettings):
 
 
 class PaperDiLoCoSettings(DiLoCoSettings):
-    """DiLoCo with its paper's outer optimizer; any key can be set. The paper merges every 500 steps."""
+    """DiLoCo with the outer optimizer of its paper (https://arxiv.org/abs/2311.08105), which merges every 500 steps. All keys
+    can be changed."""
 
     kind: Literal["paper-diloco"] = "paper-diloco"  # pyright: ignore[reportIncompatibleVariableOverride]
     outer_lr: float | None = Field(default=PRESETS["paper-diloco"]["outer_lr"], gt=0)
@@ -143,7 +145,7 @@ class PaperDiLoCoSettings(DiLoCoSettings):
 
 
 class StreamingDiLoCoSettings(DiLoCoSettings):
-    """DiLoCo with the settings of its streaming form; any of them can be set."""
+    """DiLoCo with the settings of Streaming DiLoCo (https://arxiv.org/abs/2501.18512). All keys can be changed."""
 
     kind: Literal["streaming-diloco"] = "streaming-diloco"  # pyright: ignore[reportIncompatibleVariableOverride]
     outer_lr: float | None = Field(default=PRESETS["streaming-diloco"]["outer_lr"], gt=0)
@@ -151,31 +153,31 @@ class StreamingDiLoCoSettings(DiLoCoSettings):
     outer_momentum: float | None = Field(default=PRESETS["streaming-diloco"]["outer_momentum"], ge=0, lt=1)
     """Outer momentum."""
     fragments: int = Field(default=PRESETS["streaming-diloco"]["fragments"], ge=1)
-    """Parts of the model that merge in turn, staggered over the H steps."""
+    """Number of parts of the model that merge in turn, staggered over the H steps."""
     overlap: int = Field(default=PRESETS["streaming-diloco"]["overlap"], ge=0)
-    """Inner steps that go on while a fragment's collectives run (tau)."""
+    """Inner steps that are taken while a fragment's collectives run (tau)."""
     mix: float = Field(default=PRESETS["streaming-diloco"]["mix"], ge=0, le=1)
     """Share of its own parameters that a worker keeps in a merge (alpha)."""
     wire: Wire = PRESETS["streaming-diloco"]["wire"]
-    """The format of the values that travel."""
+    """Format of the values sent between workers."""
     error_feedback: bool = PRESETS["streaming-diloco"]["error_feedback"]
-    """Add what the wire's rounding lost to the next message."""
+    """Add the rounding errors of the wire's format to the next message."""
 
 
 class AverageSettings(PeriodicSettings):
     kind: Literal["average", "local-sgd"] = "average"
-    """Plain averaging of the parameters: DiLoCo with outer rate 1 and no momentum."""
+    """Plain averaging of the parameters (local SGD), which is DiLoCo with outer learning rate 1 and no momentum."""
     every: int | None = Field(default=None, ge=1)
     """Inner steps between merges. By default steps / 100, but at least 10 and at most 100."""
     wire: Wire = "fp32"
-    """The format of the values that travel."""
+    """Format of the values sent between workers. int8 and int4 are quantized in blocks of 64 values."""
     error_feedback: bool = False
-    """Add what the wire's rounding lost to the next message."""
+    """Add the rounding errors of the wire's format to the next message."""
     bucket_bytes: int = Field(default=64 * 2**20, ge=4)
     """Bytes of parameters per collective."""
     nonfinite: Nonfinite = "raise"
-    """What becomes of NaN and infinity. raise: a merge that would take them in ends the run; leave-out: a worker that has them
-    counts for nothing in the merge and takes the others' values (its optimizer's moments stay: see [recovery])."""
+    """How merges treat NaN and infinity. raise: end the run before they are merged; leave-out: exclude the workers that have
+    them, and give those workers the others' result (their optimizer moments stay, see [recovery])."""
 
     def tied_to_layout(self) -> list[str]:
         return [LOST_BY_RANK] if self.error_feedback else []
@@ -183,24 +185,26 @@ class AverageSettings(PeriodicSettings):
 
 class SPARTASettings(MergerSettings):
     kind: Literal["sparta"] = "sparta"
+    """SPARTA: average a small part of the parameters at every round."""
     fraction: float = Field(default=0.005, gt=0, le=1)
     """Share of the parameters that is averaged in a round (p)."""
     every: int = Field(default=1, ge=1)
     """Inner steps between rounds."""
     selector: Literal["random", "shuffled", "partitioned"] = "partitioned"
-    """random: drawn anew each round; shuffled: one permutation cut into chunks; partitioned: a new one each cycle."""
+    """How a round's parameters are chosen. random: drawn independently in each round; shuffled: consecutive chunks of one fixed
+    permutation; partitioned: chunks of a permutation that is drawn anew after each cycle."""
     delay: int = Field(default=0, ge=0)
-    """Inner steps that go on while a round is in flight; what comes back is applied as a difference."""
+    """Inner steps that are taken while a round is in flight. Its result is then applied as a difference."""
     ema: float = Field(default=0.0, ge=0, lt=1)
-    """Smoothing of the differences; costs a vector of the model's size."""
+    """Smoothing of the differences, which needs memory for one more vector of the model's size."""
     wire: Wire = "fp32"
-    """The format of the values that travel."""
+    """Format of the values sent between workers. int8 and int4 are quantized in blocks of 64 values."""
     nonfinite: Nonfinite = "raise"
-    """What becomes of NaN and infinity. raise: a merge that would take them in ends the run; leave-out: a worker that has them
-    counts for nothing in the merge and takes the others' values (its optimizer's moments stay: see [recovery])."""
+    """How merges treat NaN and infinity. raise: end the run before they are merged; leave-out: exclude the workers that have
+    them, and give those workers the others' result (their optimizer moments stay, see [recovery])."""
 
     @model_validator(mode="after")
-    def lands_in_time(self) -> SPARTASettings:
+    def delay_within_cycle(self) -> SPARTASettings:
         cycle = math.ceil(1 / self.fraction) * self.every
         if self.selector != "random" and self.delay > cycle:
             raise UserError(
@@ -215,11 +219,11 @@ class SPARTASettings(MergerSettings):
 
 class NoMergeSettings(MergerSettings):
     kind: Literal["none"] = "none"
-    """Workers never talk; they are averaged once, at the end."""
+    """Workers do not communicate during training. Their models are averaged once, at the end."""
 
 
-class OutsideSettings(MergerSettings):
-    """A merger from outside of this package. All keys but its kind are its constructor's arguments."""
+class CustomSettings(MergerSettings):
+    """A merger that is defined outside of this package. All keys except kind are arguments of its constructor."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -235,10 +239,10 @@ class OutsideSettings(MergerSettings):
         return dict(self.model_extra or {})
 
     def tied_to_layout(self) -> list[str]:
-        return [f' of kind "{self.kind}" says nothing of other layouts']
+        return [f' of kind "{self.kind}" is not known to support other layouts']
 
 
-OURS: dict[str, type[MergerSettings]] = {
+BUILT_IN: dict[str, type[MergerSettings]] = {
     kind: section
     for section in (
         DiLoCoSettings,
@@ -250,15 +254,15 @@ OURS: dict[str, type[MergerSettings]] = {
     )
     for kind in get_args(section.model_fields["kind"].annotation)
 }
-"""The sections of this package's mergers by their kinds."""
+"""The sections of this package's mergers by kind."""
 
 
 def tag_of(entry: Any) -> str | None:
-    """Which member of :data:`Merge` an entry is of; None where it does not say its kind."""
+    """The tag of the member of :data:`Merge` that an entry belongs to; None if it has no kind."""
     kind = entry.get("kind") if isinstance(entry, dict) else getattr(entry, "kind", None)
     if not isinstance(kind, str):
         return None
-    return OURS[kind].__name__ if kind in OURS else OutsideSettings.__name__ if ":" in kind else kind
+    return BUILT_IN[kind].__name__ if kind in BUILT_IN else CustomSettings.__name__ if ":" in kind else kind
 
 
 Merge = Annotated[
@@ -268,6 +272,6 @@ Merge = Annotated[
     | Annotated[AverageSettings, Tag("AverageSettings")]
     | Annotated[SPARTASettings, Tag("SPARTASettings")]
     | Annotated[NoMergeSettings, Tag("NoMergeSettings")]
-    | Annotated[OutsideSettings, Tag("OutsideSettings")],
+    | Annotated[CustomSettings, Tag("CustomSettings")],
     Discriminator(tag_of),
 ]

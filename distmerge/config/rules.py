@@ -1,6 +1,6 @@
-"""What a [[merge]] entry says of its rule, held against the catalogue of rules. Imports no torch.
+"""Checks the rule of a [[merge]] entry and its parameters against the catalogue of rules. Imports no torch.
 
-A rule's own parameters stand in the entry beside its other keys, such as ``density`` beside ``rule = "ties"``.
+A rule's parameters are keys of the entry like all others, such as ``density`` with ``rule = "ties"``.
 """
 
 from __future__ import annotations
@@ -13,20 +13,24 @@ from distmerge.rules import catalogue
 from distmerge.rules.parameters import PARAMETERS, REQUIRED, checked
 
 AUTO = "auto"
-"""The rule that is chosen at each merge by how much the workers' deltas agree."""
+"""The name in place of a rule's for choosing one at each merge, by the correlation of the workers' deltas."""
 
 Value = float | bool | str
-"""Of a rule's parameter."""
+"""The value of a rule's parameter."""
 
 
 def known_rule(name: str, stored: bool, key: str = "rule") -> str | None:
-    """The one name of a rule; None for a rule from outside that is not loaded, in a configuration that a run directory keeps.
+    """The canonical name of a rule.
 
     Args:
-        key: that names it, for the error.
+        stored: whether the configuration is that of a run directory, for which plugins are not loaded.
+        key: the key that names the rule, for the error.
+
+    Returns:
+        the name, or None if ``stored`` and the rule may be a plugin's that is not loaded.
 
     Raises:
-        UserError: when there is no such rule.
+        UserError: if there is no such rule.
     """
     if stored and not is_loaded(name):
         return None
@@ -39,30 +43,30 @@ def known_rule(name: str, stored: bool, key: str = "rule") -> str | None:
 
 
 def is_loaded(name: str) -> bool:
-    """Whether the rule is known; one from outside may not be, in a configuration that a run directory keeps."""
+    """Whether the rule is in the catalogue. A plugin's may not be, see ``stored`` of :func:`known_rule`."""
     return catalogue.canonical(name) in catalogue.ENTRIES
 
 
 def is_weighted_mean(rule: str) -> bool:
-    """Whether the rule is the workers' mean under some weights; that is what ``auto`` takes where the deltas agree."""
+    """Whether the rule is a weighted mean of the workers' deltas, which ``auto`` uses if the deltas correlate."""
     entry = catalogue.entry(rule)
     return entry.linear and entry.normalize and entry.base == "none"
 
 
 def own_parameters(rule: str) -> list[str]:
-    """The parameters that an entry may set of a rule. Weights are the workers' own."""
+    """The parameters of a rule that an entry may set. ``weight`` is not among them: the workers' weights are used."""
     return [name for name in catalogue.entry(rule).parameters if name != "weight"]
 
 
 def check_parameters(rule: str, given: dict[str, Any], keys: list[str]) -> dict[str, Value]:
-    """The parameters that an entry gives, as numbers and booleans.
+    """Check and convert the parameters of a rule that an entry gives.
 
     Args:
-        given: all keys of the entry that are no fields of its section.
-        keys: the section's fields, one of which was perhaps meant.
+        given: the keys of the entry that are not fields of its section.
+        keys: the section's fields, for suggestions if a key is misspelled.
 
     Raises:
-        UserError: for one that the rule does not have, for a value that is not allowed, or where one is missing.
+        UserError: for a parameter that the rule does not have, a value that is not allowed, or a missing parameter.
     """
     takes = own_parameters(rule)
     for name, value in given.items():
@@ -82,15 +86,15 @@ def check_parameters(rule: str, given: dict[str, Any], keys: list[str]) -> dict[
 
 
 def as_boolean(name: str, value: Any) -> Any:
-    """A value of the command line, where everything is text."""
+    """Convert "true" and "false" for a boolean parameter, since values of the command line are strings."""
     return value == "true" if PARAMETERS[name].holds is None and value in ("true", "false") else value
 
 
 def check_workers(rule: str, workers: int, key: str = "rule") -> None:
-    """Refuse a rule that cannot merge so many workers' deltas.
+    """Refuse a rule that cannot merge the deltas of ``workers`` workers.
 
     Raises:
-        UserError: naming the capability that is missing.
+        UserError: naming the number that the rule takes.
     """
     entry = catalogue.entry(rule, key)
     if entry.first == "general":

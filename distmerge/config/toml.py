@@ -1,4 +1,4 @@
-"""Reading and writing configurations: TOML, ``--section.key value`` overrides, differences."""
+"""Reads and writes configurations: TOML files, ``--section.key value`` overrides, and differences between configurations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distmerge.errors import UserError
 S = TypeVar("S", bound=Section)
 
 LAYOUT = ("engine.kind", "engine.reshard_after_forward", "train.batch_size", "train.gradient_accumulation")
-"""Keys of the layout: a checkpoint can be read in another one, whose steps have as many sequences."""
+"""Keys of the layout. A checkpoint can be resumed with another layout whose steps have the same number of sequences."""
 
 MAY_CHANGE = (
     "run_dir",
@@ -36,20 +36,23 @@ MAY_CHANGE = (
     "recovery",
     *LAYOUT,
 )
-"""Keys, or whole sections, that may differ when a run is resumed. run_dir: a run may be moved."""
+"""Keys and whole sections that may differ when a run is resumed. run_dir is among them since a run may be moved."""
 
 LARGEST_BYTES = 1 << 20
-"""Of a configuration."""
+"""Largest size of a configuration file."""
 
 DEEPEST = 32
-"""Tables in tables of a configuration; none that means something comes near."""
+"""Deepest nesting of tables in a configuration, far beyond any that makes sense."""
 
 
 def read(path: str, overrides: list[str]) -> TrainConfig:
-    """The user's configuration in the TOML file ``path`` with command line overrides such as ``["--mesh.workers", "4"]``.
+    """Read the TOML file ``path`` with overrides of the command line, such as ``["--mesh.workers", "4"]``.
 
-    Modules that it names are imported (:mod:`distmerge.config.plugins`); of a file in a run directory, only those that the
-    overrides name.
+    Modules that the configuration names are imported, see :mod:`distmerge.config.plugins`. For a file in a run directory only
+    those that the overrides name are imported.
+
+    Raises:
+        UserError: if the file cannot be read or the configuration is not valid.
     """
     table = read_table(path)
     given = parse_overrides(overrides)
@@ -61,15 +64,19 @@ def read(path: str, overrides: list[str]) -> TrainConfig:
 
 
 def read_stored(path: str) -> TrainConfig:
-    """The configuration that a run keeps of itself. Nothing is imported for it: rules and mergers from outside that are not
-    loaded are taken as they are written."""
+    """Read the configuration that a run keeps in its run directory. Nothing is imported for it, and rules and mergers of
+    plugins that are not loaded are accepted without checks.
+
+    Raises:
+        UserError: if the file cannot be read or the configuration is not valid.
+    """
     return validate_as(TrainConfig, read_table(path), stored=True)
 
 
 def read_table(path: str) -> dict[str, Any]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
-            raise UserError(f"cannot read the configuration {path}: it is no regular file")
+            raise UserError(f"cannot read the configuration {path}: it is not a regular file")
         if os.path.getsize(path) > LARGEST_BYTES:
             raise UserError(f"a configuration must have at most {LARGEST_BYTES} bytes, {path} has more")
         text = Path(path).read_text(encoding="utf-8")
@@ -79,47 +86,61 @@ def read_table(path: str) -> dict[str, Any]:
 
 
 def parse(text: str, what: str) -> dict[str, Any]:
-    """TOML as a table, or one line that says what is wrong with it."""
+    """Parse TOML.
+
+    Args:
+        what: the file or option that the text is from, for errors.
+
+    Raises:
+        UserError: if the text is not valid TOML.
+    """
     try:
         return tomllib.loads(text)
     except RecursionError:
         raise UserError(f"{what} is not valid TOML: it is nested too deep") from None
-    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
+    except ValueError as error:  # TOMLDecodeError, or an integer with thousands of digits
         raise UserError(f"{what} is not valid TOML: {error}") from None
 
 
 def validate(table: dict[str, Any]) -> TrainConfig:
-    """A table of the user's own as a configuration."""
+    """Validate a user's own configuration, importing the modules that it names.
+
+    Raises:
+        UserError: if it is not valid.
+    """
     plugins.load(table)
-    return validate_as(TrainConfig, with_settled(table))
+    return validate_as(TrainConfig, with_stored_defaults(table))
 
 
-def with_settled(table: dict[str, Any]) -> dict[str, Any]:
-    """The table with what an earlier start of its run has settled for the keys of [[merge]] that it leaves open.
+def with_stored_defaults(table: dict[str, Any]) -> dict[str, Any]:
+    """Fill in keys of [[merge]] that are not given with the defaults that an earlier start of the run has stored.
 
-    Defaults that depend on the run are settled once: a resume that trains for longer merges as often as before.
+    Defaults that depend on the run are determined once, so that a resume that trains for longer merges as often as before.
     """
     try:
         stored = tomllib.loads((Path(table["run_dir"]) / "config.toml").read_text()).get("merge", [])
-    except (KeyError, TypeError, ValueError, OSError):  # no run yet, or nothing to be read: others say what is wrong with it
+    except (KeyError, TypeError, ValueError, OSError):  # no earlier start, or a file that is not valid, which is reported later
         return table
     merge = table.get("merge")
     if not isinstance(merge, list) or len(merge) != len(stored):
         return table
-    return table | {"merge": [settled(entry, before) for entry, before in zip(merge, stored, strict=True)]}
+    return table | {"merge": [entry_with_defaults(entry, before) for entry, before in zip(merge, stored, strict=True)]}
 
 
-def settled(entry: Any, before: dict[str, Any]) -> Any:
+def entry_with_defaults(entry: Any, before: dict[str, Any]) -> Any:
     if not isinstance(entry, dict) or entry.get("kind") != before.get("kind"):
         return entry
     return {key: before[key] for key in ("every", "outer_lr", "outer_momentum") if key in before} | entry
 
 
 def validate_as(section: type[S], table: dict[str, Any], stored: bool = False) -> S:
-    """The table as a configuration, of a run or of another kind, such as an experiment's.
+    """Validate a table as a configuration of the given class, a run's or another such as an experiment's.
 
     Args:
-        stored: whether a run directory keeps it, so that nothing may be imported for it.
+        stored: whether the configuration is that of a run directory, for which nothing is imported.
+
+    Raises:
+        UserError: if it is not valid.
     """
     check_texts(table, "config")
     try:
@@ -129,7 +150,11 @@ def validate_as(section: type[S], table: dict[str, Any], stored: bool = False) -
 
 
 def check_texts(value: Any, key: str, depth: int = 0) -> None:
-    """Refuse text that cannot be a path, nor be written into a file (NUL, bytes that are no UTF-8), and endless nesting."""
+    """Refuse strings that can be neither a path nor written into a file (NUL, bytes that are not UTF-8), and deep nesting.
+
+    Raises:
+        UserError: naming the key.
+    """
     if depth > DEEPEST:
         raise UserError(f"{key[:80]}... must be nested at most {DEEPEST} deep")
     if isinstance(value, str) and ("\0" in value or (not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value))):
@@ -140,7 +165,11 @@ def check_texts(value: Any, key: str, depth: int = 0) -> None:
 
 
 def checked(section: type[S], **values: Any) -> S:
-    """A section made by the library's own callers: mistakes are named by the argument alone."""
+    """Validate the arguments of a function of the library as a section. Errors name the argument only.
+
+    Raises:
+        UserError: if an argument is not valid.
+    """
     try:
         return section.model_validate(values)
     except ValidationError as error:
@@ -148,12 +177,12 @@ def checked(section: type[S], **values: Any) -> S:
 
 
 def dump(config: TrainConfig) -> str:
-    """The resolved configuration as TOML; keys that are unset are left out."""
+    """The resolved configuration as TOML, without keys whose value is None."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, by_alias=True))
 
 
 def differing_keys(stored: TrainConfig, config: TrainConfig) -> list[str]:
-    """Keys, dotted and sorted, whose values differ and that a resume may not change."""
+    """The keys that differ and that a resume must not change, dotted and sorted."""
     old, new = flatten(stored.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [key for key in changed if key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE]
@@ -172,7 +201,11 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[str, list[str]]]:
-    """``["--a.b", "1", "--c=2"]`` as ``[("a.b", ["1"]), ("c", ["2"])]``; a hyphen in a key is an underscore."""
+    """Parse ``["--a.b", "1", "--c=2"]`` as ``[("a.b", ["1"]), ("c", ["2"])]``. Hyphens in keys become underscores.
+
+    Raises:
+        UserError: for a value without a key.
+    """
     overrides: list[tuple[str, list[str]]] = []
     for argument in arguments:
         if argument.startswith("--"):
@@ -186,7 +219,11 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def put(table: dict[str, Any], key: str, values: list[str]) -> None:
-    """Set the dotted ``key`` in ``table``; list indices reach into lists, one past the end appends."""
+    """Set the dotted ``key`` in ``table``. Numbers in the key are indices of lists; the index after the last appends an entry.
+
+    Raises:
+        UserError: if the key leads nowhere, or the values are not valid for it.
+    """
     *parents, last = key.split(".")
     place: Any = table
     for name in parents:
@@ -213,7 +250,8 @@ def descend(place: Any, name: str, key: str) -> Any:
 
 
 def coerce(parents: list[str], last: str, key: str, values: list[str]) -> Any:
-    """Strings are left to the schema; only lists and the model's free table need a hand."""
+    """The value of an override. The schema converts strings, so only lists, flags without a value and tables without a schema
+    are handled here."""
     if parents[:2] in (["model", "config"], ["engine", "config"]):
         return literal(values)
     section = section_at(parents)
@@ -224,7 +262,7 @@ def coerce(parents: list[str], last: str, key: str, values: list[str]) -> Any:
         if field is not None and field.annotation is bool:
             return True
         if field is None and section is not None:
-            return None  # the schema says that there is no such key
+            return None  # the schema reports that there is no such key
         raise UserError(f"--{key} needs a value")
     if len(values) > 1:
         raise UserError(f"--{key} takes one value, got {' '.join(values)}")
@@ -232,7 +270,7 @@ def coerce(parents: list[str], last: str, key: str, values: list[str]) -> Any:
 
 
 def literal(values: list[str]) -> Any:
-    """A value of a free table as TOML would read it; what TOML can't read is a string."""
+    """A value for a table without a schema, parsed as TOML; as a string if it is not valid TOML."""
     value = " ".join(values)
     try:
         return tomllib.loads(f"value = {value}")["value"]

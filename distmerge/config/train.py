@@ -1,7 +1,7 @@
-"""The configuration of a run: frozen sections, read from TOML, overridden from the command line.
+"""The configuration of a training run: frozen sections, read from TOML files and overridden on the command line.
 
-Importing this module imports no torch, so that help and errors are instant. Every user's mistake becomes one
-:class:`~distmerge.errors.UserError` line that names the key, its value and what is allowed.
+This module imports no torch, so that help texts and errors appear at once. A user's mistake becomes a
+:class:`~distmerge.errors.UserError` of one line with the key, its value and what is allowed.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from distmerge.errors import UserError
 
 class MeshSettings(Section):
     workers: int = Field(default=1, ge=1)
-    """Replicas that train alone between merges. Ranks per worker = world size / workers."""
+    """Number of replicas that train independently between merges. Ranks per worker = world size / workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA with NCCL where every local rank has a GPU of its own, else the CPU with gloo. cuda: ranks may share GPUs."""
+    """auto: CUDA with NCCL if every local rank has a GPU of its own, else the CPU with gloo. cuda: ranks may share GPUs."""
     timeout_seconds: float = Field(default=600.0, ge=1, le=1e6)
-    """A collective that waits longer than this ends the job: the peer is taken for dead. Ranks come to the start within it."""
+    """Time limit for collectives and for all ranks to start. A collective that takes longer ends the job, since a rank must
+    have died."""
     watchdog_seconds: float | None = Field(default=None, ge=1, le=1e6)
-    """End the job when no step, evaluation or commit ended for so long after the first step, naming the slowest rank; off by
-    default. It must be longer than the longest evaluation or commit, or wait for a sibling expert."""
+    """After the first step, end the job if no step, evaluation or commit is completed for this long, and name the slowest rank.
+    Off by default. The limit must exceed the longest evaluation, commit and wait for a sibling expert."""
 
 
 class Model(Section):
     config: dict[str, Any] | None = None
-    """A causal language model's configuration for transformers: model_type and its keys; vocab_size comes from the
-    tokenizer. The weights are drawn from the seed."""
+    """The configuration of a causal language model of transformers: model_type and the keys of that type. vocab_size is by
+    default the tokenizer's. The weights are drawn from the seed."""
     path: str | None = None
-    """A directory or hub id of a pretrained causal language model, instead of config."""
+    """Directory or hub id of a pretrained causal language model. Give either this or config."""
 
     @model_validator(mode="after")
     def one_source(self) -> Model:
@@ -53,13 +54,13 @@ class Train(Section):
     gradient_accumulation: int = Field(default=1, ge=1)
     """Micro steps per optimizer step."""
     gradient_clip: float = Field(default=1.0, ge=0)
-    """Clip the gradient to this norm; 0 leaves it as it is."""
+    """Clip the gradient to this norm. 0 disables clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """The arithmetic of the forward and backward pass; parameters and optimizer stay float32."""
+    """Arithmetic of the forward and backward pass. Parameters and optimizer state are always float32."""
     compile: bool = False
     """Compile the model with torch.compile."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of each rank; by default the machine's cores / local ranks."""
+    """CPU threads per rank. By default the machine's cores / local ranks."""
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -67,41 +68,41 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class Optimizer(Section):
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: torch.optim.Muon for the hidden matrices, AdamW for embeddings, head and vectors."""
+    """The inner optimizer. muon: torch.optim.Muon for the hidden matrices, AdamW for embeddings, head and vectors."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate of the inner optimizer."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's averaging coefficients."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled weight decay, of tensors with two or more dimensions."""
+    """Decoupled weight decay. It applies to tensors with two or more dimensions."""
 
 
 class Schedule(Section):
     name: Literal["constant", "cosine", "linear", "wsd"] = "constant"
-    """The learning rate after the warmup. wsd: constant, then a decay over the last steps."""
+    """Course of the learning rate after the warmup. wsd (warmup-stable-decay): constant, then a decay over the last steps."""
     curve: Literal["linear", "cosine", "1-sqrt"] = "linear"
-    """The shape of wsd's final decay."""
+    """Shape of the final decay (wsd)."""
     warmup: int = Field(default=0, ge=0)
     """Steps of linear warmup."""
     decay: int = Field(default=0, ge=0)
     """Steps of the final decay (wsd)."""
     floor: float = Field(default=0.0, ge=0, le=1)
-    """The share of the peak rate that the decay ends at."""
+    """Learning rate at the end of the decay, as a share of the peak rate."""
 
 
 class Evaluate(Section):
     every: int = Field(default=100, ge=1)
-    """Steps between evaluations; there is one at the start and one at the end anyway."""
+    """Steps between evaluations. There is always one at the start and one at the end."""
     sequences: int = Field(default=256, ge=1)
-    """Sequences that are judged, drawn once from all of the held-out text; all of it where it has fewer. They are the same for
-    every seed, batch size and number of ranks, so runs are compared on equal text."""
+    """Number of sequences to evaluate on, drawn once from all of the held-out text, or all of it if it has fewer. They are the
+    same for every seed, batch size and number of ranks, so that runs can be compared."""
 
     @model_validator(mode="before")
     @classmethod
-    def no_batches(cls, values: Any) -> Any:
+    def refuse_batches(cls, values: Any) -> Any:
         if isinstance(values, dict) and "batches" in values:
             raise UserError(
-                f"batches is now sequences, which are drawn from all of the held-out text: in place of batches = "
+                f"batches is now sequences, which are drawn from all of the held-out text: instead of batches = "
                 f"{values['batches']} write sequences = {values['batches']} x train.batch_size, as a number"
             )
         return values
@@ -113,17 +114,17 @@ class Log(Section):
 
 
 class TrainConfig(Section):
-    """Everything that a training run is told. Only run_dir and [model] have no default."""
+    """The configuration of a training run. All keys but run_dir and [model] have defaults."""
 
     run_dir: str = Field(min_length=1)
-    """Where everything that the run writes lies. Started again on it, the run resumes."""
+    """Directory for all output of the run. A run that is started again with the same directory resumes."""
     plugins: tuple[str, ...] = ()
-    """Modules to import for the rules that they define, from the working directory too. A run directory's config.toml imports
-    nothing."""
+    """Modules to import because they define rules. They may be in the working directory. A config.toml in a run directory never
+    imports modules."""
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
-    """Seed of the weights, the order of the data and dropout."""
+    """Seed of the initial weights, the order of the data, and dropout."""
     steps: int = Field(default=400, ge=1)
-    """Inner steps of each worker."""
+    """Number of inner steps of each worker."""
     mesh: MeshSettings = MeshSettings()
     model: Model
     data: Data = Data()
@@ -131,7 +132,7 @@ class TrainConfig(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     merge: tuple[Merge, ...] = ()
-    """The mergers, in the order in which they act at a step. None at all, with one worker, is data parallelism."""
+    """The mergers, in the order in which they act at a step. One worker has no mergers; its ranks are data parallel."""
     engine: EngineSettings = EngineSettings()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
@@ -146,11 +147,11 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def consistent(self) -> TrainConfig:
         merge = tuple(self.completed(index, entry) for index, entry in enumerate(self.merge))
-        object.__setattr__(self, "merge", merge)  # frozen from here on, with every default that depends on the run
+        object.__setattr__(self, "merge", merge)  # bypasses frozen, to set the defaults that depend on the run
         if self.mesh.workers > 1 and not self.merge:
             raise UserError(
                 f"merge must have an entry when mesh.workers is {self.mesh.workers}, got none "
-                '(kind = "none" for workers that never merge but at the end)'
+                '(kind = "none" for workers that merge only at the end)'
             )
         if self.mesh.workers == 1 and self.merge:
             raise UserError(f"mesh.workers must be >= 2 for a [[merge]] of kind {self.merge[0].kind}, got 1")
@@ -183,7 +184,12 @@ class TrainConfig(Section):
             raise UserError(f"merge[{index}].{error}") from None
 
     def consistent_mergers(self) -> None:
-        """Refuse mergers that undo each other: an anchor must hold what the workers last agreed on."""
+        """Refuse mergers that would undo each other's merges: only one can keep an anchor, which must hold the parameters that
+        the workers have last agreed on.
+
+        Raises:
+            UserError: naming the entries.
+        """
         outer = [index for index, entry in enumerate(self.merge) if isinstance(entry, DiLoCoSettings)]
         if len(outer) > 1:
             raise UserError(
@@ -191,7 +197,9 @@ class TrainConfig(Section):
                 f"other's, got entries {', '.join(map(str, outer))}"
             )
         if len(self.merge) > 1 and any(isinstance(entry, NoMergeSettings) for entry in self.merge):
-            raise UserError('merge must have no other entry beside kind "none", which is for workers that never merge')
+            raise UserError(
+                'merge must have no further entry with kind "none", which is for workers that merge only at the end'
+            )
 
     def consistent_expert(self) -> None:
         if self.examples.track and (self.checkpoint.at is None or self.data.streaming):
@@ -203,9 +211,11 @@ class TrainConfig(Section):
         if self.model.path is None:
             raise UserError("model.path must be given with an [expert], which starts from a trained model, got none")
         if self.stopping.rule == "merged" and self.checkpoint.at is None:
-            raise UserError('checkpoint.at must be given for stopping.rule "merged", which looks at those steps, got none')
+            raise UserError('checkpoint.at must be given for stopping.rule "merged", which evaluates those steps, got none')
         if self.stopping.rule == "merged" and self.stopping.after > self.steps:
-            raise UserError(f"stopping.after must be <= steps = {self.steps}, or no look counts, got {self.stopping.after}")
+            raise UserError(
+                f"stopping.after must be <= steps = {self.steps}, or no evaluation counts, got {self.stopping.after}"
+            )
         if self.stopping.rule == "merged" and self.mesh.workers > 1:
             raise UserError(f'mesh.workers must be 1 for stopping.rule "merged", got {self.mesh.workers}')
         if self.expert.lora is not None and self.window is not None:

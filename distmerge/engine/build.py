@@ -1,4 +1,4 @@
-"""The engine that the configuration names; what one alone needs is imported for it alone."""
+"""Builds the engine that the configuration names. FSDP and DeepSpeed are imported only when they are used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distmerge.mesh import Mesh
 
 
 def build_engine(model: nn.Module, config: TrainConfig, mesh: Mesh) -> Engine:
-    """Lay ``model`` out over the worker's ranks; a collective of them."""
+    """The engine of ``config.engine.kind``, with ``model`` laid out over the worker's ranks. All ranks call it together."""
     match config.engine.kind:
         case "torch":
             return TorchEngine(model, config, mesh)

@@ -1,7 +1,7 @@
 """DeepSpeed inside a worker: ZeRO 0 to 3 (https://arxiv.org/abs/1910.02054) over the worker's ranks, merges between workers.
 
-DeepSpeed's data-parallel group is the worker, not the world. The optimizer, the schedule, clipping and precision are the
-trainer's; the rest of its configuration is the user's. The rooms of the engines alone import deepspeed.
+DeepSpeed's data-parallel group is the worker, not the world. The trainer decides on the optimizer, the schedule, clipping and
+precision; the user decides on the rest of DeepSpeed's configuration. Only :mod:`distmerge.engine` imports deepspeed.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from distmerge.config.engine import trainers_values
+from distmerge.config.engine import values_from_train
 from distmerge.config.train import TrainConfig
-from distmerge.engine.engine import Engine, StepResult, gather_whole, names_beside
-from distmerge.engine.masters import FlatMasterWeights, PublicMasterWeights, ShardedMasterWeights, master_parameters
+from distmerge.engine.engine import Engine, StepResult, gather_whole, remaining_state
+from distmerge.engine.master_weights import FlatMasterWeights, PublicMasterWeights, ShardedMasterWeights, master_parameters
 from distmerge.engine.ops import build_ops, import_deepspeed
 from distmerge.engine.optimizers import parameter_groups
 from distmerge.errors import UserError
-from distmerge.mesh import Mesh, alone
+from distmerge.mesh import Mesh, single_rank_group
 
 
 class ZeroEngine(Engine):
-    """Computes inner steps with a DeepSpeedEngine; merges work on its float32 masters."""
+    """Computes inner steps with a DeepSpeedEngine; merges read and write its float32 master weights."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, mesh: Mesh):
         super().__init__(config, mesh)
@@ -33,24 +33,24 @@ class ZeroEngine(Engine):
         model = model.to(mesh.device)
         self.offloads = config.engine.offloads
         if self.offloads:
-            mesh.lead_first("DeepSpeed's helper", build_ops)
+            mesh.lead_first("DeepSpeed's extension", build_ops)
         optimizer, ranks = self._optimizer(model, config), WorkerRanks(mesh.inside)
         with mesh.raise_on_all_ranks():
             table = deepspeed_table(config, mesh)
             try:
                 self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=table, mpu=ranks)
-            except ValidationError as error:  # of its own sections
+            except ValidationError as error:  # raised by DeepSpeed for its own configuration
                 found = error.errors()[0]
                 key = ".".join(map(str, found["loc"]))
                 raise UserError(
-                    f"config.engine.config: DeepSpeed says of {key}: {found['msg']}, got {found['input']!r}"
+                    f"config.engine.config: DeepSpeed rejects {key}: {found['msg']}, got {found['input']!r}"
                 ) from None
         self.model = self.engine
         self.optimizers = [self.engine.basic_optimizer]
         self.parameters = master_parameters(self.engine)
         if isinstance(self.parameters, PublicMasterWeights):
-            self.notes.append(f"DeepSpeed {deepspeed.__version__} is not verified: merges go parameter by parameter, slowly")
-        self._start_from(start)
+            self.notes.append(f"DeepSpeed {deepspeed.__version__} is not verified: merges copy one parameter at a time, slowly")
+        self._set_master_weights(start)
 
     def _optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         section = config.optimizer
@@ -62,8 +62,13 @@ class ZeroEngine(Engine):
         return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, fused=True)
 
     @torch.no_grad()
-    def _start_from(self, start: dict[str, Tensor]) -> None:
-        """Masters are the model's own values in float32, which DeepSpeed rounded to the format that it computes in."""
+    def _set_master_weights(self, start: dict[str, Tensor]) -> None:
+        """Set the master weights to the model's original float32 values: DeepSpeed made them from values that it had already
+        rounded to the dtype in which it computes.
+
+        Args:
+            start: the trainable parameters by name, as they were before DeepSpeed took the model.
+        """
         for part in self.parameters.parts():
             values = start[part.name].view(-1)[part.first : part.first + part.numel]
             self.parameters.vector[part.offset : part.offset + part.numel].copy_(values)
@@ -85,15 +90,16 @@ class ZeroEngine(Engine):
         if grad_norm is None:
             grad_norm = self.engine.get_global_grad_norm()
         grad_norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=self.mesh.device)
-        return self.of_worker(loss, grad_norm, self.tokens_of(batch))
+        return self.worker_result(loss, grad_norm, self.tokens_of(batch))
 
     def _begin_step(self, lr: float) -> None:
         optimizer: Any = self.engine.basic_optimizer
         for group in optimizer.param_groups:
             group["lr"] = lr
         if self.offloads:
-            # It multiplies powers of beta from step to step in memory that no state_dict holds, and takes them anew from
-            # the step's number only where it begins. It begins at each step here: a resumed run has the same bits.
+            # DeepSpeedCPUAdam keeps running products of the betas, for the bias correction, that are not in its state_dict.
+            # A new optimizer computes them from the number of the step instead, which rounds differently. Creating it anew
+            # at every step makes a resumed run equal to an uninterrupted one, bit for bit.
             group = optimizer.param_groups[0]
             settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], optimizer.adam_w_mode, False)
             optimizer.ds_opt_adam.create_adam(optimizer.opt_id, *settings)
@@ -103,7 +109,7 @@ class ZeroEngine(Engine):
         return not isinstance(self.parameters, FlatMasterWeights)
 
     def _owned(self) -> list[Tensor]:
-        """The tensors that the optimizer steps, in an order that is the same in every run of this layout."""
+        """The tensors that the optimizer updates, in an order that is the same in every run with this layout."""
         if isinstance(self.parameters, ShardedMasterWeights):
             return self.parameters.partitions()
         return [p for group in self.engine.basic_optimizer.param_groups for p in group["params"]]
@@ -113,9 +119,9 @@ class ZeroEngine(Engine):
 
     def load_optimizer_state(self, state: list[dict[str, Any]]) -> None:
         device = self.parameters.vector.device
-        for tensor, theirs in zip(self._owned(), state, strict=True):
+        for tensor, stored in zip(self._owned(), state, strict=True):
             moments = {
-                key: value.to(device) if isinstance(value, Tensor) and value.ndim else value for key, value in theirs.items()
+                key: value.to(device) if isinstance(value, Tensor) and value.ndim else value for key, value in stored.items()
             }
             self.engine.basic_optimizer.state[tensor] = moments
 
@@ -123,10 +129,10 @@ class ZeroEngine(Engine):
         if not self.replicated:
             return gather_whole(self.engine.module, self.parameters, self.mesh)
         if isinstance(self.engine.optimizer, torch.optim.Optimizer):
-            return None  # the model itself is the master
+            return None  # the model's own parameters are float32
         self.parameters.pull()
         whole = {name: view.cpu() for name, view in self.parameters.named_views()}
-        return whole | names_beside(self.engine.module, whole)
+        return whole | remaining_state(self.engine.module, whole)
 
     def close(self) -> None:
         from deepspeed.utils import groups
@@ -136,9 +142,10 @@ class ZeroEngine(Engine):
 
 
 class WorkerRanks:
-    """``deepspeed.initialize(mpu=...)``: DeepSpeed's data-parallel ranks are the worker's, every other group this rank alone.
+    """The ``mpu`` argument of ``deepspeed.initialize``. It tells DeepSpeed that its data-parallel ranks are the worker's, and
+    that there is no other parallelism.
 
-    Made by all ranks of the world together.
+    All ranks of the world must create it together, since it creates process groups.
 
     Args:
         inside: process group of the worker's ranks.
@@ -146,7 +153,7 @@ class WorkerRanks:
 
     def __init__(self, inside: dist.ProcessGroup):
         import_deepspeed(inside_device(inside))
-        self.inside, self.alone = inside, alone()
+        self.inside, self.own_group = inside, single_rank_group()
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self.inside
@@ -158,7 +165,7 @@ class WorkerRanks:
         return dist.get_world_size(self.inside)
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self.alone
+        return self.own_group
 
     def get_model_parallel_rank(self) -> int:
         return 0
@@ -172,27 +179,27 @@ class WorkerRanks:
 
 
 def inside_device(group: dist.ProcessGroup) -> str:
-    """The type of device that a group's ranks compute on."""
+    """The type of device on which a group's ranks compute, judged by the group's backend."""
     return "cuda" if "nccl" in dist.get_backend(group) else "cpu"
 
 
 def deepspeed_table(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
-    """The user's configuration of DeepSpeed with what [train] says.
+    """The user's DeepSpeed configuration, completed with the values of [train].
 
     Raises:
-        UserError: for a global batch that is not this worker's.
+        UserError: if it gives a ``train_batch_size`` that differs from the worker's batch size.
     """
     table = dict(config.engine.config)
-    together = config.train.batch_size * config.train.gradient_accumulation * mesh.shards
-    if table.pop("train_batch_size", "auto") not in ("auto", together):
+    worker_batch_size = config.train.batch_size * config.train.gradient_accumulation * mesh.shards
+    if table.pop("train_batch_size", "auto") not in ("auto", worker_batch_size):
         raise UserError(
-            f"config.engine.config.train_batch_size must be {together}, as train.batch_size x gradient_accumulation x "
-            f"{mesh.shards} ranks of a worker is, got {config.engine.config['train_batch_size']}"
+            f"config.engine.config.train_batch_size must be {worker_batch_size}, which is train.batch_size x "
+            f"gradient_accumulation x {mesh.shards} ranks per worker, got {config.engine.config['train_batch_size']}"
         )
-    table |= {key: value for key, _, value in trainers_values(config)}
+    table |= {key: value for key, _, value in values_from_train(config)}
     bfloat16 = config.train.precision == "bfloat16"
     table["bf16"] = table.get("bf16", {}) | {"enabled": bfloat16}
-    if bfloat16 and config.engine.stage == 0:  # the one combination that DeepSpeed has without ZeRO
+    if bfloat16 and config.engine.stage == 0:  # the only gradient dtype that DeepSpeed supports in bfloat16 without ZeRO
         table.setdefault("data_types", {"grad_accum_dtype": "bf16"})
     table["zero_optimization"] = table.get("zero_optimization", {}) | {"stage": config.engine.stage}
     return {"steps_per_print": None, "zero_allow_untested_optimizer": True} | table

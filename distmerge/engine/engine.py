@@ -1,7 +1,8 @@
-"""An engine: how one worker computes its inner steps and stores its parameters.
+"""The interface of engines: how one worker computes its inner steps and stores its parameters.
 
-The trainer and the mergers know no more of it than this. Theta is ``engine.parameters``, this rank's part of it one vector;
-its state on disk is parts of named parameters with their optimizer's moments, so that another layout can read them.
+The trainer and the mergers depend on this interface only. Theta is ``engine.parameters``, which holds this rank's part of the
+parameters as one vector. Checkpoint files hold parts of named parameters and their optimizer moments, so that a run with
+another layout can read them.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ from distmerge.mesh import Mesh
 from distmerge.theta.flat import FlatParameters
 
 Read = Callable[[str], Any]
-"""``read(name)``: the contents of a checkpoint's file."""
+"""``read(name)`` returns the contents of a file of the checkpoint."""
 
 
 class StepResult(NamedTuple):
-    """What a worker's step did, the same on all of its ranks, as scalars on the device: reading them waits for it.
+    """The result of a worker's step, the same on all of its ranks. Tensors are scalars on the device, so reading one
+    synchronizes with it.
 
     Attributes:
-        tokens: how many tokens counted in the loss, over all micro steps and ranks of the worker. A plain number where it is
-            the same at every step.
+        loss: mean loss per token in nats, over all micro steps and ranks of the worker.
+        grad_norm: L2 norm of the gradient before clipping.
+        tokens: number of tokens that counted in the loss, over all micro steps and ranks of the worker. It is a plain number
+            if it is the same at every step.
     """
 
     loss: Tensor
@@ -36,13 +40,13 @@ class StepResult(NamedTuple):
 
 
 class Engine:
-    """What the engines share: their files.
+    """Base class of the engines, with the reading and writing of their checkpoint files.
 
     Attributes:
-        model: what computes a loss; forward passes are collectives inside the worker where it is sharded.
-        parameters: theta, as this rank merges it.
+        model: computes the loss. If it is sharded, a forward pass is a collective inside the worker.
+        parameters: theta; its vector is the part that this rank merges.
         optimizers: the inner optimizers.
-        notes: what the log should say of it.
+        notes: lines to be logged at the start of the run.
     """
 
     model: nn.Module
@@ -54,16 +58,20 @@ class Engine:
         self.notes: list[str] = []
 
     def train_step(self, batch: Tensor, lr: float) -> StepResult:
-        """One optimizer step on ``[micro_steps, batch, length]`` token ids; the mean loss over all tokens of the worker that
-        count."""
-        raise NotImplementedError
-
-    def of_worker(self, loss: Tensor, grad_norm: Tensor, tokens: Tensor | float) -> StepResult:
-        """A step's result from this rank's part of it; a collective inside the worker.
+        """Take one optimizer step.
 
         Args:
-            loss: the mean over this rank's micro steps, weighted so that the mean over the ranks is one over tokens.
-            tokens: of the whole worker, that counted in the loss.
+            batch: token ids, ``[micro_steps, batch, length]``.
+            lr: the learning rate of this step.
+        """
+        raise NotImplementedError
+
+    def worker_result(self, loss: Tensor, grad_norm: Tensor, tokens: Tensor | float) -> StepResult:
+        """Average loss and gradient norm over the ranks of the worker; a collective inside the worker.
+
+        Args:
+            loss: the mean over this rank's micro steps, weighted so that its mean over the ranks is the mean over all tokens.
+            tokens: number of tokens of the whole worker that counted in the loss.
         """
         seen = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         if self.mesh.shards > 1:
@@ -72,34 +80,35 @@ class Engine:
         return StepResult(seen[0], seen[1], tokens)
 
     def tokens_of(self, batch: Tensor) -> float:
-        """Tokens of the whole worker that count in the loss of ``[micro_steps, batch, length]`` ids, where every token does but
-        the first of each sequence."""
+        """Number of tokens of the whole worker that count in the loss of ``[micro_steps, batch, length]`` ids: all but the
+        first of each sequence, which nothing predicts."""
         micro_steps, rows, length = batch.shape
         return float(micro_steps * rows * (length - 1) * self.mesh.shards)
 
     def optimizer_state(self) -> Any:
-        """The moments of this rank's parts, for torch.save."""
+        """The optimizer moments of this rank's part of the parameters, as an object for ``torch.save``."""
         raise NotImplementedError
 
     def load_optimizer_state(self, state: Any) -> None:
+        """Restore what :meth:`optimizer_state` returned."""
         raise NotImplementedError
 
     def shard_of(self, parameter: Tensor) -> Tensor:
-        """What this rank holds of a parameter."""
+        """This rank's part of a parameter of the model."""
         return parameter
 
     @property
     def replicated(self) -> bool:
-        """Whether every rank of the worker holds all of it, so that one of them writes the files."""
+        """Whether every rank of the worker holds the whole state, so that only one of them writes it."""
         return True
 
     @property
     def tag(self) -> str:
-        """The part of file names that says whose state a file holds."""
+        """The part of a checkpoint file's name that identifies the worker, and the rank if the state is sharded."""
         return f"{self.mesh.worker:05}" if self.replicated else f"{self.mesh.worker:05}-{self.mesh.shard:05}"
 
     def state_files(self) -> dict[str, Any]:
-        """This rank's checkpoint files by name."""
+        """The contents of this rank's checkpoint files by file name; empty if another rank writes them."""
         self.parameters.pull()
         if self.replicated and self.mesh.shard:
             return {}
@@ -115,7 +124,7 @@ class Engine:
 
     @torch.no_grad()
     def load_state_files(self, read: Read) -> None:
-        """Restore what this rank, in this layout, wrote."""
+        """Restore the files that this rank wrote in the same layout."""
         tensors = read(f"parameters-{self.tag}.safetensors")
         if self.replicated:
             for name, view in self.parameters.named_views():
@@ -129,20 +138,24 @@ class Engine:
         self.load_optimizer_state(read(f"optimizer-{self.tag}.pt"))
 
     def whole_state(self) -> dict[str, Tensor] | None:
-        """The whole model's state_dict in float32 on the CPU, on the first rank of each worker; a collective inside the
-        worker. None where the model itself holds it."""
+        """The whole model's state_dict in float32 on the CPU, on the first rank of each worker, or None if ``model`` itself
+        holds it. A collective inside the worker."""
         return None
 
     def close(self) -> None:
-        """Give back what the process would keep."""
+        """Release global state that would outlive the engine."""
 
 
 def gather_whole(model: nn.Module, flat: FlatParameters, mesh: Mesh) -> dict[str, Tensor] | None:
-    """A sharded model's state_dict from the ranks' vectors, on the worker's first rank; None on the others."""
+    """Gather a sharded model's state_dict from the vectors of the worker's ranks.
+
+    Returns:
+        the state_dict on the worker's first rank, None on the others.
+    """
     flat.pull()
     parts: list[list] = [[]] * mesh.shards
     dist.all_gather_object(parts, flat.parts(), group=mesh.inside)
-    longest = max(sum(part.numel for part in theirs) for theirs in parts)
+    longest = max(sum(part.numel for part in rank_parts) for rank_parts in parts)
     padded = flat.vector.new_zeros(longest)
     padded[: flat.vector.numel()] = flat.vector
     leader = mesh.worker * mesh.shards
@@ -151,15 +164,19 @@ def gather_whole(model: nn.Module, flat: FlatParameters, mesh: Mesh) -> dict[str
     if received is None:
         return None
     whole = {slot.name: torch.zeros(slot.shape) for slot in flat.layout}
-    for theirs, vector in zip(parts, received, strict=True):
-        for part in theirs:
+    for rank_parts, vector in zip(parts, received, strict=True):
+        for part in rank_parts:
             values = vector[part.offset : part.offset + part.numel].cpu()
             whole[part.name].view(-1)[part.first : part.first + part.numel] = values
-    return whole | names_beside(model, whole)
+    return whole | remaining_state(model, whole)
 
 
-def names_beside(model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What else a state_dict holds: the other names of tied weights, frozen parameters, buffers."""
+def remaining_state(model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a state_dict that theta does not hold: further names of tied weights, frozen parameters and buffers.
+
+    Args:
+        whole: the trainable parameters, by the first name of each.
+    """
     first_names: dict[int, str] = {}
     beside: dict[str, Tensor] = {}
     kept = model.state_dict(keep_vars=True)

@@ -1,4 +1,4 @@
-"""Theta of any model as one vector: a plain module, one in DistributedDataParallel, under FSDP2, or a DeepSpeed engine."""
+"""Flattens any model: a plain module, one in DistributedDataParallel or under FSDP2, or a DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from distmerge.theta.flat import FlatParameters
 
 
 def flatten(model: nn.Module | FlatParameters) -> FlatParameters:
-    """The model's parameters as one vector, or this rank's part of them. Laying out twice gives the same vector."""
+    """The model's trainable parameters, or this rank's part of them, as one vector. Flattening a plain float32 model twice
+    gives the same vector."""
     if isinstance(model, FlatParameters):
         return model
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -25,24 +26,24 @@ def flatten(model: nn.Module | FlatParameters) -> FlatParameters:
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         return ShardedParameters(model)
     if "deepspeed" in sys.modules:
-        from distmerge.engine.masters import is_engine, master_parameters
+        from distmerge.engine.master_weights import is_engine, master_parameters
 
         if is_engine(model):
             return master_parameters(model)
     return FlatParameters(model)
 
 
-def check_peers(flat: FlatParameters, group: Any) -> None:
-    """Refuse to merge ranks that hold theta together as if each held one of its own.
+def check_group(flat: FlatParameters, group: Any) -> None:
+    """Refuse a process group for merges that has several ranks of one worker: they hold parts of one replica, not replicas.
 
     Raises:
-        UserError: where ``group`` has more than one rank of this worker.
+        UserError: if ``group`` has more than one rank of this worker.
     """
     if flat.inside is None:
         return
-    together = set(dist.get_process_group_ranks(flat.inside)) & set(dist.get_process_group_ranks(group))
-    if len(together) > 1:
+    shared = set(dist.get_process_group_ranks(flat.inside)) & set(dist.get_process_group_ranks(group))
+    if len(shared) > 1:
         raise UserError(
-            f"group must be one rank of each worker, those that hold the same part of the model, got ranks "
-            f"{sorted(together)} of one worker; with a mesh of (worker, shard), pass mesh.get_group('worker')"
+            f"group must have one rank of each worker, those that hold the same part of the model, got ranks "
+            f"{sorted(shared)} of one worker; with a mesh of (worker, shard), pass mesh.get_group('worker')"
         )

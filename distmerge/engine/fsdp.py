@@ -1,6 +1,7 @@
-"""FSDP2 (https://arxiv.org/abs/2304.11277, torch's ``fully_shard``): a worker's ranks share parameters, gradients and moments.
+"""FSDP2 (https://arxiv.org/abs/2304.11277, torch's ``fully_shard``): parameters, gradients and optimizer moments are sharded
+over the worker's ranks.
 
-Each block of the model is a unit that is gathered when it computes. The flat vector is this rank's shards.
+Each block of the model is gathered while it computes. The flat vector consists of this rank's shards.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from distmerge.mesh import Mesh
 
 
 class FSDPEngine(TorchEngine):
-    """Computes inner steps on shards: of the parameters, the gradients and the optimizer's state."""
+    """Computes inner steps with sharded parameters, gradients and optimizer state."""
 
     forward: FSDPModule
 
@@ -36,7 +37,7 @@ class FSDPEngine(TorchEngine):
     def _distribute(self) -> nn.Module:
         axis = self.mesh.shard_axis()
         bfloat16 = self.train_section.precision == "bfloat16"
-        # Gradients are summed in float32, whatever the blocks compute in.
+        # Gradients are summed in float32 even if the blocks compute in bfloat16.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
         for block in blocks(self.model):
             self._shard(block, axis, policy)
@@ -74,7 +75,7 @@ class FSDPEngine(TorchEngine):
         return False
 
     def optimizer_state(self) -> list[dict[str, Any]]:
-        """As the torch engine's, of this rank's shards."""
+        """The optimizers' state_dicts, with this rank's shard in place of each DTensor."""
         states = super().optimizer_state()
         for state in states:
             state["state"] = {
@@ -83,31 +84,32 @@ class FSDPEngine(TorchEngine):
         return states
 
     def load_optimizer_state(self, state: list[dict[str, Any]]) -> None:
-        for optimizer, theirs in zip(self.optimizers, state, strict=True):
+        for optimizer, stored in zip(self.optimizers, state, strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             whole = {
                 index: {key: sharded_like(parameters[index], value) for key, value in moments.items()}
-                for index, moments in theirs["state"].items()
+                for index, moments in stored["state"].items()
             }
-            optimizer.load_state_dict(theirs | {"state": whole})
+            optimizer.load_state_dict(stored | {"state": whole})
 
     def whole_state(self) -> dict[str, Tensor] | None:
         return gather_whole(self.model, self.parameters, self.mesh)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of the model's longest list: a transformer's layers."""
+    """The modules of the model's longest ModuleList or Sequential, which in a transformer are its layers."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     yield from max(lists, key=len, default=nn.ModuleList())
 
 
 def local(tensor: Any) -> Any:
-    """This rank's shard of a tensor that is sharded; anything else as it is."""
+    """This rank's shard of a DTensor; any other value is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(parameter: DTensor, shard: Any) -> Any:
-    """A parameter's moment from this rank's shard of it; a count of steps as it is."""
+    """A moment as a DTensor that is sharded like its parameter. Values that are not shards, such as the number of steps, are
+    returned as they are."""
     if not isinstance(shard, Tensor) or shard.numel() != parameter.to_local().numel() or shard.ndim != parameter.ndim:
         return shard
     return DTensor.from_local(

@@ -1,4 +1,4 @@
-"""Whether a model can be published: nothing in it that is not finite. A collective, since each rank holds a part."""
+"""Checks that a model is finite before it is published. Each rank holds a part of the model, so the check is a collective."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from distmerge.theta.flat import FlatParameters
 
 @torch.no_grad()
 def health_problem(flat: FlatParameters, mesh: Mesh) -> str | None:
-    """What is not finite in the model as it stands, in words, or None; the same on all ranks.
+    """Why the model is unhealthy, as a phrase that is the same on all ranks, or None if it is healthy.
 
-    A buffer may hold infinities, as masks do, and must not hold NaN.
+    Parameters must be finite. Buffers may hold infinities, as masks do, but not NaN.
     """
     flat.pull()
     buffers = float(any(has_nan(buffer) for buffer in flat.model.buffers()))

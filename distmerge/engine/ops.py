@@ -1,8 +1,8 @@
-"""What DeepSpeed compiles on this machine, built once and in one process.
+"""Builds the C++ extension that DeepSpeed's offloaded optimizer needs.
 
-DeepSpeed compiles a helper when it is first used, under a lock file that a killed process leaves behind: whoever needs the
-helper next waits for ever. Here one process builds at a time, under a lock that the kernel frees, and a lock file that
-nobody is building under is removed.
+DeepSpeed compiles the extension at its first use, guarded by a lock file. A killed process leaves that file behind, and then
+every later process waits for it forever. Here one process builds at a time under an ``flock``, which the kernel releases when
+the process ends, and a lock file that no running build owns is removed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from distmerge.errors import UserError
 
 
 def build_ops() -> bool:
-    """Build and load what the offloaded optimizer needs, DeepSpeedCPUAdam's helper. Minutes at first, then a second.
+    """Build and load DeepSpeedCPUAdam's extension. The first build takes minutes; later calls only load it.
 
     Returns:
-        whether it was compiled now.
+        whether the extension was compiled by this call.
 
     Raises:
-        UserError: where DeepSpeed is not installed.
+        UserError: if DeepSpeed is not installed.
     """
     import_deepspeed("cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.ops.op_builder import CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]
@@ -44,18 +44,18 @@ def build_ops() -> bool:
 
 @contextmanager
 def one_builder(folder: Path) -> Iterator[None]:
-    """A stretch in which nobody else builds in ``folder``, and no leftover lock file lies in it."""
+    """A context in which no other process builds in ``folder``. A lock file left in it is removed first."""
     with open(folder.with_name(f".{folder.name}.distmerge"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         leftover = folder / "lock"
         while leftover.exists() and working_in(folder):
-            time.sleep(0.2)  # a compiler that outlived its parent, or a program that does not know of our lock
+            time.sleep(0.2)  # a compiler has outlived its parent, or another program builds without our lock
         leftover.unlink(missing_ok=True)
         yield
 
 
 def working_in(folder: Path) -> bool:
-    """Whether a process works in a folder: ninja and the compilers it starts do."""
+    """Whether another process has ``folder`` as its working directory, as ninja and the compilers that it starts have."""
     import psutil  # comes with DeepSpeed
 
     own = os.getpid()
@@ -64,14 +64,15 @@ def working_in(folder: Path) -> bool:
 
 def main() -> None:
     """``distmerge build-ops``."""
-    print("compiled DeepSpeed's helper" if build_ops() else "DeepSpeed's helper was compiled before", file=sys.stderr)
+    compiled = build_ops()
+    print(f"DeepSpeed's CPU Adam extension {'is compiled' if compiled else 'was already compiled'}", file=sys.stderr)
 
 
 def import_deepspeed(device_type: str) -> Any:
-    """DeepSpeed, for this device, silent but for errors.
+    """Import DeepSpeed for this type of device, with its logging reduced to errors.
 
     Raises:
-        UserError: where it is not installed.
+        UserError: if it is not installed.
     """
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     try:
@@ -79,6 +80,6 @@ def import_deepspeed(device_type: str) -> Any:
     except ImportError:
         raise UserError('config.engine.kind "deepspeed" needs DeepSpeed: pip install distmerge[deepspeed]') from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Ranks on CPUs would each compile and load its reductions through shared memory, which are for inference.
+    # Otherwise each rank on a CPU would compile and load DeepSpeed's shared-memory reductions, which only inference needs.
     deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
     return deepspeed

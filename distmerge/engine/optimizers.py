@@ -1,4 +1,4 @@
-"""The inner optimizers that the configuration names."""
+"""Builds the inner optimizers that the configuration names."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from distmerge.config.train import Optimizer
 
 
 def build_optimizers(model: nn.Module, section: Optimizer) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the hidden matrices and AdamW for the rest. Only tensors of 2 or more dimensions decay."""
+    """AdamW, or Muon (https://kellerjordan.github.io/posts/muon/) for the hidden matrices and AdamW for the rest. Weight decay
+    applies only to tensors with two or more dimensions."""
     groups = parameter_groups(model, section.weight_decay)
     optimizers: list[torch.optim.Optimizer] = []
     if section.name == "muon":
-        outside = {id(p) for p in tables(model)}
-        hidden = [p for group in groups for p in group["params"] if p.ndim == 2 and id(p) not in outside]
+        excluded = {id(p) for p in embeddings_and_head(model)}
+        hidden = [p for group in groups for p in group["params"] if p.ndim == 2 and id(p) not in excluded]
         taken = {id(p) for p in hidden}
         groups = [group | {"params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
-        # The update's size is matched to AdamW's, so that one learning rate serves both.
+        # Muon's updates are scaled to the RMS of AdamW's, so that one learning rate suits both.
         optimizers.append(
             torch.optim.Muon(hidden, lr=section.lr, weight_decay=section.weight_decay, adjust_lr_fn="match_rms_adamw")
         )
@@ -29,7 +30,7 @@ def build_optimizers(model: nn.Module, section: Optimizer) -> list[torch.optim.O
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: those of 2 or more dimensions decay, the others don't."""
+    """The trainable parameters in two groups: those with two or more dimensions have weight decay, the others have none."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
@@ -38,8 +39,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def tables(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The embeddings and the head, which are no hidden matrices."""
+def embeddings_and_head(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights of the embeddings and of the head, which Muon must not train: they are not hidden matrices."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):  # pyright: ignore
         if module is not None:
             yield module.weight

@@ -1,4 +1,5 @@
-"""Theta of a worker that spans ranks: each rank merges a part of it, so that traffic between workers is n / shards per rank."""
+"""Flat parameters of a worker that spans several ranks. Each rank merges a part of theta, so its traffic with other workers is
+n / shards elements instead of n."""
 
 from __future__ import annotations
 
@@ -15,11 +16,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from distmerge.errors import UserError
-from distmerge.theta.flat import FlatParameters, Slot, check_dtype, check_identity
+from distmerge.theta.checks import check_dtype, check_identity
+from distmerge.theta.flat import FlatParameters, Slot
 
 
 class ReplicatedParameters(FlatParameters):
-    """Parameters that every rank of a worker holds whole: each merges its own share, then they share the shares.
+    """Parameters of which every rank of the worker holds a whole copy. Each rank merges one share of the vector; push() then
+    exchanges the shares between the ranks.
 
     Args:
         inside: process group of the worker's ranks.
@@ -39,21 +42,21 @@ class ReplicatedParameters(FlatParameters):
 
 
 def exchange(shares: list[Tensor], inside: Any) -> None:
-    """Give the ranks of a worker each other's shares, in place: an all-gather that needs no second buffer.
+    """Exchange the shares between a worker's ranks in place: an all-gather that needs no second buffer.
 
     Args:
-        shares: one of each rank of the group; this rank's own is right.
+        shares: one for each rank of the group. Only this rank's own needs to hold its values; the others are overwritten.
     """
     for shard, share in enumerate(shares):
         dist.broadcast(share, dist.get_global_rank(inside, shard), group=inside)
 
 
 class CopiedParameters(FlatParameters):
-    """Parts of theta that lie elsewhere, in tensors of this rank: pull and push copy them.
+    """Parts of theta that an engine stores in tensors of its own. The vector is a copy: pull() fills it, push() writes it back.
 
     Args:
         layout: a slot for each parameter, in the model's order, with this rank's part of it.
-        parameters: the parameters themselves, as the model and its optimizer know them.
+        parameters: the model's own parameters, in the same order.
         inside: process group of the worker's ranks.
     """
 
@@ -64,7 +67,7 @@ class CopiedParameters(FlatParameters):
         self.pull()
 
     def stored(self) -> Iterator[Tensor]:
-        """Where each slot's part lies: tensors of the slots' sizes, in the layout's order."""
+        """The engine's tensor for each slot, of the slot's size, in the layout's order."""
         raise NotImplementedError
 
     @cached_property
@@ -73,7 +76,8 @@ class CopiedParameters(FlatParameters):
         return () if set(dtypes) <= {torch.float32} else dtypes
 
     def refresh(self) -> None:
-        """After the stored values changed: bring what was made from them up to date. A collective inside the worker."""
+        """Update what the engine derives from the stored tensors, such as 16-bit copies, after they have changed. A collective
+        inside the worker."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -92,21 +96,23 @@ class CopiedParameters(FlatParameters):
         self.refresh()
 
     def named_views(self) -> Iterator[tuple[str, Tensor]]:
-        raise AssertionError("this rank holds parts of parameters: see parts()")
+        raise AssertionError("this rank holds only parts of the parameters; use parts()")
 
 
 class ShardedParameters(CopiedParameters):
     """This rank's shards of a model under FSDP2's ``fully_shard``, which cuts each parameter along its first dim.
 
+    A parameter of shape ``[5, 4]`` over 2 ranks is cut into 3 and 2 rows: on rank 1 its slot has ``first`` 12 and ``part`` 8.
+
     Raises:
-        UserError: for a parameter that is not sharded so.
+        UserError: for a parameter that is sharded in another way.
     """
 
     def __init__(self, model: nn.Module):
         named = [(name, p) for name, p in sharded_parameters(model) if p.requires_grad]
         if not named:
             raise UserError("the model has no trainable parameter, so there is nothing to merge")
-        # The modules show other tensors while they are gathered; the optimizer's are these.
+        # Kept, since a module shows other tensors while it is gathered. The optimizer holds these.
         self._shards = [p for _, p in named]
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         mesh = self._shards[0].device_mesh
@@ -122,7 +128,7 @@ class ShardedParameters(CopiedParameters):
         super().__init__(model, layout, self._shards, mesh.get_group(), self._shards[0].to_local().device)
 
     def check(self) -> None:
-        self.refresh()  # a module shows other tensors while it is gathered
+        self.refresh()  # a gathered module shows other tensors than those that were laid out
         super().check()
 
     def stored(self) -> Iterator[Tensor]:
@@ -130,14 +136,14 @@ class ShardedParameters(CopiedParameters):
 
     def refresh(self) -> None:
         for module in self._modules:
-            module.reshard()  # a module that is still gathered would compute with the old values
+            module.reshard()  # a module that stays gathered would compute with the old values
 
 
 def sharded_parameters(model: nn.Module) -> list[tuple[str, DTensor]]:
-    """The model's parameters as FSDP2 keeps them between steps.
+    """The model's parameters in the sharded form in which FSDP2 keeps them between steps.
 
     Raises:
-        UserError: for one that FSDP2 does not hold.
+        UserError: for a parameter that FSDP2 does not manage.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -145,6 +151,6 @@ def sharded_parameters(model: nn.Module) -> list[tuple[str, DTensor]]:
     named: list[tuple[str, DTensor]] = []
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
-            raise UserError(f"parameter {name} must be sharded like the others: call fully_shard on the whole model, too")
+            raise UserError(f"parameter {name} must be sharded like the others: call fully_shard on the whole model as well")
         named.append((name, parameter))
     return named

@@ -1,7 +1,7 @@
-"""A worker's state on disk, read by any layout: parts of named, flattened parameters are put together again.
+"""The format of a worker's parameters in a checkpoint, which a run with any layout can read.
 
-A file of a replicated worker holds whole parameters under their names; one of a sharded worker holds parts, under
-``NAME@FIRST``, the part's first element.
+A file of a replicated worker holds whole parameters under their names. A file of a sharded worker holds parts of flattened
+parameters under ``NAME@FIRST``, where FIRST is the index of the part's first element.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from distmerge.theta.flat import Part
 
 
 def part_key(part: Part) -> str:
-    """The name of a part in a file."""
+    """The name under which a part is stored in a file."""
     return f"{part.name}@{part.first}"
 
 
 def parts_in(tensors: dict[str, Tensor]) -> Iterator[tuple[str, int, Tensor]]:
-    """(parameter, first element, the part flattened) of each parameter's part in a file; buffers are passed by."""
+    """Yield (parameter's name, index of the first element, flattened values) for each part in a file. Buffers are skipped."""
     for key, tensor in tensors.items():
         if key.startswith("buffer:"):
             continue
@@ -30,7 +30,13 @@ def parts_in(tensors: dict[str, Tensor]) -> Iterator[tuple[str, int, Tensor]]:
 
 
 class Pieces:
-    """Values of flattened tensors by name, known in pieces."""
+    """Flattened tensors by name, collected piece by piece, from which any range can be taken.
+
+    pieces = Pieces()
+    pieces.add("w", 0, first_three)   # elements 0 to 2, written by one rank
+    pieces.add("w", 3, last_two)      # elements 3 to 4, written by another
+    pieces.take("w", 2, 2)            # elements 2 to 3
+    """
 
     def __init__(self) -> None:
         self.known: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
@@ -39,7 +45,7 @@ class Pieces:
         self.known[name].append((first, values))
 
     def take(self, name: str, first: int, numel: int) -> Tensor:
-        """Elements [first, first + numel) of a tensor, from all pieces that hold some of them."""
+        """Elements [first, first + numel) of a tensor, put together from all pieces that overlap with them."""
         result = torch.empty(numel)
         covered = 0
         for start, values in self.known[name]:
@@ -47,5 +53,5 @@ class Pieces:
             if low < high:
                 result[low - first : high - first] = values[low - start : high - start]
                 covered += high - low
-        assert covered == numel, f"{name} is not whole in the checkpoint: {covered} of {numel} elements from {first} on"
+        assert covered == numel, f"the checkpoint holds {covered} of the {numel} elements of {name} from {first} on"
         return result

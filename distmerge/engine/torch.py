@@ -1,4 +1,4 @@
-"""The plain torch engine: a whole replica on each rank, DistributedDataParallel where a worker has several."""
+"""The plain torch engine: a whole replica on each rank, with DistributedDataParallel if a worker has several ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distmerge.theta.flat import FlatParameters
 
 
 class TorchEngine(Engine):
-    """Computes inner steps. The optimizer works on views of the flat vector."""
+    """Computes inner steps on a model whose float32 parameters are views of the flat vector."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, mesh: Mesh):
         super().__init__(config, mesh)
@@ -30,7 +30,7 @@ class TorchEngine(Engine):
         self._trainable = [p for p in self.model.parameters() if p.requires_grad]
 
     def _distribute(self) -> nn.Module:
-        """Lay the parameters out over the worker's ranks; the module that computes on them."""
+        """Set ``parameters`` and return the module whose forward pass computes the loss."""
         if self.mesh.shards == 1:
             self.parameters = FlatParameters(self.model)
             return self.model
@@ -55,11 +55,14 @@ class TorchEngine(Engine):
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return self.of_worker(loss, grad_norm, tokens)
+        return self.worker_result(loss, grad_norm, tokens)
 
     def _weights(self, batch: Tensor) -> tuple[Tensor | None, Tensor | float]:
-        """What makes a mean over micro steps and ranks one over tokens, where examples have different numbers of them; and the
-        number of tokens of the whole worker."""
+        """The factor of each micro step's loss, ``[micro_steps]``, and the number of tokens of the whole worker.
+
+        Where examples have different numbers of tokens, the factors turn the mean over micro steps and ranks into the mean over
+        tokens. They are None where every micro step has as many tokens as the others.
+        """
         if not self.uneven:
             return None, self.tokens_of(batch)
         return micro_weights(batch, self.mesh.inside if self.mesh.shards > 1 else None)
@@ -70,12 +73,12 @@ class TorchEngine(Engine):
             return self.forward(input_ids=ids, labels=labels, use_cache=False).loss
 
     def _reducing(self, last: bool) -> contextlib.AbstractContextManager:
-        """Reduce gradients inside the worker at the last micro step only."""
+        """A context in which gradients are reduced inside the worker only if this is the last micro step."""
         wrapped = isinstance(self.forward, nn.parallel.DistributedDataParallel)
         return self.forward.no_sync() if wrapped and not last else contextlib.nullcontext()  # pyright: ignore
 
     def _clip(self, limit: float) -> Tensor:
-        """The gradient's norm, which is cut down to ``limit`` unless that is 0."""
+        """Clip the gradient to the norm ``limit``, unless that is 0, and return its norm before clipping."""
         grad_norm = nn.utils.get_total_norm(p.grad for p in self._trainable if p.grad is not None)
         if limit:
             nn.utils.clip_grads_with_norm_(self._trainable, limit, grad_norm)
@@ -85,5 +88,5 @@ class TorchEngine(Engine):
         return [optimizer.state_dict() for optimizer in self.optimizers]
 
     def load_optimizer_state(self, state: list[dict[str, Any]]) -> None:
-        for optimizer, theirs in zip(self.optimizers, state, strict=True):
-            optimizer.load_state_dict(theirs)
+        for optimizer, stored in zip(self.optimizers, state, strict=True):
+            optimizer.load_state_dict(stored)

@@ -1,1 +1,1 @@
-"""Merging inside other people's training loops."""
+"""Merging inside the training loops of other libraries."""

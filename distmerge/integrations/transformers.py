@@ -6,8 +6,9 @@
                       callbacks=[MergeCallback(lambda model: dm.DiLoCo(model, every=50))])
     trainer.train()
 
-Each rank is a worker with a Trainer of its own: the Trainer itself would reduce gradients over all ranks at each step.
-The merger is told how many tokens each step was trained on, counted in the forward passes of its micro steps.
+Each rank is a worker with its own Trainer. Without :func:`one_worker_per_rank` the Trainer would reduce gradients over all
+ranks at every step. The callback counts the tokens of each step in the forward passes of its micro steps and passes the number
+to the merger, which may weight workers by it.
 """
 
 from __future__ import annotations
@@ -31,43 +32,48 @@ from distmerge.workers.divergence import MergeReport
 from distmerge.workers.merger import Merger
 
 STATE = "merger-{rank:05}.pt"
-"""The mergers' state, beside the Trainer's own in its checkpoints."""
+"""The file with the merger's state in the Trainer's checkpoints."""
 
 
 def one_worker_per_rank() -> tuple[int, int]:
-    """Let a Trainer that is made afterwards train on this rank alone; this rank and how many there are.
+    """Make a Trainer that is created afterwards train on this rank only.
 
-    The Trainer looks for its world in the environment, from which it is taken.
+    A Trainer finds the ranks through environment variables, which this function removes.
+
+    Returns:
+        this rank and the number of ranks.
 
     Raises:
-        UserError: before init_process_group, for which the environment is needed.
+        UserError: before ``init_process_group``, which needs the environment variables.
     """
     if not dist.is_initialized():
-        raise UserError("call torch.distributed.init_process_group() before one_worker_per_rank(), which takes its environment")
+        raise UserError(
+            "call torch.distributed.init_process_group() before one_worker_per_rank(), which removes its environment variables"
+        )
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     return dist.get_rank(), dist.get_world_size()
 
 
 class TokenCount:
-    """Counts the tokens that a model's loss is taken of while it trains: the labels of each forward pass that are not ignored.
+    """Counts the tokens that count in a model's loss during training: the labels of each forward pass that are not ignored.
 
-    A causal language model predicts all labels of a sequence but the first. Where the Trainer keeps the labels to itself, as
-    label smoothing does, what counts is the attention mask, or without one every token.
+    A causal language model predicts all labels of a sequence except the first. If the Trainer does not pass the labels to the
+    model, as with label smoothing, the tokens of the attention mask are counted, or without a mask all tokens.
 
     Args:
-        model: whose forward passes are seen.
+        model: the model whose forward passes are observed.
     """
 
     def __init__(self, model: nn.Module):
         self.tokens: float | Tensor = 0.0
-        # As the Trainer itself finds out whether the loss shifts the labels.
+        # transformers decides in the same way whether the loss shifts the labels.
         causal = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
         self.shifts = causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         self.hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def take(self) -> float | Tensor:
-        """The tokens since the last call; on the model's device, since reading them there would wait for the step."""
+        """The number of tokens since the last call. It may be a scalar on the device, since reading it would synchronize."""
         tokens, self.tokens = self.tokens, 0.0
         return tokens
 
@@ -88,15 +94,15 @@ class TokenCount:
 
 
 class MergeCallback(TrainerCallback):
-    """Merges the model that a Trainer trains with those of the other ranks.
+    """Merges the model that a Trainer trains with the models of the other ranks.
 
-    Its state is part of the Trainer's checkpoints, so that ``resume_from_checkpoint`` goes on in mid-round.
+    The merger's state is saved in the Trainer's checkpoints, so ``resume_from_checkpoint`` can continue between two merges.
 
     Args:
-        make: the merger, or several of them composed, of the model that the Trainer has prepared.
+        make: creates the merger, or a composition of several, for the model that the Trainer has prepared.
 
     Attributes:
-        reports: of all merges so far.
+        reports: reports of all merges so far.
     """
 
     def __init__(self, make: Callable[[nn.Module], Merger | Composed]):
@@ -106,8 +112,8 @@ class MergeCallback(TrainerCallback):
 
     @property
     def merger(self) -> Merger | Composed:
-        """What ``make`` made, once training has begun."""
-        assert self.made is not None, "training has begun"
+        """The merger that ``make`` returned; available once training has begun."""
+        assert self.made is not None, "the merger is made when training begins"
         return self.made[0]
 
     def on_train_begin(
@@ -117,13 +123,13 @@ class MergeCallback(TrainerCallback):
         self.made = self.make(model), TokenCount(model)
         if state.global_step == 0:
             return
-        with torch.no_grad():  # a new merger gave all workers the first one's weights; a resumed one has its own
+        with torch.no_grad():  # making a merger copies the first worker's weights to all, but this worker resumes with its own
             for parameter, values in zip(model.parameters(), own, strict=True):
                 parameter.copy_(values)
         self.merger.load_state_dict(torch.load(self._path(args, state), weights_only=True))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert self.made is not None, "training has begun"
+        assert self.made is not None, "the merger is made when training begins"
         report = self.merger.step(self.made[1].take())
         self.reports += report if isinstance(report, list) else [report] if report is not None else []
 
@@ -131,7 +137,7 @@ class MergeCallback(TrainerCallback):
         replace_file(self._path(args, state), self.merger.state_dict())
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        assert self.made is not None, "training has begun"
+        assert self.made is not None, "the merger is made when training begins"
         self.merger.finish()
         self.made[1].hook.remove()
 

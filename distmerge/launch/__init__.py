@@ -1,1 +1,1 @@
-"""From one command to many ranks: rendezvous, signals, leaving in time, and saying which rank failed."""
+"""Launching the ranks of a job: rendezvous, signals, stopping in time, and reporting which rank failed."""

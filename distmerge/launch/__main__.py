@@ -1,11 +1,12 @@
-"""``python -m distmerge.launch``: torchrun with its flags, which ends with one line and the job's exit status."""
+"""``python -m distmerge.launch``: torchrun with the same flags, but it reports a failure in one line and returns the job's exit
+status."""
 
 import sys
 
-from distmerge.launch.interrupts import EARS
+from distmerge.launch.interrupts import SIGNAL_THREAD
 
 if __name__ == "__main__":
-    EARS.install()
+    SIGNAL_THREAD.install()
     from distmerge.launch.ranks import torchrun
 
     sys.exit(torchrun(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The rendezvous of a job on this machine, for torch's agent: a store that listens on the loopback interface alone."""
+"""A rendezvous for torch's agent when all ranks run on this machine. Its store listens on the loopback interface only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOST = "127.0.0.1"
 
 
 class Loopback(RendezvousHandler):
-    """One agent, which waits for no other; its ranks use its store."""
+    """The rendezvous of a single agent, whose ranks use the agent's store."""
 
     newest: ClassVar[Loopback | None] = None
 
@@ -34,8 +34,8 @@ class Loopback(RendezvousHandler):
         Loopback.newest = self
 
     @classmethod
-    def said(cls, key: str) -> bool:
-        """Whether a rank of the newest job put ``key`` on its board."""
+    def has_key(cls, key: str) -> bool:
+        """Whether a rank of the newest job has set ``key`` on its notice board."""
         return cls.newest is not None and cls.newest.store.check([f"/attempt-0/{key}"])
 
     def get_backend(self) -> str:

@@ -1,7 +1,8 @@
-"""What ranks tell each other beside their collectives, through the rendezvous store: who failed, who leaves, who is how far.
+"""A notice board in the rendezvous store, on which ranks exchange messages outside of collectives: failures, requests to stop,
+and progress.
 
-A store whose host is stopped or unreachable never answers, and a call of it cannot be given up. So the board has a connection
-of its own and a thread that talks on it: whoever asks waits for a limited time.
+If the store's host has stopped or is unreachable, a call to the store never returns and cannot be cancelled. So the board has
+a connection of its own in a thread of its own, and callers wait for the thread for a limited time.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torch.distributed.distributed_c10d import Store
 T = TypeVar("T")
 
 
-class Silent(RuntimeError):
-    """The rendezvous store did not answer in time, or its host is gone."""
+class StoreUnreachable(RuntimeError):
+    """The rendezvous store did not answer in time, or the connection to it was lost."""
 
 
 class Noticeboard:
-    """A connection to the store, and the one thread that uses it."""
+    """A connection to the store, used by one thread."""
 
     def __init__(self, store: Store):
         self.store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
@@ -29,10 +30,10 @@ class Noticeboard:
         threading.Thread(target=self._answer, daemon=True, name="noticeboard").start()
 
     def ask(self, question: Callable[[Store], T], seconds: float) -> T:
-        """What ``question`` answers for the store.
+        """Call ``question(store)`` in the board's thread and return its result.
 
         Raises:
-            Silent: without an answer in so many seconds.
+            StoreUnreachable: if there is no result within ``seconds``, or the call raises an error.
         """
         answers: list[T] = []
         errors: list[Exception] = []
@@ -41,19 +42,19 @@ class Noticeboard:
         def look() -> None:
             try:
                 answers.append(question(self.store))
-            except Exception as error:  # raised where it was asked
+            except Exception as error:  # raised again in the caller's thread
                 errors.append(error)
             answered.set()
 
         self.questions.put(look)
         if not answered.wait(seconds):
-            raise Silent(f"the rendezvous store did not answer within {seconds:g} s")
+            raise StoreUnreachable(f"the rendezvous store did not answer within {seconds:g} s")
         if errors:
-            raise Silent(f"the rendezvous store is gone: {errors[0]}") from errors[0]
+            raise StoreUnreachable(f"the connection to the rendezvous store failed: {errors[0]}") from errors[0]
         return answers[0]
 
     def close(self) -> None:
-        """End the thread, once all that was asked before is answered."""
+        """End the thread after it has answered all earlier calls."""
         self.questions.put(None)
 
     def _answer(self) -> None:
@@ -62,5 +63,5 @@ class Noticeboard:
 
 
 def texts(store: Store, keys: list[str]) -> list[str | None]:
-    """The values of those keys that are set."""
+    """The value of each key, or None if it is not set."""
     return [store.get(key).decode() if store.check([key]) else None for key in keys]

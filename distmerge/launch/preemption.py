@@ -1,11 +1,17 @@
-"""Leaving in time: when a scheduler, or Ctrl-C, tells any rank to leave, all commit a checkpoint at one step and leave.
+"""Preemption: when a signal from a scheduler or from Ctrl-C asks any rank to stop, all ranks commit a checkpoint of the same
+step and exit.
 
-Workers are at different steps when a signal comes, and their main threads may wait in collectives for each other. So a thread
-of each rank looks at the board a few times a second. The first rank that is told puts a note there; at that, each rank's thread
-says which step is its last without an agreement: the one in progress. The main thread stops behind that step until all ranks
-have said so, and then goes on to the largest of them, where all commit. No rank can be beyond it, and none waits for another
-that waits for it: threads answer while main threads are in a collective. Before the loop, and after its last commit, there is
-nothing to keep, and the ranks leave at once.
+Workers may be at different steps when the signal arrives, and their main threads may be waiting for each other in collectives.
+So a thread of each rank polls the notice board several times a second, and the ranks agree on a step as follows:
+
+1. The first rank that receives a signal posts a request to stop.
+2. Each rank's thread sees the request and posts the number of the step that its main thread is working on. The main thread
+   waits after that step until all ranks have posted theirs.
+3. All ranks continue up to the largest posted step, commit a checkpoint there and exit.
+
+For example, ranks that are working on steps 41, 42 and 41 all commit step 42. No rank can have passed the agreed step, and
+there is no deadlock, since the threads post while the main threads are in collectives. Before the training loop and after its
+last commit there is nothing to save, so the ranks exit at once.
 """
 
 from __future__ import annotations
@@ -16,144 +22,146 @@ import threading
 import time
 from typing import Any
 
-from distmerge.launch.interrupts import EARS, REQUEUE, Listener, say
-from distmerge.launch.noticeboard import Silent, texts
-from distmerge.launch.watchdog import LEAVE
+from distmerge.launch.interrupts import REQUEUE, SIGNAL_THREAD, Callback, say
+from distmerge.launch.noticeboard import StoreUnreachable, texts
+from distmerge.launch.watchdog import STOP_REQUEST
 from distmerge.mesh import Mesh
 
-LOOK_SECONDS = 0.25
-"""Pause between two looks at the board."""
+POLL_SECONDS = 0.25
+"""Time between two looks at the notice board."""
 
-NOTHING = "nothing"
-"""A rank's answer where it has nothing to keep: it has left."""
+NOTHING_TO_KEEP = "nothing"
+"""Posted in place of a step by a rank that has nothing to save and exits."""
 
 
 class Preemption:
-    """Whether this job has to leave, asked once per step.
+    """Watches for requests to stop. The training loop asks :meth:`due` once per step.
 
     Args:
-        steps: of the whole run: who comes to its end has nothing to leave for.
+        steps: number of steps of the whole run. A request that leads to the last step is ignored, since the run ends anyway.
     """
 
     def __init__(self, mesh: Mesh, steps: int):
         self.mesh, self.steps = mesh, steps
-        self.number = 0  # of the signal, once it is known
-        self.heard = 0.0  # when this rank was told by a signal of its own
-        self.completed: int | None = None  # steps; None while there is nothing to keep
-        self.last: int | None = None  # the step behind which this rank waits for the others
-        self.target: int | None = None
+        self.number = 0  # the signal's number, once it is known
+        self.signal_time = 0.0  # when this rank itself received a signal (time.monotonic)
+        self.completed: int | None = None  # completed steps; None while there is nothing to save
+        self.last: int | None = None  # the step after which this rank waits for the others' steps
+        self.target: int | None = None  # the agreed step
         self.lock = threading.Lock()
-        self.told, self.closed = threading.Event(), threading.Event()
-        EARS.install()
-        self.before: Listener = EARS.hear(self._tell)
-        self.thread = threading.Thread(target=self._look, daemon=True, name="preemption")
+        self.signalled, self.closed = threading.Event(), threading.Event()
+        SIGNAL_THREAD.install()
+        self.before: Callback = SIGNAL_THREAD.set_callback(self._on_signal)
+        self.thread = threading.Thread(target=self._watch, daemon=True, name="preemption")
         self.thread.start()
 
     @property
     def status(self) -> int:
-        """The exit status of a job that was told to leave."""
+        """The exit status of a job that was asked to stop."""
         return REQUEUE if self.number in (signal.SIGTERM, signal.SIGUSR1, 0) else 128 + self.number
 
     def begin(self, step: int) -> None:
-        """From here on a checkpoint is committed before the ranks leave."""
+        """From now on, commit a checkpoint before stopping."""
         with self.lock:
             self.completed = step
 
     def due(self, step: int) -> bool:
-        """Whether to commit and leave after ``step``: the same on all ranks, which it may wait for once."""
+        """Whether to commit a checkpoint after ``step`` and stop. All ranks get the same answer, for which they wait for each
+        other once."""
         with self.lock:
             self.completed = step
             if self.last is None or step < self.last:
                 return False
         if self.target is None:
-            self.target = self._agree()
+            self.target = self._agree_on_step()
         return self.target <= step < self.steps
 
     def end(self) -> None:
-        """From here on the ranks leave at once: all is committed."""
+        """From now on, exit at once on a signal: everything is committed."""
         with self.lock:
             self.completed = None
         if self.number:
-            self._leave()
+            self._exit()
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Stop watching and restore the previous signal callback."""
         self.closed.set()
-        self.told.set()  # for the thread to look
-        EARS.hear(self.before)
+        self.signalled.set()  # wakes the thread
+        SIGNAL_THREAD.set_callback(self.before)
 
-    def _tell(self, number: int) -> None:
-        """In the thread that hears signals. A second Ctrl-C leaves at once; a scheduler may send its signal twice."""
-        if self.heard and number == signal.SIGINT and time.monotonic() - self.heard > 1.0:
-            self._leave()
+    def _on_signal(self, number: int) -> None:
+        """Runs in the signal thread. A second Ctrl-C exits at once; a second signal of a scheduler does not."""
+        if self.signal_time and number == signal.SIGINT and time.monotonic() - self.signal_time > 1.0:
+            self._exit()
         if not self.number:
             self.number = number
-        self.heard = self.heard or time.monotonic()
-        self.told.set()
+        self.signal_time = self.signal_time or time.monotonic()
+        self.signalled.set()
 
-    def _look(self) -> None:
-        """The thread: waits for a signal of this rank or for a note of another, and answers it."""
+    def _watch(self) -> None:
+        """Runs in a thread: waits for a signal of this rank or a request of another, and posts this rank's step."""
         board, alone = self.mesh.board, self.mesh.world == 1
         try:
             while not self.closed.is_set():
-                self.told.wait(None if alone else LOOK_SECONDS)
+                self.signalled.wait(None if alone else POLL_SECONDS)
                 if self.closed.is_set():
                     return
-                if self.told.is_set() or board.ask(lambda store: store.check([LEAVE]), self.mesh.timeout_seconds):
+                if self.signalled.is_set() or board.ask(lambda store: store.check([STOP_REQUEST]), self.mesh.timeout_seconds):
                     break
             else:
                 return
             if not alone:
-                self.number = int(board.ask(self._note, self.mesh.timeout_seconds))
+                self.number = int(board.ask(self._request_stop, self.mesh.timeout_seconds))
             with self.lock:
                 if self.completed is not None:
                     self.last = min(self.completed + 1, self.steps)
-            answer = NOTHING if self.last is None else str(self.last)
+            answer = NOTHING_TO_KEEP if self.last is None else str(self.last)
             if not alone:
-                board.ask(lambda store: store.set(f"{LEAVE}/{self.mesh.rank}", answer), self.mesh.timeout_seconds)
+                board.ask(lambda store: store.set(f"{STOP_REQUEST}/{self.mesh.rank}", answer), self.mesh.timeout_seconds)
             if self.last is None:
-                self._let_others_look()
-                self._leave()
-        except Silent:
-            return  # its host is gone, which the next collective tells
+                self._wait_for_readers()
+                self._exit()
+        except StoreUnreachable:
+            return  # the store's host has died, so the next collective fails and reports it
 
-    def _note(self, store: Any) -> bytes:
-        """The note that tells all to leave: the first signal's number."""
-        return store.compare_set(LEAVE, "", str(int(self.number)))
+    def _request_stop(self, store: Any) -> bytes:
+        """Post the request to stop unless another rank has, and return the number of the signal that was first."""
+        return store.compare_set(STOP_REQUEST, "", str(int(self.number)))
 
-    def _let_others_look(self) -> None:
-        """Rank 0 may hold the store: it stays for a moment, until the others have read the note."""
-        keys = [f"{LEAVE}/{rank}" for rank in range(self.mesh.world)]
-        deadline = time.monotonic() + 8 * LOOK_SECONDS
+    def _wait_for_readers(self) -> None:
+        """Keep rank 0 alive for a moment until the others have read the request, since it may host the store."""
+        keys = [f"{STOP_REQUEST}/{rank}" for rank in range(self.mesh.world)]
+        deadline = time.monotonic() + 8 * POLL_SECONDS
         while self.mesh.leads and self.mesh.world > 1 and time.monotonic() < deadline:
-            if None not in self.mesh.board.ask(lambda store: texts(store, keys), LOOK_SECONDS):
+            if None not in self.mesh.board.ask(lambda store: texts(store, keys), POLL_SECONDS):
                 return
-            time.sleep(LOOK_SECONDS / 5)
+            time.sleep(POLL_SECONDS / 5)
 
-    def _agree(self) -> int:
-        """The step at which all ranks leave, once all have said theirs."""
+    def _agree_on_step(self) -> int:
+        """Wait until all ranks have posted their steps and return the largest, after which all stop."""
         if self.mesh.world == 1:
             assert self.last is not None
             return self.last
-        keys = [f"{LEAVE}/{rank}" for rank in range(self.mesh.world)]
+        keys = [f"{STOP_REQUEST}/{rank}" for rank in range(self.mesh.world)]
         deadline = time.monotonic() + self.mesh.timeout_seconds
         while None in (answers := self.mesh.board.ask(lambda store: texts(store, keys), self.mesh.timeout_seconds)):
             if time.monotonic() > deadline:
-                raise Silent("a rank did not say when it can leave")
+                raise StoreUnreachable("a rank did not post the step after which it can stop")
             time.sleep(0.02)
-        if NOTHING in answers:  # it has gone, and no checkpoint can be committed without it
-            self._leave()
+        if NOTHING_TO_KEEP in answers:  # that rank has exited, and a checkpoint needs all ranks
+            self._exit()
         return max(int(answer) for answer in answers if answer is not None)
 
-    def _leave(self) -> None:
-        self.tell_agent()
+    def _exit(self) -> None:
+        self.notify_agent()
         if self.mesh.leads:
             name = signal.Signals(self.number).name
-            say(f"interrupted by {name}; start the same command again to go on from the newest checkpoint")
+            say(f"interrupted by {name}; start the same command again to resume from the newest checkpoint")
         os._exit(self.status)
 
-    def tell_agent(self) -> None:
-        """Another node's agent was told: this node's would take the ranks that leave for failed ones, and start them again."""
+    def notify_agent(self) -> None:
+        """Forward the signal to this node's torchrun agent if only another node received it. Otherwise this agent would take
+        the exit of its ranks for a failure and restart them."""
         several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
-        if several and not self.heard and os.environ.get("LOCAL_RANK") == "0":
+        if several and not self.signal_time and os.environ.get("LOCAL_RANK") == "0":
             os.kill(os.getppid(), signal.SIGTERM)

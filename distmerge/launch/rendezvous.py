@@ -1,7 +1,7 @@
-"""How ranks find each other: the store at MASTER_ADDR:MASTER_PORT, and the roll call of those that came to it.
+"""Rendezvous: the ranks connect to the store at MASTER_ADDR:MASTER_PORT and wait there until all have connected.
 
-The sockets of a job that runs on one machine listen on its loopback interface alone. What is wrong with the environment, a
-port that is taken and a rank that never comes are users' errors, told in a line.
+If all ranks run on one machine, sockets listen on its loopback interface only. A wrong environment variable, a port that is in
+use and a rank that does not connect are reported as a :class:`~distmerge.errors.UserError` of one line.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from datetime import timedelta
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from distmerge.errors import UserError
-from distmerge.launch.interrupts import EARS
-from distmerge.launch.ranks import Place, number_of
+from distmerge.launch.interrupts import SIGNAL_THREAD
+from distmerge.launch.ranks import Place, environment_integer
 
 
 def open_store(place: Place, seconds: float) -> Store:
-    """The store of this rank's job; all ranks come to it within so many seconds.
+    """Connect to the store of this rank's job and wait until all ranks have connected.
+
+    Args:
+        seconds: time limit for all ranks to connect.
 
     Raises:
-        UserError: naming the variable, the port or the ranks that are missing.
+        UserError: naming the variable, the port or the missing ranks.
     """
     if place.world == 1:
         return PrefixStore(name_of(place), HashStore())
-    host, port = os.environ.get("MASTER_ADDR", ""), number_of("MASTER_PORT", 1, 65535)
+    host, port = os.environ.get("MASTER_ADDR", ""), environment_integer("MASTER_PORT", 1, 65535)
     if not host or any(letter.isspace() or not letter.isprintable() for letter in host):
         raise UserError(f"MASTER_ADDR must be the host of rank 0, got {host!r}")
     timeout, began = timedelta(seconds=seconds), time.monotonic()
@@ -36,7 +39,7 @@ def open_store(place: Place, seconds: float) -> Store:
     try:
         listening = listener(host, port) if hosts and is_loopback(host) else None
         descriptor = None if listening is None else listening.detach()
-        with EARS.without_stderr():  # torch's sockets write pages about each try
+        with SIGNAL_THREAD.stderr_discarded():  # torch's sockets log every attempt at length
             store = TCPStore(host, port, None, hosts, timeout, wait_for_workers=False, master_listen_fd=descriptor)
     except OSError as error:
         raise UserError(f"MASTER_PORT {port} of {host} cannot be listened on: {error.strerror or error}") from None
@@ -44,7 +47,8 @@ def open_store(place: Place, seconds: float) -> Store:
         raise UserError(unreachable(host, port, hosts, seconds, error)) from None
     store.set_timeout(timeout)
     ours = PrefixStore(name_of(place), store)
-    call_the_roll(ours, place, seconds - (time.monotonic() - began), f"{host}:{port} within mesh.timeout_seconds = {seconds:g}")
+    remaining = seconds - (time.monotonic() - began)
+    wait_for_ranks(ours, place, remaining, f"{host}:{port} within mesh.timeout_seconds = {seconds:g}")
     return ours
 
 
@@ -54,27 +58,34 @@ def unreachable(host: str, port: int, hosts: bool, seconds: float, error: Runtim
         return f"MASTER_PORT {port} of {host} cannot be listened on: Address already in use"
     if hosts:
         return f"rank 0 cannot be reached at MASTER_ADDR {host}, MASTER_PORT {port}: {text[:200]}"
-    late = f"rank 0 did not come within mesh.timeout_seconds = {seconds:g}"
-    return f"nobody answers at MASTER_ADDR {host}, MASTER_PORT {port}: {late}"
+    late = f"rank 0 did not start within mesh.timeout_seconds = {seconds:g}"
+    return f"no answer from MASTER_ADDR {host}, MASTER_PORT {port}: {late}"
 
 
-def call_the_roll(store: Store, place: Place, seconds: float, where: str) -> None:
-    """Wait until all ranks are here; name those that are not."""
+def wait_for_ranks(store: Store, place: Place, seconds: float, where: str) -> None:
+    """Wait until all ranks have connected.
+
+    Args:
+        where: the store's address and the time limit, for the error.
+
+    Raises:
+        UserError: naming the ranks that have not connected within ``seconds``.
+    """
     keys = [f"here/{rank}" for rank in range(place.world)]
     try:
         store.set(keys[place.rank], "1")
-        with EARS.without_stderr():
+        with SIGNAL_THREAD.stderr_discarded():
             store.wait(keys, timedelta(seconds=max(0.1, seconds)))
     except RuntimeError:
         try:
             missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
         except RuntimeError:
             missing = "0"
-        raise UserError(f"rank {missing} of {place.world} did not come to {where}") from None
+        raise UserError(f"rank {missing} of {place.world} did not connect to {where}") from None
 
 
 def listener(host: str, port: int) -> socket.socket:
-    """A socket that listens on that address and no other."""
+    """A socket that listens on this address only."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listening = socket.socket(family, kind, protocol)
     try:
@@ -88,7 +99,7 @@ def listener(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can mean itself by the name or address."""
+    """Whether the name or address is that of the loopback interface."""
     if host == "localhost":
         return True
     try:
@@ -98,13 +109,13 @@ def is_loopback(host: str) -> bool:
 
 
 def on_one_machine(place: Place) -> bool:
-    """Whether all ranks are known to run here."""
-    told = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "1")
-    return place.world == 1 or told or is_loopback(os.environ.get("MASTER_ADDR", ""))
+    """Whether all ranks are known to run on this machine."""
+    all_local = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "1")
+    return place.world == 1 or all_local or is_loopback(os.environ.get("MASTER_ADDR", ""))
 
 
 def keep_to_loopback() -> None:
-    """Let the collectives' sockets listen on the loopback interface, where nothing else is asked for."""
+    """Let gloo and NCCL use the loopback interface, unless the environment names another."""
     names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if names:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
@@ -112,9 +123,11 @@ def keep_to_loopback() -> None:
 
 
 def name_of(place: Place) -> str:
-    """A name of this attempt at the job: torchrun's agent may give a restarted job the store of the one that failed.
+    """A prefix for the store's keys that is unique to this attempt at the job, since torchrun's agent may give a restarted job
+    the store of the failed one.
 
-    Agents of several nodes count restarts apart; there, launch/torchrun.sh has a store made for each attempt.
+    With several nodes the agents' counts of restarts may differ, so the prefix has no count there. Instead, launch/torchrun.sh
+    makes torchrun create a new store for each attempt.
     """
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
     return f"{place.name}/attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}" if shared else f"{place.name}/attempt"

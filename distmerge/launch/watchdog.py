@@ -1,7 +1,8 @@
-"""Who stopped: what survivors say of a collective that failed, and a watchdog over the progress of a run.
+"""Finds the rank that has stopped: after a failed collective, and by a watchdog over the progress of a run.
 
-A rank that failed leaves a note on the board, so those without one died or stopped. Where the board itself is silent, its host
-is gone. A rank that was only late finds the others gone when it comes, and leaves its note after theirs.
+When a collective fails, each rank that is still alive posts a note on the notice board, so a rank without a note has died or
+hangs. If the board itself does not answer, its host has died. A rank that was only late finds the others gone when it reaches
+the collective, and posts its note after theirs.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from distmerge.launch.noticeboard import Noticeboard, Silent, texts
+from distmerge.launch.noticeboard import Noticeboard, StoreUnreachable, texts
 
 PATIENCE_SECONDS = 10.0
-"""How long a rank that failed waits for the others' notes."""
+"""How long a rank waits for the others' notes after a failed collective."""
 
-LEAVE = "leave"
-"""Is on the board where the job was told to leave: then nobody is to blame."""
+STOP_REQUEST = "leave"
+"""Key on the notice board, set when the job was asked to stop. A failed collective is then nobody's fault."""
 
-STOPPED = "watchdog"
-"""Is on the board where the watchdog ends the job."""
+WATCHDOG_ENDED = "watchdog"
+"""Key on the notice board, set when a watchdog ends the job."""
 
 
 class Ranks(Protocol):
-    """What is known of the ranks: a :class:`~distmerge.mesh.Mesh`."""
+    """The attributes of a :class:`~distmerge.mesh.Mesh` that are needed here."""
 
     rank: int
     world: int
@@ -37,10 +38,14 @@ class Ranks(Protocol):
 
 
 def verdict(ranks: Ranks, waited: bool) -> str | None:
-    """After a collective failed: which ranks are to blame, in words. None where all failed together; empty where it was told.
+    """Which ranks have caused a collective to fail.
 
     Args:
-        waited: whether this rank waited in vain, rather than finding the connection closed.
+        waited: whether the collective timed out on this rank, rather than failing because a connection was closed.
+
+    Returns:
+        a phrase that names the ranks. None if all ranks failed at the same time, so that the error lies elsewhere; an empty
+        string if the job was asked to stop or a watchdog ends it, which has been reported.
     """
     try:
         kind = "waited" if waited else "cut off"
@@ -49,15 +54,16 @@ def verdict(ranks: Ranks, waited: bool) -> str | None:
         keys = [f"failed/{rank}" for rank in range(ranks.world)]
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
-            told, *notes = ranks.board.ask(
-                lambda store: [store.check([LEAVE]) or store.check([STOPPED]), *texts(store, keys)], PATIENCE_SECONDS
+            reported, *notes = ranks.board.ask(
+                lambda store: [store.check([STOP_REQUEST]) or store.check([WATCHDOG_ENDED]), *texts(store, keys)],
+                PATIENCE_SECONDS,
             )
-            if told:
+            if reported:
                 return ""
             if None not in notes or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-    except Silent:
+    except StoreUnreachable:
         return f"{store_host(ranks)} died or stopped answering"
     missing = [rank for rank, note in enumerate(notes) if note is None]
     if missing:
@@ -77,7 +83,7 @@ def names(ranks: Ranks, which: Iterable[int]) -> str:
 
 
 def store_host(ranks: Ranks) -> str:
-    """Who holds the store, and with it the board."""
+    """The process that hosts the store, and with it the notice board."""
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return f"the launcher at {where}, which holds the rendezvous store,"
@@ -85,7 +91,13 @@ def store_host(ranks: Ranks) -> str:
 
 
 class Progress(NamedTuple):
-    """Attributes: how often the run moved on; how often its watchdog looked, which shows that it lives; what was done last."""
+    """A rank's progress as posted on the notice board.
+
+    Attributes:
+        marks: number of steps, evaluations and commits that the rank has completed.
+        beats: number of heartbeats of the rank's watchdog.
+        what: what the rank has completed last.
+    """
 
     marks: int
     beats: int
@@ -93,10 +105,13 @@ class Progress(NamedTuple):
 
 
 class Watchdog:
-    """Ends the job when its progress stops: no step, evaluation or commit for so many seconds after the first step.
+    """Ends the job if no step, evaluation or commit is completed for ``seconds``.
 
-    Every rank has one, which shows the others how far its rank is. What comes before the first step, such as preparing data
-    and compiling, is not watched.
+    Every rank has a watchdog, which also posts the rank's progress. It starts after the first step, since preparing data and
+    compiling may take any time.
+
+    Args:
+        seconds: the limit; None for no watchdog.
     """
 
     def __init__(self, ranks: Ranks, seconds: float | None):
@@ -106,7 +121,7 @@ class Watchdog:
         self.stopped = threading.Event()
 
     def mark(self, what: str) -> None:
-        """The run moved on: ``what`` is done. Called on all ranks at the same places."""
+        """Record that ``what`` is completed. All ranks call it at the same points of the run."""
         self.marks, self.what, self.when = self.marks + 1, what, time.monotonic()
         if self.marks == 1 and self.seconds is not None:
             threading.Thread(target=self._watch, args=(self.seconds,), daemon=True, name="watchdog").start()
@@ -122,21 +137,22 @@ class Watchdog:
                 continue
             try:
                 slowest = self._slowest(pause)
-                first = self.ranks.board.ask(lambda store: store.add(STOPPED, 1), PATIENCE_SECONDS) == 1
-            except Silent:
-                slowest, first = f"{store_host(self.ranks)} does not answer", True
+                first = self.ranks.board.ask(lambda store: store.add(WATCHDOG_ENDED, 1), PATIENCE_SECONDS) == 1
+            except StoreUnreachable:
+                slowest, first = f"no answer from {store_host(self.ranks).rstrip(',')}", True
             if time.monotonic() - self.when > seconds and not self.stopped.is_set():
                 end(f"no progress for mesh.watchdog_seconds = {seconds:g}: {slowest}" if first else None)
 
     def _beat(self, patience_seconds: float) -> None:
-        """Show how far this rank is, and that it lives."""
+        """Post this rank's progress, which is also its heartbeat."""
         self.beats += 1
         note = f"{self.marks} {self.beats} {self.what}"
-        with contextlib.suppress(Silent):
+        with contextlib.suppress(StoreUnreachable):
             self.ranks.board.ask(lambda store: store.set(f"progress/{self.ranks.rank}", note), patience_seconds)
 
     def _slowest(self, pause: float) -> str:
-        """Which ranks hold the others up: those that do not even show that they live, or those that are furthest behind."""
+        """The ranks that hold up the others: those without a heartbeat if there are any, else those that are furthest
+        behind."""
         before = self._seen()
         for _ in range(3):
             time.sleep(pause)
@@ -144,7 +160,7 @@ class Watchdog:
         after = self._seen()
         silent = [rank for rank, (old, new) in enumerate(zip(before, after, strict=True)) if new is None or old == new]
         if silent:
-            return f"{names(self.ranks, silent)} does not show that it lives"
+            return f"no heartbeat from {names(self.ranks, silent)}"
         seen = [progress for progress in after if progress is not None]
         least = min(progress.marks for progress in seen)
         behind = [rank for rank, progress in enumerate(seen) if progress.marks == least]
@@ -159,7 +175,11 @@ class Watchdog:
 
 
 def end(reason: str | None) -> None:
-    """End this rank from a thread, with a line where it is the one that says why."""
+    """End this rank's process from a thread.
+
+    Args:
+        reason: is printed; None if another rank prints it.
+    """
     if reason is not None:
         os.write(2, f"error: {reason}; start the same command again to resume\n".encode())
     sys.stdout.flush()

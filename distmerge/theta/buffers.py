@@ -1,4 +1,4 @@
-"""What becomes of a model's buffers in a merge: each has a policy, and an unknown one is refused by name."""
+"""How a merge treats a model's buffers: each needs a policy, and a buffer without one is refused by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from distmerge.errors import UserError
 
 Policy = Literal["mean", "last", "equal"]
-"""mean: averaged like a parameter. last: taken from the first (or newest) member. equal: must be the same in all."""
+"""mean: averaged like a parameter. last: taken from the first (or newest) member. equal: must be the same in all members."""
 
 POLICIES: dict[str, Policy] = {
     "running_mean": "mean",
@@ -22,16 +22,19 @@ POLICIES: dict[str, Policy] = {
     "bias": "equal",  # GPT-2's causal mask
     "masked_bias": "equal",
 }
-"""Policies by a buffer's own name, the last part of its path; as torch and transformers use them."""
+"""Policies for the buffers of torch's and transformers' modules, by the last part of the buffer's name."""
 
 
 def buffer_policies(model: nn.Module, given: dict[str, Policy] | None = None) -> dict[str, Policy]:
     """The policy of each of the model's buffers, by full name.
 
-    A buffer that is unknown but not part of the model's state_dict is a constant that the model computes: it must be equal.
+    An unknown buffer that is not in the model's state_dict is a constant that the model computes, so its policy is "equal".
 
     Args:
-        given: policies by full name, or by last part; they come before the known ones.
+        given: policies by full name or by its last part, which take precedence over the known ones.
+
+    Raises:
+        UserError: for a buffer without a policy, for an unknown policy, and for "mean" of a buffer that is not floating point.
     """
     for name, policy in (given or {}).items():
         if policy not in get_args(Policy):

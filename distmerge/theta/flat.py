@@ -1,8 +1,8 @@
-"""Theta as one vector.
+"""Theta, a worker's trainable parameters, as one contiguous float32 vector of which the model's parameters become views.
 
-A worker's trainable parameters become one contiguous float32 vector, and the model's parameters views of it. A merge, a
-fragment, a sparse subset, a snapshot or a running mean is then one operation on a vector or a slice of it. Where a worker
-spans ranks, each has a vector of its own: contiguous parts of the flattened parameters, see :mod:`distmerge.engine`.
+A merge, a fragment, a sparse subset, a snapshot or a running mean is then one operation on a vector or a slice of it. If a
+worker spans several ranks, each rank has a vector of its own, made of contiguous parts of the flattened parameters, see
+:mod:`distmerge.engine`.
 
     flat = FlatParameters(model)   # idempotent
     flat.pull()                    # before reading flat.vector
@@ -14,8 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import operator
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -25,16 +24,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distmerge.errors import UserError
+from distmerge.theta.checks import check_identity, check_parameters
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one parameter, or a part of it, lies in the vector.
+    """Where one parameter, or a part of it, lies in the layout.
 
     Attributes:
-        shape: of the whole parameter.
-        first: the part's first element in the flattened parameter.
-        part: how many elements it has; None for the whole.
+        shape: shape of the whole parameter.
+        offset: index of the slot's first element in the layout.
+        first: index of the part's first element in the flattened parameter.
+        part: number of elements of the part; None for the whole parameter.
     """
 
     name: str
@@ -54,7 +55,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank's vector holds of a parameter: elements [first, first + numel) of it, flattened, from ``offset`` on."""
+    """The part of a parameter that this rank's vector holds: elements [first, first + numel) of the flattened parameter are
+    ``vector[offset : offset + numel]``."""
 
     name: str
     first: int
@@ -65,22 +67,30 @@ class Part:
 class FlatParameters:
     """The trainable parameters of a model as one float32 vector with a fixed layout.
 
-    Where every parameter is float32 they are views of the vector, and pull and push do nothing. Otherwise (a bfloat16
-    model, say) the vector is a float32 copy that they fill and empty. Tied weights lie in it once, frozen ones not at all.
-    Never rebind ``parameter.data`` afterwards, and don't move the model: write in place.
+    If every parameter is float32, the parameters become views of the vector, and pull() and push() copy nothing. Otherwise, as
+    with a bfloat16 model, the vector is a float32 copy: pull() fills it, push() writes it back. Tied weights are included once,
+    frozen ones not at all. Never rebind ``parameter.data`` afterwards and don't move the model; write in place.
+
+    With parameters ``a`` of shape [2, 2] and ``b`` of shape [3], the layout is ``Slot("a", (2, 2), 0), Slot("b", (3,), 4)`` and
+    ``vector`` has 7 elements. If two ranks of a worker share it, rank 1 merges ``whole[3:7]``: its ``start`` is 3, and its
+    ``parts()`` are ``Part("a", 3, 1, 0)`` and ``Part("b", 0, 3, 1)``.
 
     Attributes:
-        vector: ``[n]`` float32, what this rank merges.
-        start: where the vector begins in the layout.
-        layout: a slot for each parameter, in the model's own order; empty ones included.
-        inside: process group of the ranks that hold theta together; None where this one holds it alone.
+        vector: ``[n]`` float32, the part that this rank merges.
+        whole: float32, all slots of the layout; the same tensor as ``vector`` unless several ranks share them.
+        start: index of the vector's first element in the layout.
+        layout: a slot for each trainable parameter, in the model's order, including empty ones.
+        inside: process group of the worker's ranks; None if this rank holds all of theta.
+
+    Raises:
+        UserError: if there is no trainable parameter, or one has a dtype or a device that cannot be merged.
     """
 
     inside: Any = None
     in_place = True
-    """Whether the model's parameters may become views."""
+    """Whether the model's parameters may become views of the vector."""
     has_masters = False
-    """Whether the engine keeps a float32 master of each 16-bit parameter, which is what merges."""
+    """Whether the engine keeps float32 master weights of 16-bit parameters. Then the masters are merged."""
 
     def __init__(self, model: nn.Module):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -97,21 +107,29 @@ class FlatParameters:
         self.vector, self.start = self.whole, 0
 
     def pull(self) -> None:
-        """Bring the vector up to date with the model."""
+        """Update the vector from the model.
+
+        Raises:
+            UserError: if the model's parameters are no longer those that were laid out.
+        """
         self.check()
         if not self._views:
             self._copy(into_model=False)
 
     def push(self) -> None:
-        """Bring the model up to date with the vector."""
+        """Update the model from the vector."""
         if not self._views:
             self._copy(into_model=True)
 
     def written(self, values: Tensor, part: slice) -> Tensor:
-        """What the model holds of ``values`` after push(), in a part of the vector: rounded to the parameters' own dtype.
+        """``values`` as the model holds them after push(): rounded to the dtype of each parameter.
 
-        A bfloat16 model without float32 masters moves in steps of one unit in the last place. What it trained since it was
-        given an anchor is its distance to the rounded anchor; to the anchor itself, such a step is mostly rounding.
+        A bfloat16 model without float32 masters stores a rounded anchor. What it has trained since then is its distance from
+        the rounded anchor. Its distance from the float32 anchor would be mostly rounding error.
+
+        Args:
+            values: float32, one value for each element of ``part``.
+            part: the elements of the vector in question.
         """
         if len(set(self.stored_dtypes)) <= 1:
             return values.to(self.stored_dtypes[0]).float() if self.stored_dtypes else values
@@ -142,12 +160,12 @@ class FlatParameters:
             self.push()
 
     def sum_over_shards(self, scalars: Tensor) -> None:
-        """Complete sums over this rank's part of theta to sums over all of it, in place."""
+        """Turn sums over this rank's part of theta into sums over all of it, in place; a collective inside the worker."""
         if self.inside is not None:
             cast(Any, dist).all_reduce(scalars, group=self.inside)  # its stub leaves out the types
 
     def parts(self) -> list[Part]:
-        """The parts of parameters that this rank's vector holds, and where, in the layout's order."""
+        """The parts of parameters that this rank's vector holds, in the layout's order."""
         found: list[Part] = []
         for slot in self.layout:
             low, high = max(slot.offset, self.start), min(slot.stop, self.start + self.vector.numel())
@@ -156,16 +174,20 @@ class FlatParameters:
         return found
 
     def named_tensors(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that lie in the layout, as the model and its optimizer know them."""
+        """The name and the model's own parameter for each slot of the layout."""
         return zip((slot.name for slot in self.layout), self._parameters, strict=True)
 
     @property
     def numel(self) -> int:
-        """Elements of theta, over all ranks that hold it."""
+        """Number of elements of theta, over all ranks of the worker."""
         return sum(math.prod(slot.shape) for slot in self.layout)
 
     def check(self) -> None:
-        """Refuse a model that trains other parameters than those that were laid out, or keeps them elsewhere."""
+        """Refuse a model whose trainable parameters were replaced or moved after they were laid out.
+
+        Raises:
+            UserError: naming the parameter.
+        """
         check_identity(self.model, [slot.name for slot in self.layout], self._parameters)
         if not self._views:
             return
@@ -174,13 +196,14 @@ class FlatParameters:
                 raise UserError(f"parameter {slot.name} was moved after the merger was made; make the merger after model.to()")
 
     def named_views(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and its part of the whole vector, in its own shape."""
+        """Each parameter's name and its view of the whole vector, in the parameter's shape."""
         for slot in self.layout:
             yield slot.name, self.whole[slot.offset : slot.stop].view(slot.shape)
 
     @cached_property
     def manifest(self) -> int:
-        """63 bits that two models share only if names, shapes and order of what merges agree, and the buffers' types."""
+        """A hash of 63 bits of the layout (names, shapes, order), the buffers (names, shapes, dtypes) and the frozen parameters
+        (names, shapes): workers whose models differ in one of them can't merge."""
         parameters = [(slot.name, slot.shape, slot.first, slot.numel) for slot in self.layout]
         buffers = [(name, tuple(buffer.shape), str(buffer.dtype)) for name, buffer in self.model.named_buffers()]
         frozen = [(name, tuple(p.shape)) for name, p in self.model.named_parameters() if not p.requires_grad]
@@ -188,7 +211,7 @@ class FlatParameters:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
     def _laid_out(self) -> Tensor | None:
-        """The vector that an earlier call made, if the parameters are still views of it in this very order."""
+        """The vector of an earlier FlatParameters of this model, if the parameters are still views of it in this order."""
         if not self._views:
             return None
         filled = [(slot, p) for slot, p in zip(self.layout, self._parameters, strict=True) if slot.numel]
@@ -215,59 +238,9 @@ class FlatParameters:
             parameter.copy_(view) if into_model else view.copy_(parameter)
 
 
-def check_identity(model: nn.Module, names: Sequence[str], parameters: Sequence[Tensor]) -> None:
-    """Refuse a model whose trainable parameters are not the very objects that were laid out under these names.
-
-    Otherwise the parameters that replaced them would never be merged, and the workers would drift apart silently.
-    """
-    present = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if len(present) == len(parameters) and all(map(operator.is_, present, parameters)):
-        return
-    laid_out = dict(zip(names, parameters, strict=True))
-    there = dict(model.named_parameters(remove_duplicate=False))
-    known = {id(parameter) for parameter in parameters}
-    for name, parameter in there.items():
-        if parameter.requires_grad and id(parameter) not in known:
-            what = (
-                "is not the one that the merger was made with: use load_state_dict() without assign=True, and make the merger "
-                "after modules are replaced"
-                if name in laid_out
-                else "trains, but did not when the merger was made: make the merger after parameters are added or unfrozen"
-            )
-            raise UserError(f"parameter {name} {what}")
-    kept = {id(parameter): parameter.requires_grad for parameter in there.values()}
-    for name, parameter in laid_out.items():
-        if not kept.get(id(parameter), False):
-            what = "was frozen" if id(parameter) in kept else "was taken out of the model"
-            raise UserError(f"parameter {name} {what} after the merger was made: make the merger anew")
-
-
-def check_dtype(name: str, parameter: Tensor) -> None:
-    """Refuse dtypes wider than float32, in which merges compute: such parameters would silently lose their low bits."""
-    if not parameter.is_floating_point():
-        raise UserError(f"parameter {name} must be floating point, got {parameter.dtype}")
-    if parameter.dtype == torch.float64:
-        raise UserError(
-            f"parameter {name} must be float32, float16 or bfloat16, since merges are in float32, got torch.float64"
-        )
-
-
-def check_parameters(named: list[tuple[str, nn.Parameter]]) -> None:
-    if not named:
-        raise UserError("the model has no trainable parameter, so there is nothing to merge")
-    seen: dict[int, str] = {}
-    for name, parameter in named:
-        check_dtype(name, parameter)
-        if parameter.device != named[0][1].device:
-            raise UserError(f"parameter {name} is on {parameter.device}, but {named[0][0]} on {named[0][1].device}")
-        other = seen.setdefault(parameter.data_ptr(), name) if parameter.numel() else name
-        if other != name:
-            raise UserError(f"parameters {other} and {name} share memory but are two objects; tie them as one parameter")
-
-
 def pieces(tensor: Tensor, start: int, stop: int) -> Iterator[slice]:
-    """Slices that cover [start, stop): cache-sized on a CPU, where a chain of operations on a piece then reads and writes
-    memory once; one slice on a GPU, where launches cost more than they save."""
+    """Slices that cover [start, stop). On a CPU they fit the cache, so that a chain of operations on one piece reads and writes
+    memory only once. On a GPU there is one slice, since further kernel launches would cost more than they save."""
     size = 1 << 18 if tensor.device.type == "cpu" else stop - start
     for at in range(start, stop, max(1, size)):
         yield slice(at, min(at + size, stop))
@@ -279,7 +252,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     raw = torch.cat([raw, raw.new_zeros(-raw.numel() % 4)]).view(torch.int32)
     digest = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for part in pieces(raw, 0, raw.numel()):
-        # An odd multiplier for each position: swapped or changed words change the sum, which wraps at 64 bits.
+        # Each position has an odd multiplier of its own, so changed and swapped words change the sum, which wraps at 64 bits.
         position = torch.arange(part.start, part.stop, device=tensor.device, dtype=torch.int64) * 2 + 1
         digest += (raw[part].to(torch.int64) * (position * 0x9E3779B1 | 1)).sum()
     return digest

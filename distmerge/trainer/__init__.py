@@ -1,1 +1,1 @@
-"""The trainer: the loop, the run's parts and state, its metrics and its end."""
+"""The trainer: the training loop, the run's components and state, its metrics, and what happens when it ends."""

@@ -1,4 +1,5 @@
-"""The end of a run: it leaves, to be started again; or what came out is judged, published by a fitting name, and told."""
+"""The end of a run. A run that is asked to stop early keeps its state for a restart; a run that has completed its steps checks
+whether its model has diverged, publishes the model and reports the results."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from distmerge.evaluate import Evaluation
 from distmerge.files.atomic import delete, write_atomically
 from distmerge.files.directories import guarded, publish_directory
 from distmerge.launch.interrupts import REQUEUE
-from distmerge.launch.ranks import DIVERGED, LEFT
+from distmerge.launch.ranks import DIVERGED, STOP_REPORTED
 from distmerge.mesh import Mesh
 from distmerge.rundir.layout import RunDirectory
 from distmerge.theta.flat import FlatParameters
@@ -24,35 +25,35 @@ if TYPE_CHECKING:
     from distmerge.trainer.run import Run
 
 NOISE = 0.01
-"""A run that has learned nothing ends a little above or below the loss that it began with, which is no divergence: a hundredth
-of it, and of a nat at least."""
+"""Tolerance for the final loss, as a share of the first loss and at least that many nats. A run that has learned nothing ends
+slightly above or below its first loss, which must not count as divergence."""
 
 
 def divergence(flat: FlatParameters, mesh: Mesh, first_loss: float | None, loss: float) -> str | None:
-    """Why the model is no result, in words, or None; a collective.
+    """Why the model counts as diverged, as a phrase, or None if it does not. A collective over all ranks.
 
     Args:
-        first_loss: the evaluation before the first step.
-        loss: the evaluation of the model as it stands.
+        first_loss: loss of the evaluation before the first step, in nats per token. None skips the comparison.
+        loss: loss of the model in its present state, in nats per token.
     """
     if (problem := health_problem(flat, mesh)) is not None:
         return problem
     if not math.isfinite(loss):
         return "its evaluation loss is not finite"
     if first_loss is not None and loss > first_loss + NOISE * max(1.0, first_loss):
-        return f"its evaluation loss is {loss:.3f}, above the {first_loss:.3f} that it began with"
+        return f"its evaluation loss is {loss:.3f}, above the {first_loss:.3f} before the first step"
     return None
 
 
 def publish_end(directory: RunDirectory, about: dict[str, Any], summary: dict[str, Any], save: Callable[[Path], None]) -> None:
-    """Publish the model, then the summary that speaks of it; then tell it.
+    """Publish the model, then the summary that describes it, and print the result.
 
-    A model that is no result lies in ``final.diverged``, beside the ``final`` of an earlier end, if there is one.
+    A diverged model is published as ``final.diverged``; a ``final`` that an earlier start of the run has published stays.
 
     Args:
-        about: what the model's manifest says of the run.
-        summary: with a reason as ``diverged`` where the model is no result.
-        save: fills a model directory.
+        about: entries about the run for the model's manifest.
+        summary: contents of summary.json. ``diverged`` is None, or the reason why the model counts as diverged.
+        save: writes the model into the given directory.
     """
     diverged = summary.get("diverged")
     place = directory.diverged if diverged else directory.final
@@ -67,29 +68,35 @@ def publish_end(directory: RunDirectory, about: dict[str, Any], summary: dict[st
 
 
 def finite(value: Any) -> Any:
-    """The value; None where it is a number that JSON has no word for."""
+    """The value, or None in place of NaN and infinity, which JSON cannot represent."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def leave(run: Run) -> int:
-    """Keep the state for whoever starts the run again; the exit status that asks for it."""
+def stop_early(run: Run) -> int:
+    """Commit the state for a restart.
+
+    Returns:
+        the exit status.
+    """
     kept = run.committed == run.step or run.commit()
     run.store.wait()
     if run.log is not None:
-        state = (
-            f"checkpoint of step {run.step} committed" if kept else f"the state of step {run.step} is not sound and not kept"
-        )
-        asks = f", status {REQUEUE} asks for a requeue" if run.preemption.status == REQUEUE else ""
-        run.log.say(f"told to leave: {state}{asks}; start the same command again to resume")
+        state = f"checkpoint of step {run.step} committed" if kept else f"step {run.step} not committed, its state is unhealthy"
+        requeue = f", exit status {REQUEUE} asks for a requeue" if run.preemption.status == REQUEUE else ""
+        run.log.say(f"stopped early: {state}{requeue}; start the same command again to resume")
         run.log.close()
-        run.mesh.board.ask(lambda store: store.set(LEFT, "1"), run.mesh.timeout_seconds)
-    run.preemption.tell_agent()
+        run.mesh.board.ask(lambda store: store.set(STOP_REPORTED, "1"), run.mesh.timeout_seconds)
+    run.preemption.notify_agent()
     run.engine.close()
     return run.preemption.status
 
 
 def close(run: Run) -> int:
-    """Keep the last state, merge what is left to merge, publish the model, and say what came out; the exit status."""
+    """Commit the last state, complete the merges, publish the model and report the results.
+
+    Returns:
+        the exit status.
+    """
     run.claim.take()
     if run.committed != run.step:
         run.commit()
@@ -98,12 +105,12 @@ def close(run: Run) -> int:
     run.preemption.end()
     for merger in run.mergers:
         merger.finish()
-    for merger in run.mergers:  # what is evaluated is what is published, whichever of several came last
+    for merger in run.mergers:  # resets the anchors to the final parameters, so that the evaluated model is the published one
         merger.restart()
     step = run.expert.finish()
     found = run.evaluate()
     run.write_line(found)
-    # Where a merge's loss decides which step is kept, the model's own may well have grown.
+    # With stopping.rule "merged" the loss of the merge decides which step is kept; the model's own loss may have risen.
     first = run.meter.first_eval if run.expert.peak is None else None
     diverged = divergence(run.engine.parameters, run.mesh, first, found.loss)
     whole = run.engine.whole_state()
@@ -117,7 +124,11 @@ def close(run: Run) -> int:
 
 
 def summary_of(run: Run, found: Evaluation) -> dict[str, Any]:
-    """What summary.json says of the run, whose last evaluation is ``found``."""
+    """The contents of summary.json.
+
+    Args:
+        found: the run's last evaluation.
+    """
     numel, ranks, tokens = run.engine.parameters.numel, run.mesh.world, run.step * run.tokens_per_step
     return {
         "steps": run.step,

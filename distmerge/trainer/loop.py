@@ -1,4 +1,4 @@
-"""Training: open the run, the loop, close. Every merge is a line of the loop."""
+"""Training: open the run, loop over its steps, close it. Each kind of merge is one line of the loop."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from distmerge.launch.ranks import DIVERGED, Place, launch
 from distmerge.mesh import Mesh
 from distmerge.rundir.layout import RunDirectory, take_lock, write_atomically
 from distmerge.schedule import lr_factor
-from distmerge.trainer.ending import close, leave
+from distmerge.trainer.ending import close, stop_early
 from distmerge.trainer.run import Run
 
 
 def train(config: TrainConfig, place: Place, command: list[str]) -> None:
-    """Train one run to its end, from its beginning or from its newest valid checkpoint."""
+    """Train one run to its end, from its newest valid checkpoint if there is one.
+
+    Raises:
+        SystemExit: with the run's exit status if the run diverged or was asked to stop early.
+    """
     mesh = Mesh(config.mesh, place, config.train.threads)
     run: Run | None = None
     try:
@@ -27,25 +31,25 @@ def train(config: TrainConfig, place: Place, command: list[str]) -> None:
         lock = take_lock(directory, config, mesh)
         run = Run(config, mesh, directory, command)
         run.resume()
-        status = close(run) if loop(run) else leave(run)
+        status = close(run) if loop(run) else stop_early(run)
         lock.release()
         run.preemption.close()
         mesh.close()
         if status:
             raise SystemExit(status)
     except RuntimeError as error:
-        raise mesh.name_dead_peers(error) from error
+        raise mesh.explain_lost_ranks(error) from error
     finally:
         if run is not None:
             run.preemption.close()
 
 
 def train_here(config: TrainConfig, ranks: int) -> None:
-    """Train one run of many, such as an experiment's: in this process, or with several ranks as a job of its own.
+    """Train one of several runs, such as those of an experiment: in this process if it has one rank, else as a job of its own.
 
     Raises:
-        UserError: when the job failed; it has said why.
-        SystemExit: when it was interrupted; it has said so.
+        UserError: if the run failed; the reason has been printed.
+        SystemExit: if the run was interrupted; this has been printed.
     """
     if ranks == 1:
         before = dict(os.environ)
@@ -53,10 +57,10 @@ def train_here(config: TrainConfig, ranks: int) -> None:
         try:
             train(config, Place(0, 1, 0, 1), sys.argv)
         except SystemExit as end:
-            if end.code == DIVERGED:  # its line may lie in a log
+            if end.code == DIVERGED:  # the run's own message may be in a log file
                 raise UserError(f"the run {config.run_dir} diverged, see its summary.json") from None
             raise
-        finally:  # what is started from here later is no rank
+        finally:  # processes started later must not take themselves for ranks of this run
             os.environ.clear()
             os.environ.update(before)
         return
@@ -70,24 +74,28 @@ def train_here(config: TrainConfig, ranks: int) -> None:
 
 
 def loop(run: Run) -> bool:
-    """Train to the end: True. False where the job was told to leave before it."""
+    """Train until the last step, or until the stopping rule ends the run.
+
+    Returns:
+        False if the job was asked to stop early, else True.
+    """
     config, meter, recovery = run.config, run.meter, run.recovery
     run.preemption.begin(run.step)
     if run.step == 0 and run.meter.first_eval is None:
         run.write_line(run.evaluate())
         if recovery.section.enabled:
-            run.commit()  # to go back to before the first checkpoint
+            run.commit()  # recovery can roll back to it before there is another checkpoint
     while run.step < config.steps and not run.expert.stopped:
         factor = lr_factor(config.schedule, run.step, config.steps) * recovery.lr_factor(run.step) * run.expert.lr_factor
         lr = config.optimizer.lr * factor
         result = run.engine.train_step(run.next_batch(), lr)
         run.claim.take()
         if recovery.needed(run.step + 1, result) and recovery.roll_back(run.step + 1):
-            continue  # before a merge or a block could take in values that are not finite
+            continue  # rolled back before a merge or a window block could include values that are not finite
         run.mesh.watchdog.mark(f"the training of step {run.step + 1}")
         merges = [report for merger in run.mergers if (report := merger.step(result.tokens))]  # across workers
         run.step += 1
-        run.tell_choices(merges)
+        run.log_rule_choices(merges)
         recovery.reset(run.step)
         if run.window is not None:
             run.window.observe(run.step, lr, result.loss, recovery.suspicious)  # across checkpoints
@@ -97,7 +105,7 @@ def loop(run: Run) -> bool:
         found = run.evaluate() if evaluating else None
         if evaluating or previewing or run.due(config.log.every):
             run.write_line(found, run.preview_loss() if previewing else None)
-        run.expert.observe(run.step, found and found.loss)  # publishes steps to be merged, stops where the rule says so
+        run.expert.observe(run.step, found and found.loss)  # publishes steps for merging and applies the stopping rule
         if recovery.commits(run.step, run.due(config.checkpoint.every)):
             run.commit()
         run.mesh.watchdog.mark(f"step {run.step}")

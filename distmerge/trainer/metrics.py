@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, and progress for whoever looks."""
+"""The metrics of a run: metrics.jsonl, TensorBoard files, and progress on the terminal."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from distmerge.workers.divergence import MergeReport
 
 
 class Meter:
-    """What a rank saw since the last line of the log, and since the start; part of the run's state."""
+    """Accumulates this rank's metrics since the last line of the log and since the start. Its state is part of checkpoints."""
 
     def __init__(self, device: torch.device, tokens_per_step: int):
         self.tokens_per_step = tokens_per_step
-        self.seconds = 0.0  # of training: evaluations and checkpoints don't count
-        self.log_bytes = 0  # the record's length at the last checkpoint
+        self.seconds = 0.0  # training time, without evaluations and checkpoints
+        self.log_bytes = 0  # length of metrics.jsonl at the last checkpoint
         self.first_eval: float | None = None
         self.line_steps, self.line_seconds = 0, 0.0
         self.loss_sum = torch.zeros((), device=device)
@@ -38,7 +38,7 @@ class Meter:
         self.clock = time.perf_counter()
 
     def observe(self, result: StepResult, lr: float, merges: list[MergeReport]) -> None:
-        """Keep what the next line will say. Nothing here waits for the device."""
+        """Add one step's results to the next line. Nothing here synchronizes with the device."""
         self.loss_sum += result.loss
         self.grad_norm = result.grad_norm
         self.line_steps += 1
@@ -50,7 +50,7 @@ class Meter:
                 self.seen["merge/divergence"], self.seen["merge/correlation"] = report.divergence, report.correlation
 
     def read(self) -> dict[str, Any]:
-        """What a line says, and a new line begun."""
+        """The metrics since the last line; starts a new line."""
         self._tick()
         line = self.seen | {"seconds": self.seconds}
         if self.line_steps:
@@ -65,7 +65,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """A stretch that is no training."""
+        """A context whose duration is not counted as training time."""
         self._tick()
         yield
         self.clock = time.perf_counter()
@@ -87,13 +87,15 @@ class Meter:
 
 
 class MetricsLog:
-    """Writes a run's metrics; only rank 0 makes one.
+    """Writes a run's metrics and events; only rank 0 creates one.
 
-    metrics.jsonl is the record, one JSON object a line. The TensorBoard files are a picture of it, drawn again from it on
-    each start: so cutting the record back to a checkpoint cuts both.
+    metrics.jsonl is the record, with one JSON object per line. The TensorBoard files are written anew from it at each start, so
+    truncating the record to the length it had at a checkpoint truncates both.
 
     Args:
-        name: of one run among several that share a terminal: its lines begin with it, and no bar is drawn.
+        keep_bytes: length to which metrics.jsonl is truncated first, since later lines belong to steps after the checkpoint.
+        steps: number of steps of the whole run.
+        name: of this run if several share a terminal: its lines then begin with the name, and there is no progress bar.
     """
 
     def __init__(self, run: RunDirectory, keep_bytes: int, steps: int, name: str = ""):
@@ -111,11 +113,11 @@ class MetricsLog:
         self.bar = progress_bar(steps) if sys.stderr.isatty() and not name else None
         for record in (self.lines, self.events):
             if record.cut_bytes:
-                self.say(f"cut {record.cut_bytes} bytes that a crash left at the end of {record.path}")
+                self.say(f"removed {record.cut_bytes} bytes of incomplete data, left by a crash, from the end of {record.path}")
 
     def durable_bytes(self) -> int:
-        """The record's length, once it and the events are on the disk: part of a checkpoint, so that a resume can cut it
-        back, and never finds less."""
+        """Flush metrics and events to disk and return the length of metrics.jsonl. A checkpoint stores the length, so that a
+        resume can truncate the file to it; flushing first ensures that the file is never shorter."""
         guarded(self.events.path, self.events.sync)
         return guarded(self.lines.path, self.lines.sync)
 
@@ -125,7 +127,7 @@ class MetricsLog:
         self.say("  ".join(shown(line, self.steps)), line["step"])
 
     def event(self, step: int, kind: str, facts: dict[str, Any]) -> None:
-        """A decision, as a line of events.jsonl, which is only ever added to, and as a text in TensorBoard."""
+        """Record a decision as a line of events.jsonl, which is append-only, and as text in TensorBoard."""
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "step": step, "event": kind} | facts
         guarded(self.events.path, lambda: self.events.append(line))
         guarded(self.events.path.parent, lambda: self._note(line))
@@ -133,7 +135,8 @@ class MetricsLog:
             self.say(f"step {step}: {kind}: " + ", ".join(f"{key} {brief(value)}" for key, value in facts.items()))
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """TensorBoard's own thread prints an error that the next call to it raises anyway; there it is told, in one line."""
+        """Suppress the traceback of TensorBoard's writer thread: the next call to the writer raises the same error, which is
+        then reported in one line."""
         if not type(failure.thread).__module__.startswith("tensorboard."):
             self.excepthook(failure)
 
@@ -142,7 +145,7 @@ class MetricsLog:
         self.board.flush()
 
     def say(self, text: str, step: int | None = None) -> None:
-        """A line for people, and the bar moved."""
+        """Print a line to standard error, or move the progress bar and show the line beside it if ``step`` is given."""
         if self.bar is None:
             print(f"{self.name}: {text}" if self.name else text, file=sys.stderr, flush=True)
             return
@@ -168,7 +171,7 @@ class MetricsLog:
 
 
 def brief(value: Any) -> Any:
-    """A fact for people: four decimals are enough."""
+    """A value as the terminal shows it: floats with four decimals."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {brief(item)}" for key, item in value.items())
     if isinstance(value, list):
@@ -185,7 +188,7 @@ def progress_bar(steps: int) -> Progress:
 
 
 def shown(line: dict[str, Any], steps: int) -> list[str]:
-    """The parts of a line that a person wants to see pass by."""
+    """The parts of a line of metrics that the terminal shows."""
     parts = [f"step {line['step']:>{len(str(steps))}}/{steps}"]
     for key, form in (
         ("train/loss", "loss {:.3f}"),
@@ -205,7 +208,7 @@ def megabytes(size_bytes: float) -> str:
 
 
 def table(directory: RunDirectory, summary: dict[str, Any]) -> str:
-    """The end of a run, for people."""
+    """The results of a run as a table for the terminal."""
     board = Path(sys.executable).with_name("tensorboard")
     sent, data_parallel = summary["bytes_sent"], summary["bytes_sent_by_data_parallelism"]
     first, last, error = summary["eval_loss_first"], summary["eval_loss_last"], summary.get("eval_loss_last_se")

@@ -1,4 +1,4 @@
-"""A run: its parts, its state, and what it shows. The loop itself is in :mod:`distmerge.trainer.loop`."""
+"""A run: its components, its state, its evaluations and metrics. The loop itself is in :mod:`distmerge.trainer.loop`."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from distmerge.workers.merger import Merger
 
 
 class Run:
-    """The parts of a run. What it depends on from step to step is in their states, and in ``step``.
+    """The components of a run. ``step`` and the components' states are all that later steps depend on.
 
     Args:
-        command: that it was started by, for the record.
+        command: the command that started the run, which the run directory records.
     """
 
     def __init__(self, config: TrainConfig, mesh: Mesh, directory: RunDirectory, command: Sequence[str] = ()):
@@ -57,18 +57,18 @@ class Run:
         with mesh.raise_on_all_ranks():
             self.batches, drawn = mesh.lead_first("data", self._open_data)
         self.held_out = from_lead(drawn) if config.data.streaming else drawn
-        mesh.check_same("the parameters that they start from", torch.stack([fingerprint(p) for p in model.parameters()]).sum())
+        mesh.check_same("their initial parameters", torch.stack([fingerprint(p) for p in model.parameters()]).sum())
         self.engine = build_engine(model, config, mesh)
         with mesh.raise_on_all_ranks():
             self.mergers: list[Merger] = build_mergers(config, self.engine.parameters, mesh)
-        torch.manual_seed((config.seed * 1_000_003 + mesh.rank) % 2**64)  # dropout draws apart on each rank
+        torch.manual_seed((config.seed * 1_000_003 + mesh.rank) % 2**64)  # independent dropout on each rank
         section, layout = config.checkpoint, reshard.layout(config, mesh)
         self.claim = Claim(directory, config, mesh, command)
         self.store = Store(directory.checkpoints, mesh, section.keep, section.asynchronous, layout, self.claim.identity)
         self.meter = Meter(mesh.device, self.tokens_per_step)
         self.log: MetricsLog | None = None
         self.step = 0
-        self.committed = 0  # the step of the newest checkpoint
+        self.committed = 0  # step of the newest checkpoint
         with mesh.raise_on_all_ranks():
             self.window = self._open_window()
             self.preview = self._open_preview()
@@ -90,7 +90,7 @@ class Run:
         return Preview(section, self.window, self.engine.parameters, lambda: self._judge().loss)
 
     def _open_data(self) -> tuple[IndexedBatches | StreamBatches, Any]:
-        """The training batches, and the sequences to be judged on; of a stream the first rank alone draws those."""
+        """The training batches, and the sequences for evaluation. With streaming, only rank 0 draws the latter."""
         section, rows, sequences = self.config.data, self.config.train, self.config.evaluate.sequences
         place = (self.config.seed, self.mesh.rank, self.mesh.world, rows.gradient_accumulation, rows.batch_size)
         if section.streaming:
@@ -107,25 +107,25 @@ class Run:
         return self.step % every == 0
 
     def next_batch(self) -> Tensor:
-        """The next batch; those that a recovery leaves out are passed by."""
+        """The next batch, after those that recovery skips. A stream has to read the skipped ones, too."""
         *left_out, index = self.recovery.batches_of(self.step)
         for skipped in left_out if self.config.data.streaming else []:
             self.batches.batch(skipped)
         return self.batches.batch(index)
 
-    def tell_choices(self, merges: list[MergeReport]) -> None:
-        """A line of events.jsonl for each merge whose rule was chosen as it went."""
+    def log_rule_choices(self, merges: list[MergeReport]) -> None:
+        """Write a line of events.jsonl for each merge whose rule was chosen at the merge (``rule = "auto"``)."""
         for report in merges:
             if report.because is not None:
                 self.tell(self.step, "rule chosen", {"rule": report.rule, "because": report.because})
 
     def tell(self, step: int, event: str, facts: dict[str, Any]) -> None:
-        """A line of events.jsonl, from the rank that writes it."""
+        """Write a line of events.jsonl, if this is the rank that has the log."""
         if self.log is not None:
             self.log.event(step, event, facts)
 
     def resume(self) -> None:
-        """Go on from the newest valid checkpoint, if there is one."""
+        """Open the run's files and load the newest valid checkpoint, if there is one."""
         self.store.open()
         self.recovery.back.finish_tainting()
         path, rejections = self.store.newest_valid(
@@ -149,7 +149,11 @@ class Run:
         self.recovery.resume(self.step)
 
     def commit(self) -> bool:
-        """Publish everything that later steps depend on. Where some of it is not finite, say so and leave it out: False."""
+        """Publish a checkpoint of everything that later steps depend on.
+
+        Returns:
+            False if there is none because the state is unhealthy, which is then recorded as an event.
+        """
         self.claim.take()
         with self.meter.paused():
             if self.log is not None:
@@ -179,7 +183,12 @@ class Run:
         }
 
     def load_checkpoint(self, path: Path) -> dict[str, Any]:
-        """The state of a checkpoint, but for the recovery and the meter, which remember what was later."""
+        """Load a checkpoint, except the states of recovery and meter: after a roll-back both must keep what they know of later
+        steps.
+
+        Returns:
+            the checkpoint's state on this rank.
+        """
         read, written = reader(path), read_manifest(path)
         if reshard.same(written, self.store.about):
             self.engine.load_state_files(read)
@@ -194,7 +203,7 @@ class Run:
             merger.load_state_dict(merger_state)
         self.batches.load_state_dict(state["batches"])
         self.expert.load_state_dict(state["expert"])
-        if state["generators"] is None:  # of another layout: draws go on apart, from the step
+        if state["generators"] is None:  # the checkpoint has another layout: seed each rank from the step
             torch.manual_seed(((self.config.seed * 1_000_003 + self.mesh.rank) * 1_000_003 + self.step) % 2**64)
         else:
             torch.set_rng_state(state["generators"][0])
@@ -203,7 +212,7 @@ class Run:
         return state
 
     def write_line(self, found: Evaluation | None = None, preview_loss: float | None = None) -> None:
-        """One line of metrics: what the meter saw since the line before."""
+        """Write one line of metrics: the meter's since the last line, and those of an evaluation or a preview."""
         line = {"step": self.step, "tokens": self.step * self.tokens_per_step}
         line |= {"eval/loss": found and found.loss, "eval/loss_se": found and found.standard_error}
         line |= {"preview/loss": preview_loss}
@@ -222,8 +231,8 @@ class Run:
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """A stretch in which the model is what the workers share: the anchor, once a merger has moved it; else each
-        worker's own part."""
+        """A context in which the model holds the anchor, if a merger has one and has merged; else each worker keeps its own
+        parameters. Its duration is not counted as training time."""
         flat = self.engine.parameters
         anchor = next((merger.anchor for merger in self.mergers if merger.anchor is not None and merger.round), None)
         with self.meter.paused(), contextlib.nullcontext() if anchor is None else flat.borrowed():
@@ -233,7 +242,7 @@ class Run:
             yield
 
     def evaluate(self) -> Evaluation:
-        """The loss of what the workers share."""
+        """Evaluate the model that the workers share, see :meth:`shared`."""
         with self.shared():
             found = self._judge()
         if self.meter.first_eval is None:
@@ -243,11 +252,11 @@ class Run:
         return found
 
     def preview_loss(self) -> float | None:
-        """What annealing would reach, as far as the merged window tells."""
+        """The loss of the merged window, an estimate of the loss after annealing."""
         assert self.preview is not None
         with self.meter.paused():
             return self.preview.loss(self.step)
 
     def _judge(self) -> Evaluation:
-        """The loss of the model as it stands; a collective."""
+        """Evaluate the model in its present state; a collective over all ranks."""
         return evaluate(self.engine.model, self.held_out, self.config.train.batch_size, self.mesh.rank, self.mesh.world)

@@ -31,14 +31,14 @@ def build_mergers(config: TrainConfig, flat: FlatParameters, mesh: Mesh) -> list
                     mergers.append(SPARTA(flat, **settings, seed=config.seed, group=mesh.peers))
                 case sections.NoMergeSettings():
                     mergers.append(DiLoCo(flat, every=sys.maxsize, outer_lr=1.0, outer_momentum=0.0, group=mesh.peers))
-                case sections.OutsideSettings():
+                case sections.CustomSettings():
                     mergers.append(outside(entry, flat, mesh))
         except UserError as error:
             raise UserError(f"config.merge[{index}]: {error}") from None
     return mergers
 
 
-def outside(entry: sections.OutsideSettings, flat: FlatParameters, mesh: Mesh) -> Merger:
+def outside(entry: sections.CustomSettings, flat: FlatParameters, mesh: Mesh) -> Merger:
     """A merger from outside this package, made with the keys of its table.
 
     Raises:

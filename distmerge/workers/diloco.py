@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from distmerge.config.mergers import DiLoCoSettings, Nonfinite, Wire
 from distmerge.config.toml import checked
-from distmerge.engine.flatten import check_peers, flatten
+from distmerge.engine.flatten import check_group, flatten
 from distmerge.rules.mean import token_weight
 from distmerge.theta.buffers import Policy, buffer_policies
 from distmerge.theta.flat import FlatParameters
@@ -109,7 +109,7 @@ class DiLoCo:
         self.settings = settings.completed(self.workers.size)
         self.every = every
         self.flat = flatten(model)
-        check_peers(self.flat, self.workers.group)
+        check_group(self.flat, self.workers.group)
         self.policies = buffer_policies(self.flat.model, buffers)
         choice = choice_of(self.settings)
         bucket_numel = bucket_bytes // 4 if choice is None else max(1, self.flat.vector.numel())  # a rule wants whole tensors

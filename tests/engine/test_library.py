@@ -124,9 +124,9 @@ def refused(kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("fsdp", "group must be one rank of each worker, those that hold the same part of the model, got ranks [0, 1] of one"),
-        ("ddp", "group must be one rank of each worker"),
-        ("in part", "parameter head.weight must be sharded like the others: call fully_shard on the whole model, too"),
+        ("fsdp", "group must have one rank of each worker, those that hold the same part of the model, got ranks [0, 1] of"),
+        ("ddp", "group must have one rank of each worker"),
+        ("in part", "parameter head.weight must be sharded like the others: call fully_shard on the whole model as well"),
     ],
 )
 def test_ranks_of_one_worker_are_not_merged(pool: Ranks, kind: str, reason: str) -> None:
@@ -161,7 +161,7 @@ def by_parameter(stage: int) -> tuple[bool, bool]:
     """Whether both paths read the same masters, and whether what the slow one writes is what the fast one then reads."""
     import deepspeed
 
-    from distmerge.engine.masters import PublicMasterWeights, master_parameters
+    from distmerge.engine.master_weights import PublicMasterWeights, master_parameters
 
     both = init_device_mesh("cpu", (2,)).get_group()
     torch.manual_seed(0)

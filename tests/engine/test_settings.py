@@ -68,8 +68,8 @@ def test_the_batch_of_a_worker() -> None:
     with pytest.raises(UserError) as caught:
         deepspeed_table(config, TwoRanks())  # pyright: ignore[reportArgumentType]
     assert str(caught.value) == (
-        "config.engine.config.train_batch_size must be 16, as train.batch_size x gradient_accumulation x 2 ranks of a worker "
-        "is, got 24"
+        "config.engine.config.train_batch_size must be 16, which is train.batch_size x gradient_accumulation x 2 ranks per "
+        "worker, got 24"
     )
 
 
@@ -77,9 +77,9 @@ def test_the_batch_of_a_worker() -> None:
     ("sections", "message"),
     [
         ({"engine": {"kind": "fsdp", "config": ZERO}},
-         "config must not be given where kind is not \"deepspeed\", got ['zero_optimization'] with fsdp"),
+         "config must not be given if kind is not \"deepspeed\", got ['zero_optimization'] with fsdp"),
         ({"engine": {"reshard_after_forward": False}},
-         'reshard_after_forward must be true where kind is not "fsdp", got false with torch'),
+         'reshard_after_forward must be true if kind is not "fsdp", got false with torch'),
     ],
 )  # fmt: skip
 def test_keys_of_another_engine(sections: dict[str, Any], message: str) -> None:
@@ -92,7 +92,7 @@ def test_what_wants_the_torch_engine() -> None:
     assert refused(engine=fsdp, window={"every": 10}) == f"config.{window}"
     assert "with recovery.enabled" in refused(engine=fsdp, recovery={"enabled": True})
     assert "optimizer.name must be" in refused(engine=fsdp, optimizer={"name": "muon"})
-    assert 'train.compile must be false where engine.kind is "fsdp"' in refused(engine=fsdp, train={"compile": True})
+    assert 'train.compile must be false if engine.kind is "fsdp"' in refused(engine=fsdp, train={"compile": True})
 
 
 def test_a_file_is_read_into_the_configuration(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_early_noise_ends_nothing(later: list[float], expected: tuple) -> None:
 def test_a_training_in_which_no_look_counts_is_refused() -> None:
     table = {"run_dir": "x", "model": {"path": "x"}, "expert": {"skill": "own"}, "checkpoint": {"at": "powers-of-two"}}
     table["stopping"] = {"rule": "merged", "merge_with": ["y"]}
-    with pytest.raises(ValueError, match=r"stopping\.after must be <= steps = 8, or no look counts, got 16"):
+    with pytest.raises(ValueError, match=r"stopping\.after must be <= steps = 8, or no evaluation counts, got 16"):
         toml.validate(table | {"steps": 8})
 
 

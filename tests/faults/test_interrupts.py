@@ -59,11 +59,11 @@ def test_a_signal_is_one_line_in_every_phase(
     jobs.kill(job.process.pid, number)
     assert job.wait() == status, job.output
     assert "Traceback" not in job.output
-    told = [line for line in job.output.splitlines() if line.startswith(("interrupted by", "told to leave"))]
+    told = [line for line in job.output.splitlines() if line.startswith(("interrupted by", "stopped early"))]
     assert len(told) == 1, job.output
-    assert bool(list((run / "checkpoints").glob("step-*"))) == told[0].startswith("told to leave")
+    assert bool(list((run / "checkpoints").glob("step-*"))) == told[0].startswith("stopped early")
     if phase is trains:
-        assert told[0].startswith("told to leave: checkpoint of step "), (
+        assert told[0].startswith("stopped early: checkpoint of step "), (
             "workers that meet at step 50000 agree on one before it"
         )
 

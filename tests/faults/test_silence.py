@@ -90,7 +90,7 @@ def test_the_watchdog_names_the_slowest_rank(tmp_path: Path, started: list[jobs.
     assert ranks[0].wait() == 1, ranks[0].output
     [said] = errors_of(ranks[0])
     assert said == (
-        "error: no progress for mesh.watchdog_seconds = 20: rank 1 (worker 1) does not show that it lives; "
+        "error: no progress for mesh.watchdog_seconds = 20: no heartbeat from rank 1 (worker 1); "
         "start the same command again to resume"
     )
 

@@ -127,4 +127,4 @@ def sharded_and_frozen() -> str:
 
 def test_a_sharded_model_too(ranks: Ranks) -> None:
     for said in ranks.run(2, sharded_and_frozen):
-        assert said == "parameter head.weight was frozen after the merger was made: make the merger anew"
+        assert said == "parameter head.weight was frozen after the merger was made: make a new merger"

@@ -272,11 +272,11 @@ def test_divergence_and_correlation(ranks: Ranks, settings: dict) -> None:
         ({"wire": "fp8"}, "wire must be 'fp32', 'bf16', 'int8' or 'int4', got 'fp8'"),
         (
             {"outer_sharded": True, "wire": "int8"},
-            "outer_sharded needs wire fp32, since it sends parameters and not deltas, got int8",
+            "wire must be fp32 with outer_sharded, which sends parameters instead of deltas, got int8",
         ),
         (
             {"rule": "radial", "outer_sharded": True},
-            'outer_sharded needs a rule that is linear, which "radial" is not, got true',
+            'outer_sharded must be false for rule "radial", which is not linear, got true',
         ),
         ({"outer_momentum": 1.0}, "outer_momentum must be < 1, got 1.0"),
         ({"mix": 1.5}, "mix must be <= 1, got 1.5"),

@@ -1,9 +1,10 @@
-"""DeepSpeed's float32 masters: what a merge must read and write, or the next step undoes it.
+"""DeepSpeed's float32 master weights. A merge must read and write them: DeepSpeed's next step overwrites the model's own 16-bit
+parameters with values from its masters.
 
-ZeRO (https://arxiv.org/abs/1910.02054) cuts the masters into flat partitions, one of each group of parameters on this rank.
-They are reached by names that are private to DeepSpeed, all of them in this file. Of a version that is not in VERIFIED, or
-where a name is gone, DeepSpeed's public functions read and write whole parameters one by one: slower, with the model on
-every rank, and said in the log.
+ZeRO (https://arxiv.org/abs/1910.02054) flattens each group of parameters and keeps one partition of it on each rank. The
+partitions can be reached only through private names of DeepSpeed, which only this file uses. For versions that are not in
+VERIFIED, DeepSpeed's public functions are used: they read and write whole parameters one by one, which is slower and needs
+memory for the whole model on every rank. The log then says so.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from distmerge.errors import UserError
 from distmerge.theta.flat import FlatParameters, Slot
 
 VERIFIED = ("0.19",)
-"""Versions of DeepSpeed whose private names are known to mean what this file takes them for."""
+"""Versions of DeepSpeed whose private names are known to mean what this file assumes."""
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Where this rank's part of a parameter lies: ``partition[at : at + numel]`` is elements [first, first + numel) of it."""
+    """Where this rank's part of a parameter lies: elements [first, first + numel) of the flattened parameter are
+    ``partitions()[partition][at : at + numel]``."""
 
     partition: int
     at: int
@@ -41,19 +43,19 @@ def is_engine(model: nn.Module) -> bool:
 
 
 def master_parameters(engine: Any, by_parameter: bool = False) -> FlatParameters:
-    """Theta of a DeepSpeed engine, as this rank merges it.
+    """The master weights of a DeepSpeed engine as flat parameters.
 
     Args:
-        by_parameter: take DeepSpeed's public functions where private names would be faster.
+        by_parameter: use DeepSpeed's public functions even if the faster private names could be used.
 
     Raises:
-        UserError: for masters that are not in memory.
+        UserError: if DeepSpeed has swapped the masters out of memory.
     """
     inside = engine.seq_data_parallel_group
     optimizer = engine.optimizer
-    if isinstance(optimizer, torch.optim.Optimizer):  # stage 0 in float32: there is nothing but the model
+    if isinstance(optimizer, torch.optim.Optimizer):  # stage 0 in float32: the model's parameters are the masters
         return ReplicatedParameters(engine.module, inside)
-    if hasattr(optimizer, "fp32_groups"):  # stage 0 in bfloat16: a master for each parameter, on every rank
+    if hasattr(optimizer, "fp32_groups"):  # stage 0 in bfloat16: every rank has a master for each parameter
         return PairedMasterWeights(engine.module, inside, optimizer.fp32_groups, optimizer.fp16_groups)
     if not by_parameter and verified():
         stage3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
@@ -68,7 +70,7 @@ def verified() -> bool:
 
 
 class FlatMasterWeights(CopiedParameters):
-    """This rank's partitions as one vector, in the model's order."""
+    """This rank's partitions as one vector, in the order of the model's parameters."""
 
     def __init__(self, engine: Any):
         self.optimizer = engine.optimizer
@@ -85,15 +87,15 @@ class FlatMasterWeights(CopiedParameters):
             parameters.append(parameter)
             self._fragments.append(fragment)
         if any(partition.numel() == 0 for partition in self.partitions()):
-            raise UserError("DeepSpeed's masters must be in memory to be merged, but some are swapped out")
+            raise UserError("DeepSpeed's master weights must be in memory to be merged, but some are swapped out")
         super().__init__(module, layout, parameters, engine.seq_data_parallel_group, self.partitions()[0].device)
 
     def partitions(self) -> list[Tensor]:
-        """The flat float32 masters of this rank."""
+        """This rank's flat float32 partitions, one for each group of parameters."""
         raise NotImplementedError
 
     def fragment(self, parameter: nn.Parameter) -> Fragment | None:
-        """Where this rank's part of a parameter lies, if it has one."""
+        """Where this rank's part of a parameter lies; None if the rank has no part of it."""
         raise NotImplementedError
 
     def stored(self) -> Iterator[Tensor]:
@@ -103,12 +105,13 @@ class FlatMasterWeights(CopiedParameters):
 
 
 class PartitionedMasterWeights(FlatMasterWeights):
-    """Stages 1 and 2: each rank keeps the masters of a stretch of each flattened group."""
+    """Stages 1 and 2: a group's parameters are flattened end to end and the result is cut evenly, so a rank's partition holds
+    some whole parameters and parts of the ones at its ends."""
 
     def partitions(self) -> list[Tensor]:
         if hasattr(self.optimizer, "single_partition_of_fp32_groups"):
             return self.optimizer.single_partition_of_fp32_groups
-        return self.optimizer.fp32_groups_flat_partition  # stage 1 in bfloat16 that accumulates gradients in float32
+        return self.optimizer.fp32_groups_flat_partition  # stage 1 in bfloat16 with gradients accumulated in float32
 
     def fragment(self, parameter: nn.Parameter) -> Fragment | None:
         mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
@@ -118,7 +121,8 @@ class PartitionedMasterWeights(FlatMasterWeights):
         return Fragment(mapping.param_group_index, there.start, here.start, here.numel)  # pyright: ignore
 
     def refresh(self) -> None:
-        """What DeepSpeed's own ``update_lp_params`` does, without a second buffer: through gloo in half of its time."""
+        """Copy the masters into the 16-bit parameters, as DeepSpeed's ``update_lp_params`` does, but without a second buffer.
+        With gloo this takes half the time."""
         cut = getattr(self.optimizer, "parallel_partitioned_bit16_groups", None) or self.optimizer.bf16_partitioned_groups
         for partitions, master in zip(cut, self.partitions(), strict=True):
             shares = [partition.detach() for partition in partitions]
@@ -127,7 +131,11 @@ class PartitionedMasterWeights(FlatMasterWeights):
 
 
 class ShardedMasterWeights(FlatMasterWeights):
-    """Stage 3: each parameter is cut evenly; a rank's cuts of a group of parameters lie end to end."""
+    """Stage 3: each parameter is cut evenly, and a rank's partition holds its parts of a group's parameters end to end.
+
+    With 2 ranks and parameters of 5 and 4 elements, the parts have 3 and 2 elements: rank 0 holds elements 0 to 2 of the first
+    and 0 to 1 of the second; rank 1 holds elements 3 to 4 of the first, one element of padding, and 2 to 3 of the second.
+    """
 
     def __init__(self, engine: Any):
         self._places: dict[int, Fragment] = {}
@@ -147,7 +155,7 @@ class ShardedMasterWeights(FlatMasterWeights):
         return self._places[id(parameter)]
 
     def refresh(self) -> None:
-        self.optimizer._partition_all_parameters()  # let go of what is gathered: it has the old values
+        self.optimizer._partition_all_parameters()  # frees gathered parameters, which have the old values
         for index in range(len(self.partitions())):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
         kept = self.optimizer.persistent_parameters
@@ -156,7 +164,7 @@ class ShardedMasterWeights(FlatMasterWeights):
 
 
 class PairedMasterWeights(ReplicatedParameters):
-    """A float32 master beside each 16-bit parameter, both whole on every rank."""
+    """Stage 0 in bfloat16: every rank holds each 16-bit parameter and its float32 master whole."""
 
     has_masters = True
 
@@ -179,7 +187,7 @@ class PairedMasterWeights(ReplicatedParameters):
 
 
 class PublicMasterWeights(ReplicatedParameters):
-    """Masters by DeepSpeed's public functions, whole and one by one: for versions whose partitions are not known."""
+    """Reads and writes whole masters one by one through DeepSpeed's public functions, for versions that are not verified."""
 
     in_place = False
     has_masters = True
@@ -202,7 +210,7 @@ class PublicMasterWeights(ReplicatedParameters):
                 assert master is not None, f"DeepSpeed has no master of {name}"
                 view.copy_(master.view(view.shape))
                 continue
-            if hasattr(parameter, "ds_id"):  # at stage 3 its setter of whole values fails where the ranks don't divide them
+            if hasattr(parameter, "ds_id"):  # stage 3: the setter of whole values fails if the size is no multiple of the ranks
                 even = nn.functional.pad(view.reshape(-1), (0, -view.numel() % len(self.shares)))
                 safe_set_local_fp32_param(parameter, even.chunk(len(self.shares))[dist.get_rank(self.inside)])
             else:
