@@ -136,7 +136,7 @@ def test_what_has_no_use_is_refused(flags, error, root, tmp_path):
 @pytest.mark.parametrize(
     ("config", "error"),
     [
-        ({"use_dora": True}, "use_dora is True, but lora_magnitude_vector says otherwise"),
+        ({"use_dora": True}, "lora_magnitude_vector is missing, but adapter_config.json says use_dora = True"),
         ({"use_bdlora": {"on": True}}, "use_bdlora is not supported"),
         ({"peft_type": "IA3"}, "peft_type must be LORA"),
         ({"r": 0}, "must have r >= 1"),
