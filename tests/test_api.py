@@ -69,7 +69,7 @@ def test_a_recipe_in_a_file_takes_variants_and_options_alone(models: Path) -> No
     assert result.report is not None and result.report.models == ["a", "b"]
     wrong: list[dict[str, Any]] = [{"density": 0.1}, {"base": "base"}, {"method": "ties"}]
     for given in wrong:
-        with pytest.raises(dm.UserError, match="belongs to a recipe in flags"):
+        with pytest.raises(dm.UserError, match="cannot be combined with a recipe in a file"):
             dm.merge("r.toml", out="other", **given)
 
 
@@ -141,7 +141,7 @@ def test_a_window_by_a_rule_follows_the_same_bytes_as_a_merge(tmp_path: Path) ->
         ({"rule": "tokens"}, "needs the tokens and steps of a round"),
         ({"rule": "median", "base": "x"}, "--rule median has no use for a base, got --base x"),
         ({"rule": "nothing"}, "--rule must be one of mean, "),
-        ({"rule": "slerp"}, "slerp takes 1 models beside the base, got 2"),
+        ({"rule": "slerp"}, "slerp takes 1 models besides the base, got 2"),
         ({"density": 0.5}, "--density is for other rules: the weights of rule mean come from --curve"),
         ({"rule": "ties", "densty": 0.5}, "densty is not a parameter of any method"),
         ({"rule": "median", "density": 0.5}, "median has no parameter density"),

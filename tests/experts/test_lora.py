@@ -125,7 +125,7 @@ def test_extract_finds_a_low_rank_change(root, tmp_path):
         (["svd", "--rank", "2", "--report"], "svd makes an adapter of models, weights and --rank, got report, too"),
         (["svd", "--rank", "2", "--dtype", "bfloat16"], "got dtype, too"),
         (["extract", "--rank", "2"], "extract makes an adapter of a base, a model and --rank, got weight, too"),
-        (["task_arithmetic", "--rank", "2"], "--rank is for svd and extract, got method task_arithmetic"),
+        (["task_arithmetic", "--rank", "2"], "--rank is only for the methods svd and extract, got method task_arithmetic"),
     ],
 )
 def test_what_has_no_use_is_refused(flags, error, root, tmp_path):

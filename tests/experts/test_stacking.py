@@ -88,12 +88,12 @@ def test_slices_that_make_no_model_are_refused_before_a_byte_is_written(tmp_path
 def test_experts_by_a_rule_over_the_index_are_refused_where_they_would_move(tmp_path):
     keys: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 24, "decoder_sparse_step": 2}
     donor = make(tmp_path / "donor", "qwen3_moe", **keys)
-    with pytest.raises(UserError, match=r"the slices make no model of qwen3_moe: they lack model\.layers"):
+    with pytest.raises(UserError, match=r"the slices do not make a qwen3_moe model: it lacks model\.layers"):
         stack(tmp_path, donor)
 
 
 def test_a_stack_of_many_layers_is_proved_by_its_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(stacking, "PROVED_LAYERS", 3)
+    monkeypatch.setattr(stacking, "CHECKED_LAYERS", 3)
     out = stack(tmp_path, make(tmp_path / "donor", "llama4_text"))
     assert AutoConfig.from_pretrained(out).num_hidden_layers == 5
     content = load_file(tmp_path / "donor" / "model.safetensors")
