@@ -1,4 +1,4 @@
-"""The curves that sweeps of omega draw, general loss against skill loss, and what of them the published ones claim."""
+"""Curves of general loss over skill loss that sweeps of omega give, and the properties of them that the paper claims."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 SHORTER = "cft "
-"""How the arms begin that are shorter runs of continued finetuning; their share of its steps follows."""
+"""The prefix of arms that are shorter runs of continued finetuning; their share of the steps follows it."""
 
 SIMILAR = 0.05
-"""By which share a skill loss may lie above another and still count as similar."""
+"""A skill loss that is higher than another by at most this share counts as similar."""
 
 
 def points_of(measured: Iterable[dict[str, Any]], arm: str, skill: str | None, omega: float | None = None) -> list[dict]:
-    """The same point of every seed."""
+    """The point of an arm, for one skill, from every seed."""
     return [
         point
         for seed in measured
@@ -26,7 +26,7 @@ def points_of(measured: Iterable[dict[str, Any]], arm: str, skill: str | None, o
 
 
 def curve(seed: dict[str, Any], arm: str, skill: str) -> list[tuple[float, float, float]]:
-    """(omega, general loss, skill loss) of a sweep, from the general model on."""
+    """(omega, general loss, skill loss) of a sweep in ascending order of omega, beginning with the general model at 0."""
     start = next(point for point in seed["points"] if point["arm"] == "general")["losses"]
     found = [point for point in seed["points"] if point["arm"] == arm and point["skill"] == skill]
     swept = sorted((point["omega"], point["losses"]["general"], point["losses"][skill]) for point in found)
@@ -34,7 +34,7 @@ def curve(seed: dict[str, Any], arm: str, skill: str) -> list[tuple[float, float
 
 
 def knee(points: list[tuple[float, float, float]]) -> float:
-    """The omega farthest below the chord between the curve's ends, both losses scaled to [0, 1] over the sweep."""
+    """The omega of the point farthest from the chord between the curve's ends, with both losses scaled to [0, 1]."""
     values = np.asarray(points)
     scaled = values[:, 1:] - values[:, 1:].min(0)
     scaled /= np.maximum(scaled.max(0), 1e-12)
@@ -46,9 +46,10 @@ def knee(points: list[tuple[float, float, float]]) -> float:
 
 
 def reached(points: list[tuple[float, float, float]], skill_loss: float) -> tuple[float, float, float]:
-    """Where a sweep comes down to a skill loss, on straight lines between its points; its lowest point if it does not.
+    """The point at which a sweep first comes down to a skill loss, interpolated linearly between its points. If it never does,
+    its point with the lowest skill loss.
 
-    Its first point, where nothing is merged yet, does not count.
+    The first point, the general model, does not count.
     """
     if points[0][2] <= skill_loss:
         return points[1]
@@ -60,29 +61,35 @@ def reached(points: list[tuple[float, float, float]], skill_loss: float) -> tupl
 
 
 def finetuning(seed: dict[str, Any], skill: str) -> list[tuple[float, float, float]]:
-    """(steps, general loss, skill loss) of continued finetuning, from the general model on: each a run of its own."""
+    """(steps, general loss, skill loss) of the runs of continued finetuning, ascending, beginning with the general model."""
     own = [p for p in seed["points"] if p["skill"] in (skill, None)]
     found = [p for p in own if p["arm"] in ("general", "cft") or p["arm"].startswith(SHORTER)]
     return sorted((0.0 if p["arm"] == "general" else p["steps"], p["losses"]["general"], p["losses"][skill]) for p in found)
 
 
 def as_skilled(runs: list[tuple[float, float, float]], skill_loss: float) -> tuple[float, float, float]:
-    """The run that comes nearest to a skill loss from above, so that what is said of its general loss is said of a model that
-    knows no more of the skill. Where all know more it is the first, which has not begun.
+    """The run with the skill loss nearest to the given one among those that are not below it, so that PTM is compared with a
+    model that knows no more of the skill. Where all runs are below it, the first, which is the general model.
     """
     above = [run for run in runs if run[2] >= skill_loss]
     return min(above, key=lambda run: run[2]) if above else runs[0]
 
 
 def shape(skill: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the published curves claim, measured: a value a seed.
+    """The properties of the curves that the paper claims, as measured: a list with a value for each seed. An excess is a
+    difference of general losses; a gap is the share by which a skill loss lies above another.
 
-    ``equal_excess``: the general loss above PTM's at |D| / |G|, of a run of continued finetuning (CFT) that ends at PTM's skill
-    loss or ``equal_gap`` above it, after ``equal_steps``. ``cft_general_excess``: that of the longest run of CFT above PTM's
-    where PTM's skill loss is CFT's, or else at PTM's least; ``skill_gap``: the share by which it then lies above.
-    ``similar_excess``: the same where PTM's skill loss is SIMILAR above CFT's, or at its least, if that is higher;
-    ``similar_gap`` and ``similar_omega`` belong to it. ``wise_ft_excess``: of WiSE-FT at that skill loss. ``knee``: of the PTM
-    curve. ``front``: the share of PTM's points that no point of WiSE-FT or of linear beats on both.
+    Returns:
+        ``omega``: |D| / |G|. ``knee``: of the PTM curve.
+        ``equal_excess``: of the run of continued finetuning (CFT) whose skill loss is nearest above PTM's at |D| / |G|, over
+        PTM's; ``equal_gap`` is the gap between them, ``equal_steps`` the length of that run.
+        ``cft_general_excess``: of the longest run of CFT, over PTM where the two have the same skill loss or, if PTM does not
+        get there, where PTM's is lowest; ``skill_gap`` is then PTM's gap.
+        ``similar_excess``: the same where PTM's skill loss is SIMILAR above CFT's or, if PTM does not get there, lowest; with
+        ``similar_gap`` and ``similar_omega``.
+        ``wise_ft_excess``: of the longest run of CFT over WiSE-FT at that skill loss.
+        ``front``: the share of PTM's points that no point of WiSE-FT or linear interpolation beats on both losses.
+        ``rt_tokens``, ``ptm_tokens``: training tokens of retraining and of PTM.
     """
     found: dict[str, Any] = {}
     for seed in measured:

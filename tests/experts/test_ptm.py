@@ -124,7 +124,7 @@ def test_what_is_finished_is_not_done_again(folder: Path) -> None:
 def test_other_steps_want_another_directory(folder: Path) -> None:
     (folder / "longer.toml").write_text((folder / "ptm.toml").read_text().replace("general = 8", "general = 7"))
     outcome = command(["ptm", str(folder / "longer.toml")])
-    assert outcome.status == 2 and "general was trained for 8 steps, config.steps now says 7" in outcome.stderr
+    assert outcome.status == 2 and "general was trained for 8 steps, but config.steps now says 7" in outcome.stderr
 
 
 def test_parts_share_no_piece(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_parts_share_no_piece(tmp_path: Path) -> None:
     assert [round(len(lines[part]) / 4000, 1) for part in ("pretraining", "train", "test")] == [0.2, 0.7, 0.1]
     assert set(kinds_here(["headers", "arithmetic"])) <= set(KINDS)
     assert write_parts(text, tmp_path, "t", 10**9) == paths
-    with pytest.raises(UserError, match="holds other text than t has now"):
+    with pytest.raises(UserError, match="holds another text than t has now"):
         write_parts(text + "more\n", tmp_path, "t", 10**9)
 
 
