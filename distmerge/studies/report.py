@@ -113,8 +113,8 @@ def html(results: dict[str, Any]) -> str:
         "td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
         "img{max-width:100%}</style>",
         "<h1>Parallel-train-then-merge</h1>",
-        f"<p>{len(seeds)} seeds. Losses are in nats per token on test text that no run has seen, mean and standard deviation over "
-        "the seeds. Tokens do not include the training of the base nor, except for retraining, of the general model.</p>",
+        f"<p>{len(seeds)} seeds. Losses are in nats per token on test text that no run has seen, mean and standard deviation "
+        "over the seeds. Tokens do not include the training of the base nor, except for retraining, of the general model.</p>",
     ]
     for skill in skills:
         rows = [row for row in results["arms"] if row["skill"] == skill]
