@@ -215,4 +215,4 @@ def test_a_reader_that_has_gone_is_one_line(arguments, paths, tmp_path):
     done = subprocess.run([sys.executable, "-m", "distmerge", *given], stdout=out, stderr=subprocess.PIPE, text=True)
     os.close(out)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["error: standard output was closed before all was written"]
+    assert done.stderr.splitlines() == ["error: standard output was closed before everything was written"]
