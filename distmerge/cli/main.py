@@ -104,12 +104,8 @@ class Version(argparse.Action):
         sys.exit(0)
 
 
-def run(arguments: list[str]) -> int:
-    """Run the verb in ``arguments``. Returns the exit status.
-
-    Raises:
-        UserError: for anything that the user can fix.
-    """
+def command_line() -> Parser:
+    """The parser of the whole command line."""
     parser = Parser(
         prog="distmerge", description="Training in which merging is an event: across workers, checkpoints and experts."
     )
@@ -133,7 +129,16 @@ def run(arguments: list[str]) -> int:
     merging.add_parsers(verbs)
     checkpoints.add_parsers(verbs)
     experts.add_parsers(verbs)
-    options, overrides = parser.parse_known_args(arguments)
+    return parser
+
+
+def run(arguments: list[str]) -> int:
+    """Run the verb in ``arguments``. Returns the exit status.
+
+    Raises:
+        UserError: for anything that the user can fix.
+    """
+    options, overrides = command_line().parse_known_args(arguments)
     if options.verb == "train":
         return training.train_verb(options, overrides, arguments)
     if options.verb == "experts":

@@ -105,7 +105,7 @@ def parse_header(path: Path, raw: bytes, size: int) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: the header's __metadata__ must be a table of strings")
     data = len(raw) + 8
-    entries = sorted(((name, checked(path, name, entry, data, size)) for name, entry in table.items()), key=place)
+    entries = sorted(((name, checked(path, name, entry, data, size)) for name, entry in table.items()), key=position)
     at = data
     for name, entry in entries:
         if entry.start != at:
@@ -153,7 +153,8 @@ def whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
-def place(item: tuple[str, Stored]) -> tuple[int, int, str]:
+def position(item: tuple[str, Stored]) -> tuple[int, int, str]:
+    """The sort key of an entry: where its data lies."""
     return item[1].start, item[1].stop, item[0]
 
 

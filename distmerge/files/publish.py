@@ -76,7 +76,7 @@ def write_into(
         jobs, shard_of: by the tensor's name.
     """
     shards = output.shards
-    stream.look()
+    stream.run_survey()
     notes = dict(output.done)
 
     def write(job: Job, offset: int, elements: Tensor) -> None:

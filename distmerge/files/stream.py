@@ -121,7 +121,7 @@ class Stream:
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def look(self) -> None:
+    def run_survey(self) -> None:
         """Run the survey's passes over all jobs, as many as it needs."""
         settled = self.survey is None
         while not settled:
@@ -267,5 +267,5 @@ def check_device(device: str) -> None:
 
 def in_memory(stream: Stream, keep: Callable[[Job, int, Tensor], None]) -> dict[str, Any]:
     """Merge all jobs and pass every block to ``keep`` instead of writing a file. Returns the observer's notes."""
-    stream.look()
+    stream.run_survey()
     return {name: note for batch in stream.batches(stream.jobs) for name, note in stream.merge(batch, keep).items()}

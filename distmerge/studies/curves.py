@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,19 @@ SHORTER = "cft "
 
 SIMILAR = 0.05
 """A skill loss that is higher than another by at most this share counts as similar."""
+
+
+class CurvePoint(NamedTuple):
+    """A model on a curve.
+
+    Attributes:
+        at: omega, of a sweep; steps, of continued finetuning.
+        general, own: the losses on the general text and on the skill's, in nats per token.
+    """
+
+    at: float
+    general: float
+    own: float
 
 
 def points_of(measured: Iterable[dict[str, Any]], arm: str, skill: str | None, omega: float | None = None) -> list[dict]:
@@ -25,15 +38,15 @@ def points_of(measured: Iterable[dict[str, Any]], arm: str, skill: str | None, o
     ]
 
 
-def curve(seed: dict[str, Any], arm: str, skill: str) -> list[tuple[float, float, float]]:
-    """(omega, general loss, skill loss) of a sweep in ascending order of omega, beginning with the general model at 0."""
+def curve(seed: dict[str, Any], arm: str, skill: str) -> list[CurvePoint]:
+    """A sweep in ascending order of omega, beginning with the general model at 0."""
     start = next(point for point in seed["points"] if point["arm"] == "general")["losses"]
     found = [point for point in seed["points"] if point["arm"] == arm and point["skill"] == skill]
-    swept = sorted((point["omega"], point["losses"]["general"], point["losses"][skill]) for point in found)
-    return [(0.0, start["general"], start[skill]), *swept]
+    swept = sorted(CurvePoint(point["omega"], point["losses"]["general"], point["losses"][skill]) for point in found)
+    return [CurvePoint(0.0, start["general"], start[skill]), *swept]
 
 
-def knee(points: list[tuple[float, float, float]]) -> float:
+def knee(points: list[CurvePoint]) -> float:
     """The omega of the point farthest from the chord between the curve's ends, with both losses scaled to [0, 1]."""
     values = np.asarray(points)
     scaled = values[:, 1:] - values[:, 1:].min(0)
@@ -45,34 +58,36 @@ def knee(points: list[tuple[float, float, float]]) -> float:
     return float(values[int(np.argmax(np.abs(below))), 0])
 
 
-def reached(points: list[tuple[float, float, float]], skill_loss: float) -> tuple[float, float, float]:
+def reached(points: list[CurvePoint], skill_loss: float) -> CurvePoint:
     """The point at which a sweep first comes down to a skill loss, interpolated linearly between its points. If it never does,
     its point with the lowest skill loss.
 
     The first point, the general model, does not count.
     """
-    if points[0][2] <= skill_loss:
+    if points[0].own <= skill_loss:
         return points[1]
-    for (omega, general, own), (next_omega, next_general, next_own) in itertools.pairwise(points):
-        if next_own <= skill_loss:
-            share = (own - skill_loss) / (own - next_own)
-            return omega + share * (next_omega - omega), general + share * (next_general - general), skill_loss
-    return min(points, key=lambda point: point[2])
+    for one, two in itertools.pairwise(points):
+        if two.own <= skill_loss:
+            share = (one.own - skill_loss) / (one.own - two.own)
+            return CurvePoint(one.at + share * (two.at - one.at), one.general + share * (two.general - one.general), skill_loss)
+    return min(points, key=lambda point: point.own)
 
 
-def finetuning(seed: dict[str, Any], skill: str) -> list[tuple[float, float, float]]:
-    """(steps, general loss, skill loss) of the runs of continued finetuning, ascending, beginning with the general model."""
+def finetuning(seed: dict[str, Any], skill: str) -> list[CurvePoint]:
+    """The runs of continued finetuning in ascending order of steps, beginning with the general model at 0."""
     own = [p for p in seed["points"] if p["skill"] in (skill, None)]
     found = [p for p in own if p["arm"] in ("general", "cft") or p["arm"].startswith(SHORTER)]
-    return sorted((0.0 if p["arm"] == "general" else p["steps"], p["losses"]["general"], p["losses"][skill]) for p in found)
+    return sorted(
+        CurvePoint(0.0 if p["arm"] == "general" else p["steps"], p["losses"]["general"], p["losses"][skill]) for p in found
+    )
 
 
-def as_skilled(runs: list[tuple[float, float, float]], skill_loss: float) -> tuple[float, float, float]:
+def as_skilled(runs: list[CurvePoint], skill_loss: float) -> CurvePoint:
     """The run with the skill loss nearest to the given one among those that are not below it, so that PTM is compared with a
     model that knows no more of the skill. Where all runs are below it, the first, which is the general model.
     """
-    above = [run for run in runs if run[2] >= skill_loss]
-    return min(above, key=lambda run: run[2]) if above else runs[0]
+    above = [run for run in runs if run.own >= skill_loss]
+    return min(above, key=lambda run: run.own) if above else runs[0]
 
 
 def shape(skill: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -98,23 +113,23 @@ def shape(skill: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
         (rt,) = points_of([seed], "rt", skill)
         general, own = cft["losses"]["general"], cft["losses"][skill]
         nearest, similar = reached(swept, own), reached(swept, own * (1 + SIMILAR))
-        wise = reached(curve(seed, "wise-ft", skill), max(own * (1 + SIMILAR), similar[2]))
+        wise = reached(curve(seed, "wise-ft", skill), max(own * (1 + SIMILAR), similar.own))
         others = [point for arm in ("linear", "wise-ft") for point in curve(seed, arm, skill)[1:]]
         (ptm,) = points_of([seed], "ptm", skill, seed["omega"][skill])
         equal = as_skilled(finetuning(seed, skill), ptm["losses"][skill])
-        beaten = [any(o[1] < p[1] and o[2] < p[2] for o in others) for p in swept[1:]]
+        beaten = [any(other.general < point.general and other.own < point.own for other in others) for point in swept[1:]]
         values = {
             "omega": seed["omega"][skill],
             "knee": knee(swept),
-            "equal_excess": equal[1] - ptm["losses"]["general"],
-            "equal_gap": equal[2] / ptm["losses"][skill] - 1,
-            "equal_steps": equal[0],
-            "cft_general_excess": general - nearest[1],
-            "skill_gap": nearest[2] / own - 1,
-            "similar_omega": similar[0],
-            "similar_excess": general - similar[1],
-            "similar_gap": similar[2] / own - 1,
-            "wise_ft_excess": general - wise[1],
+            "equal_excess": equal.general - ptm["losses"]["general"],
+            "equal_gap": equal.own / ptm["losses"][skill] - 1,
+            "equal_steps": equal.at,
+            "cft_general_excess": general - nearest.general,
+            "skill_gap": nearest.own / own - 1,
+            "similar_omega": similar.at,
+            "similar_excess": general - similar.general,
+            "similar_gap": similar.own / own - 1,
+            "wise_ft_excess": general - wise.general,
             "front": 1 - sum(beaten) / len(beaten),
             "rt_tokens": rt["tokens"],
             "ptm_tokens": cft["tokens"],
