@@ -72,7 +72,7 @@ def merge(
         return merge_models(whole, Path(out), options)
     flags = {"method": method, "base": base, "general": general, "model": models or None}
     if wrong := [key for key, value in flags.items() if value is not None]:
-        raise UserError(f"--{wrong[0]} cannot be combined with a recipe in a file, got {recipe}")
+        raise UserError(f"--{wrong[0]} belongs to a recipe in flags, got the recipe {recipe}, too")
     return merge_models(recipe_in_file(str(recipe), given, options), Path(out), options)
 
 

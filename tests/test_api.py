@@ -69,7 +69,7 @@ def test_a_recipe_in_a_file_takes_variants_and_options_alone(models: Path) -> No
     assert result.report is not None and result.report.models == ["a", "b"]
     wrong: list[dict[str, Any]] = [{"density": 0.1}, {"base": "base"}, {"method": "ties"}]
     for given in wrong:
-        with pytest.raises(dm.UserError, match="cannot be combined with a recipe in a file"):
+        with pytest.raises(dm.UserError, match="belongs to a recipe in flags"):
             dm.merge("r.toml", out="other", **given)
 
 

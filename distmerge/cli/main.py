@@ -25,9 +25,9 @@ MEMORY_SIGNS = ("can't allocate memory", "not enough memory", "bad_alloc", "can'
 
 
 def program() -> None:
-    """Run the command and end the process."""
+    """The command: the process ends with it."""
     EARS.install()
-    gc.set_threshold(50_000, 20, 20)  # imports make no garbage, but collecting it would take a tenth of their time
+    gc.set_threshold(50_000, 20, 20)  # imports make no garbage, and looking for it is a tenth of their time
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # errors of sockets are reported in one line of our own
     try:

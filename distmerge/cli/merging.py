@@ -216,7 +216,7 @@ def asked_recipe(options: argparse.Namespace, chosen: MergeOptions) -> Recipe:
             raise UserError("distmerge merge needs a RECIPE, or --method and --model")
         return recipe_in_flags(options, chosen)
     if given := [key for key in ("method", "base", "general", "model") if getattr(options, key)]:
-        raise UserError(f"--{given[0]} cannot be combined with a recipe in a file, got {options.recipe}")
+        raise UserError(f"--{given[0]} belongs to a recipe in flags, but the recipe {options.recipe} is given")
     return recipe_in_file(options.recipe, parameters_of(options), chosen)
 
 

@@ -136,7 +136,7 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def rename_directory(temporary: Path, published: Path, replace: bool = True) -> None:
+def give_name(temporary: Path, published: Path, replace: bool = True) -> None:
     """Give a directory whose files are durable its final name, and make the rename durable.
 
     Args:

@@ -25,8 +25,8 @@ from distmerge.errors import UserError
 from distmerge.files.atomic import (
     DurableFile,
     delete,
+    give_name,
     make_directory,
-    rename_directory,
     rename_file,
     sync_directory,
     sync_file,
@@ -96,7 +96,7 @@ def publish(temporary: Path, published: Path, manifest: dict[str, Any], name: st
         name: of the manifest's file.
     """
     write_file(temporary / name, sealed(manifest))
-    rename_directory(temporary, published)
+    give_name(temporary, published)
 
 
 def publish_directory(published: Path, about: dict[str, Any], write: Callable[[Path], None], name: str = MANIFEST) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distmerge.errors import UserError
-from distmerge.files.atomic import delete, make_directory, rename_directory, sync_directory, write_bytes
+from distmerge.files.atomic import delete, give_name, make_directory, sync_directory, write_bytes
 from distmerge.files.layout import Shard
 
 JOURNAL = "journal.jsonl"
@@ -114,7 +114,7 @@ class Output:
             (self.path / JOURNAL).unlink()
             refuse_existing(self.out)
         with disk_errors(self.out, published=self.out):
-            rename_directory(self.path, self.out, replace=False)
+            give_name(self.path, self.out, replace=False)
             (self.out / LOCK).unlink()  # only now: another process that takes the lock clears the directory
             sync_directory(self.out)
         self._lock.close()

@@ -128,10 +128,10 @@ def recipe_in_file(path: str, parameters: Mapping[str, Setting], options: MergeO
     recipe = read_recipe(path)
     for key in [*(key for key in PARAMETERS if key not in VARIANTS), "tokenizer"]:
         if key in parameters or (key == "tokenizer" and options.tokenizer is not None):
-            raise UserError(f"--{key.replace('_', '-')} cannot be combined with a recipe in a file; write it into {path}")
+            raise UserError(f"--{key.replace('_', '-')} belongs to a recipe in flags; write it into {path}")
     for key, value in parameters.items():
         if not is_variant(key, value):
-            raise UserError(f"--{key} {value} cannot be combined with a recipe in a file; write it into {path}")
+            raise UserError(f"--{key} {value} belongs to a recipe in flags; write it into {path}")
     return replace(
         recipe,
         variants=recipe.variants | {key: str(parameters[key]) for key in VARIANTS if key in parameters},

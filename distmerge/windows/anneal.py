@@ -16,7 +16,7 @@ from distmerge.checkpoints.store import published_checkpoints, step_of
 from distmerge.config import plugins, toml
 from distmerge.config.train import TrainConfig
 from distmerge.errors import UserError
-from distmerge.files.atomic import make_directory, rename_directory, write_atomically
+from distmerge.files.atomic import give_name, make_directory, write_atomically
 from distmerge.files.directories import guarded, verify
 from distmerge.rules.plugins import load_plugins
 from distmerge.rundir.identity import Identity, read_identity
@@ -116,7 +116,7 @@ def prepare(fork: Path, config: TrainConfig, checkpoint: Path, parent: Identity 
         temporary = target.with_name(f".{target.name}")
         make_directory(target.parent)
         shutil.copytree(checkpoint, temporary, copy_function=os.link)  # published files never change: links are copies
-        rename_directory(temporary, target)
+        give_name(temporary, target)
         if parent is not None:
             write_atomically(fork / "environment.json", json.dumps(parent.fork().record(), indent=2) + "\n")
         write_atomically(fork / "config.toml", toml.dump(config))
