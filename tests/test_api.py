@@ -141,7 +141,7 @@ def test_a_window_by_a_rule_follows_the_same_bytes_as_a_merge(tmp_path: Path) ->
         ({"rule": "tokens"}, "needs the tokens and steps of a round"),
         ({"rule": "median", "base": "x"}, "--rule median has no use for a base, got --base x"),
         ({"rule": "nothing"}, "--rule must be one of mean, "),
-        ({"rule": "slerp"}, "slerp takes 1 models beside the base, got 2"),
+        ({"rule": "slerp"}, "slerp takes 1 models besides the base, got 2"),
         ({"density": 0.5}, "--density is for other rules: the weights of rule mean come from --curve"),
         ({"rule": "ties", "densty": 0.5}, "densty is not a parameter of any method"),
         ({"rule": "median", "density": 0.5}, "median has no parameter density"),

@@ -67,7 +67,7 @@ def test_a_first_step_that_fails_claims_nothing(tmp_path: Path, text: Path, monk
     assert [line["step"] for line in lines(again, "metrics.jsonl")] == [0, 1, 2, 3, 4, 4]
 
 
-# ---- beginning anew
+# ---- starting from scratch
 
 
 def test_restart_moves_the_old_run_aside(
@@ -85,10 +85,10 @@ def test_restart_moves_the_old_run_aside(
     with pytest.raises(UserError, match=r"differing keys: optimizer\.lr; take another --run-dir, begin anew with --restart"):
         main.run(["train", config])
     assert main.run(["train", config, "--restart"]) == 0
-    assert launched == [["train", config]], "the ranks, and whoever starts them again, do not begin anew"
+    assert launched == [["train", config]], "the ranks, and whoever starts them again, do not start from scratch"
     assert (tmp_path / "run.old-1" / "config.toml").exists() and not (run_dir / "config.toml").exists()
     said = capsys.readouterr().err
-    assert said == f"the run in {run_dir} is moved to {run_dir}.old-1; beginning anew\n"
+    assert said == f"the run in {run_dir} was moved to {run_dir}.old-1; starting from scratch\n"
     with pytest.raises(UserError, match="matches no file"):
         main.run(["train", str(tmp_path / "run.old-1" / "config.toml"), "--restart", "--data.files", "nowhere/*.txt"])
     assert (tmp_path / "run.old-1").exists(), "what cannot start moves nothing"
@@ -96,7 +96,7 @@ def test_restart_moves_the_old_run_aside(
 
 def test_restart_is_refused_where_a_launcher_starts_the_ranks(ranks: Ranks, tmp_path: Path) -> None:
     (outcome,) = ranks.run(1, command, ["train", jobs.write_config(tmp_path), "--restart"], group=False)
-    assert outcome.status == 2 and outcome.stderr.startswith("error: --restart is for distmerge train started alone")
+    assert outcome.status == 2 and outcome.stderr.startswith("error: --restart cannot be used under a launcher")
 
 
 # ---- whose a checkpoint is

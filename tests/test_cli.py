@@ -59,12 +59,12 @@ def error_of(outcome: Outcome) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "the following arguments are required: VERB; distmerge --help says more"),
+        ("", "the following arguments are required: VERB; see distmerge --help"),
         (
             "trane",
             "argument VERB: invalid choice: 'trane' (choose from "
             + ", ".join(f"'{verb}'" for verb in VERBS)
-            + "); distmerge --help says more",
+            + "); see distmerge --help",
         ),
         ("train", "distmerge train needs a CONFIG.toml, such as configs/quickstart.toml"),
         ("train --steps 3", "cannot read the configuration 3: No such file or directory"),
@@ -75,7 +75,7 @@ def error_of(outcome: Outcome) -> str:
             "{0}/text.txt is not valid TOML: Expected '=' after a key in a key/value pair (at line 1, column 7)",
         ),
         ("train {0}/broken.toml", "{0}/broken.toml is not valid TOML: Invalid value (at line 1, column 9)"),
-        ("train {0}/config.toml --ranks x", "argument --ranks: invalid int value: 'x'; distmerge train --help says more"),
+        ("train {0}/config.toml --ranks x", "argument --ranks: invalid int value: 'x'; see distmerge train --help"),
         ("train {0}/config.toml --ranks 3", "--ranks must be a multiple of config.mesh.workers = 2, got 3"),
         ("train {0}/config.toml --ranks 0", "--ranks must be a multiple of config.mesh.workers = 2, got 0"),
         ("train {0}/config.toml stray", "expected --section.key value, got stray"),
@@ -107,7 +107,7 @@ def error_of(outcome: Outcome) -> str:
             "config.run_dir must be writable, got /proc/run: No such file or directory",
         ),
         ("train {0}/config.toml --run-dir {0}/text.txt", "config.run_dir must be writable, got {0}/text.txt: File exists"),
-        ("eval", "the following arguments are required: MODEL_DIR; distmerge eval --help says more"),
+        ("eval", "the following arguments are required: MODEL_DIR; see distmerge eval --help"),
         ("eval {0}/nowhere", "MODEL_DIR must be a directory, got {0}/nowhere"),
         ("eval {0} --sequences 0", "--sequences must be >= 1, got 0"),
         ("eval {0} --sequence-length 1", "--sequence-length must be >= 2, got 1"),

@@ -1,1 +1,1 @@
-"""The command line. Each module has the verbs of one family; heavy imports wait until the flags are known to be sound."""
+"""The command line. Each module has a family of verbs. Slow imports happen only after the flags have been checked."""

@@ -1,10 +1,10 @@
-"""The flags of ``window``, ``anneal``, ``recover`` and ``verify``. Heavy imports wait until the flags are known to be sound."""
+"""The verbs ``window``, ``anneal``, ``recover`` and ``verify``. Slow imports happen only after the flags have been checked."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distmerge.cli import training
 from distmerge.cli.merging import add_form_flags, add_parameter_flags, add_plugins_flag, parameters_of
@@ -15,50 +15,53 @@ from distmerge.rules import catalogue
 from distmerge.rules.plugins import load_plugins
 from distmerge.windows.options import MEAN, WindowOptions, way_of
 
-if TYPE_CHECKING:
-    pass
-
 
 def add_parsers(verbs: Any) -> None:
     window = verbs.add_parser("window", help="merge a run's blocks, or other checkpoints of one model", allow_abbrev=False)
     window.add_argument("members", nargs="+", metavar="RUN_DIR | MODEL_DIR", help="a run, or models, oldest first")
     window.add_argument("--out", metavar="DIR", help="the merged model; must not exist")
     window.add_argument("--last", type=int, metavar="N", help="only the newest N")
-    window.add_argument("--steps", metavar="A:B", help="only those that end at steps A to B")
+    window.add_argument("--steps", metavar="A:B", help="only those that end at steps A to B, inclusive")
     window.add_argument("--curve", help="linear (default), cosine, 1-sqrt, floor:R, mean, wma, ema:A, table:X=D,...")
     window.add_argument("--quadrature", choices=("endpoint", "mean"), default="endpoint", help="how a curve becomes weights")
-    window.add_argument("--dtype", choices=("F32", "BF16", "F16"), help="of the output (default: the inputs')")
+    window.add_argument("--dtype", choices=("F32", "BF16", "F16"), help="the output's dtype (default: the inputs')")
     window.add_argument("--explain", action="store_true", help="say whether merging should help here, and why")
     window.add_argument("--plot", metavar="FILE", help="draw weights, implied learning rate and frequency response")
     window.add_argument("--allow-pickle", action="store_true", help="read DCP and DeepSpeed checkpoints, which are pickles")
     window.add_argument("--threads", type=int, help="default: the cores of this process")
     window.add_argument("--chunk", type=int, default=CHUNK, help="elements that a thread takes at a time")
-    flags = window.add_argument_group("another rule than the mean by a curve")
+    flags = window.add_argument_group("merging by another rule than a mean weighted by a curve")
     flags.add_argument("--rule", default=MEAN, help=f"one of {', '.join(catalogue.names())}")
     flags.add_argument("--base", metavar="MODEL", help="what task vectors start from (default: the oldest member)")
     add_parameter_flags(flags)
     add_form_flags(flags)
-    anneal = verbs.add_parser("anneal", help="fork a run and really anneal it; compare with the preview", allow_abbrev=False)
+    anneal = verbs.add_parser("anneal", help="fork a run and anneal it; compare with the preview", allow_abbrev=False)
     anneal.add_argument("run_dir", metavar="RUN_DIR")
-    anneal.add_argument("--from", dest="step", type=int, required=True, metavar="STEP", help="a checkpoint's step")
-    anneal.add_argument("--decay-steps", type=int, required=True, metavar="N")
+    anneal.add_argument("--from", dest="step", type=int, required=True, metavar="STEP", help="the checkpoint's step")
+    anneal.add_argument("--decay-steps", type=int, required=True, metavar="N", help="steps of the decay")
     anneal.add_argument("--curve", choices=("linear", "cosine", "1-sqrt"), default="linear")
     anneal.add_argument(
-        "--calibrate", nargs="+", default=[], metavar="RUN_DIR", help="runs of other seeds whose forks correct the prediction"
+        "--calibrate", nargs="+", default=[], metavar="RUN_DIR", help="runs of other seeds; their forks correct the prediction"
     )
     add_plugins_flag(anneal)
-    recover = verbs.add_parser("recover", help="go back to stable checkpoints by hand; the next start carries it out")
+    recover = verbs.add_parser("recover", help="manual recovery: plan a roll-back, which the next start carries out")
     recover.add_argument("run_dir", metavar="RUN_DIR")
-    recover.add_argument("--before", type=int, metavar="STEP", help="where it went wrong: only checkpoints before it")
-    recover.add_argument("--merge-last", type=int, default=3, metavar="N", help="1 is a plain roll-back")
-    recover.add_argument("--keep-optimizer", choices=("reset", "average", "rollback"), default="rollback")
+    recover.add_argument(
+        "--before", type=int, metavar="STEP", help="the step where training went wrong: use only earlier checkpoints"
+    )
+    recover.add_argument(
+        "--merge-last", type=int, default=3, metavar="N", help="merge the last N stable checkpoints; 1 is a plain roll-back"
+    )
+    recover.add_argument(
+        "--keep-optimizer", choices=("reset", "average", "rollback"), default="rollback", help="the optimizer's new state"
+    )
     recover.add_argument("--skip-batches", type=int, default=0, metavar="N", help="leave out N batches around --before")
-    verify = verbs.add_parser("verify", help="hash again all that a run published, and say what is damaged")
+    verify = verbs.add_parser("verify", help="hash everything that a run published, and list what is damaged")
     verify.add_argument("run_dir", metavar="RUN_DIR")
 
 
 def at_least_one(options: argparse.Namespace, *names: str) -> None:
-    """Refuse flags below 1."""
+    """Refuse values below 1 of the flags with these names."""
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -66,7 +69,7 @@ def at_least_one(options: argparse.Namespace, *names: str) -> None:
 
 
 def window_verb(options: argparse.Namespace) -> int:
-    """Merge, explain or draw a window; the exit status."""
+    """Merge, explain or draw a window. Returns the exit status."""
     load_plugins(options.plugins, "--plugins")
     steps = span_of(options.steps)
     chosen = WindowOptions(
@@ -89,7 +92,7 @@ def window_verb(options: argparse.Namespace) -> int:
 
 
 def anneal_verb(options: argparse.Namespace) -> int:
-    """Fork a run and anneal it; the exit status."""
+    """Fork a run and anneal it. Returns the exit status."""
     at_least_one(options, "decay_steps")
     from distmerge.windows.anneal import begin_fork, record_outcome
 
@@ -105,7 +108,7 @@ def anneal_verb(options: argparse.Namespace) -> int:
 
 
 def span_of(text: str | None) -> tuple[int, int] | None:
-    """``A:B`` as steps; either may be left out."""
+    """The first and last step of ``A:B``, of which either may be left out; None for None."""
     if text is None:
         return None
     first, colon, last = text.partition(":")
@@ -115,19 +118,19 @@ def span_of(text: str | None) -> tuple[int, int] | None:
 
 
 def recover_verb(options: argparse.Namespace) -> int:
-    """Plan a roll-back by hand; the exit status."""
+    """Plan a manual recovery. Returns the exit status."""
     at_least_one(options, "merge_last")
     from distmerge.recovery.manual import plan_manual_recovery
 
     if options.skip_batches and options.before is None:
-        raise UserError("--skip-batches needs --before STEP, which says where the batches are")
+        raise UserError("--skip-batches needs --before STEP, around which the batches lie")
     skip = max(0, options.skip_batches)
     print(plan_manual_recovery(Path(options.run_dir), options.before, options.merge_last, options.keep_optimizer, skip))
     return 0
 
 
 def verify_verb(options: argparse.Namespace) -> int:
-    """Hash everything again; status 1 if anything is damaged."""
+    """Hash everything that a run published. Returns the exit status, 1 if anything is damaged."""
     from distmerge.checkpoints.verify import verify_run
 
     verdicts = verify_run(Path(options.run_dir))

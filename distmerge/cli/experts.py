@@ -1,46 +1,45 @@
-"""The flags of ``experts``, ``examples`` and ``ptm``. Heavy imports wait until the flags are known to be sound."""
+"""The verbs ``experts``, ``examples`` and ``ptm``. Slow imports happen only after the flags have been checked."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distmerge.cli.merging import globs_by_skill
 from distmerge.cli.training import train_one
 from distmerge.plotting import require_matplotlib
 from distmerge.quiet import quiet
 
-if TYPE_CHECKING:
-    pass
-
 
 def add_parsers(verbs: Any) -> None:
     experts = verbs.add_parser("experts", help="train several experts of one base, or resume them", allow_abbrev=False)
     experts.add_argument("config", metavar="CONFIG.toml")
-    experts.add_argument("--dry-run", action="store_true", help="print the plan: memory, tokens, merges; train nothing")
+    experts.add_argument("--dry-run", action="store_true", help="print the plan (memory, tokens, merges) without training")
     experts.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # a launcher may add it
-    examples = verbs.add_parser("examples", help="what an expert memorised, and what of it a merge kept", allow_abbrev=False)
-    examples.add_argument("run_dir", metavar="RUN_DIR", help="of an expert, trained with examples.track = true")
-    examples.add_argument("--merged", metavar="MODEL", required=True, help="a merge of it with others")
-    examples.add_argument("--judge", metavar="MODEL", help="scores the difficulty: an early step of another seed's run")
+    examples = verbs.add_parser(
+        "examples", help="which examples an expert memorised, and which of them a merge retained", allow_abbrev=False
+    )
+    examples.add_argument("run_dir", metavar="RUN_DIR", help="an expert's run with examples.track = true")
+    examples.add_argument("--merged", metavar="MODEL", required=True, help="a merge of the expert with other models")
+    examples.add_argument("--judge", metavar="MODEL", help="measures the difficulty: an early step of another seed's run")
     examples.add_argument("--out", metavar="DIR", help="where examples.json and examples.png go (default: RUN_DIR)")
-    ptm = verbs.add_parser("ptm", help="parallel-train-then-merge as an experiment, with a report", allow_abbrev=False)
+    ptm = verbs.add_parser("ptm", help="run the parallel-train-then-merge experiment, with a report", allow_abbrev=False)
     ptm.add_argument("config", metavar="CONFIG.toml")
-    ptm.add_argument("--out", metavar="DIR", help="in place of the file's")
-    ptm.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the file's")
+    ptm.add_argument("--out", metavar="DIR", help="replaces the file's out")
+    ptm.add_argument("--seeds", type=int, nargs="+", metavar="N", help="replace the file's seeds")
     ptm.add_argument("--general", nargs="+", metavar="GLOB", help="text files of the general ability")
     ptm.add_argument(
         "--skill",
         action="append",
         metavar="NAME=GLOB",
-        help="text files of a skill, again for each; NAME alone: the standard library's code, headers or arithmetic",
+        help="text files of a skill; may be repeated; NAME alone: the standard library's code, headers or arithmetic",
     )
 
 
 def examples_verb(options: argparse.Namespace) -> int:
-    """Report on what an expert memorised; the exit status."""
+    """Report on what an expert memorised. Returns the exit status."""
     require_matplotlib(f"distmerge {options.verb}")
     from distmerge.experts import retention
 
@@ -51,7 +50,7 @@ def examples_verb(options: argparse.Namespace) -> int:
 
 
 def ptm_verb(options: argparse.Namespace) -> int:
-    """Run the experiment; the exit status."""
+    """Run the experiment. Returns the exit status."""
     require_matplotlib(f"distmerge {options.verb}")
     from distmerge.studies.config import read
 
@@ -69,6 +68,6 @@ def ptm_verb(options: argparse.Namespace) -> int:
 
 
 def skills_of(given: list[str]) -> dict[str, list[str]]:
-    """The same, where a NAME alone stands for the standard library's text of that name: ``[]``."""
+    """The globs of each skill. A NAME alone gives ``[]``, which stands for the standard library's text of that name."""
     own: dict[str, list[str]] = {item: [] for item in given if "=" not in item}
     return own | globs_by_skill([item for item in given if "=" in item])

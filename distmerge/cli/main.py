@@ -1,4 +1,4 @@
-"""The command line. Heavy imports are inside the verbs, so that help and mistakes are answered at once."""
+"""The command line. Slow imports are inside the verbs, so that help and errors appear at once."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from distmerge.quiet import quiet
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
-OUT_OF_MEMORY = "out of memory: allow the process more (ulimit -v, the container's limit), or give it less to do at once"
+OUT_OF_MEMORY = "out of memory: allow the process more (ulimit -v, the container's limit), or make it do less at once"
 MEMORY_SIGNS = ("can't allocate memory", "not enough memory", "bad_alloc", "can't start new thread", "failed to map segment")
-"""In what torch, C++, Python's threads and the linker say when there is no more."""
+"""Parts of the messages of torch, C++, Python's threads and the linker when memory runs out."""
 
 
 def program() -> None:
@@ -29,7 +29,7 @@ def program() -> None:
     SIGNAL_THREAD.install()
     gc.set_threshold(50_000, 20, 20)  # imports make no garbage, and looking for it is a tenth of their time
     if "RANK" in os.environ:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what torch's sockets warn of is told in a line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # errors of sockets are reported in one line of our own
     try:
         main()
     except SystemExit as end:
@@ -44,6 +44,7 @@ def program() -> None:
 
 
 def main() -> None:
+    """Run the verb in ``sys.argv`` and exit with its status. Errors that the user can fix are printed in one line."""
     try:
         try:
             status = run(sys.argv[1:])
@@ -53,8 +54,8 @@ def main() -> None:
     except UserError as error:
         fail(str(error))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in Python's buffer goes there when the process ends
-        fail("standard output was closed before all was written")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # at its end the process still flushes Python's buffer
+        fail("standard output was closed before everything was written")
     except MemoryError:
         fail(OUT_OF_MEMORY)
     except OSError as error:
@@ -70,10 +71,10 @@ def main() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End without tearing torch down: all that was written is durable.
+    """End the process without finalising the interpreter; everything that was written is durable.
 
-    It takes half a second of a merge. In a rank, threads of torch and Arrow that want the interpreter while it ends abort the
-    process now and then ("terminate called without an active exception"): a job that is done would have failed.
+    Finalising takes half a second of a merge. In a rank, threads of torch and Arrow that need the interpreter meanwhile
+    sometimes abort the process ("terminate called without an active exception"), and a finished job would count as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -81,19 +82,20 @@ def leave(status: int) -> NoReturn:
 
 
 def fail(message: str) -> None:
+    """Print an error in one line and exit with status 2."""
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as all other errors are said."""
+    """Reports errors in one line, like all other errors of the command."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help says more")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 class Version(argparse.Action):
-    """Prints the version and leaves. It is looked up only then: reading the package's metadata takes a while."""
+    """Prints the version and exits. The version is looked up only then, since reading the package's metadata is slow."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from distmerge.version import installed_version
@@ -102,35 +104,47 @@ class Version(argparse.Action):
         sys.exit(0)
 
 
-def run(arguments: list[str]) -> int:
+def command_line() -> Parser:
+    """The parser of the whole command line."""
     parser = Parser(
         prog="distmerge", description="Training in which merging is an event: across workers, checkpoints and experts."
     )
-    parser.add_argument("--version", action=Version, nargs=0, help="print the version and leave")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it, here or
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it here,
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     train = verbs.add_parser("train", help="train a run, or resume it", add_help=False, allow_abbrev=False)
     train.add_argument("config", nargs="?", metavar="CONFIG.toml")
     train.add_argument("--ranks", type=int, help="ranks to launch on this machine (default: mesh.workers)")
-    train.add_argument("--restart", action="store_true", help="begin anew; what is in run_dir is moved to RUN_DIR.old-N")
-    train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # after the verb
+    train.add_argument(
+        "--restart", action="store_true", help="start from scratch; what is in run_dir is moved to RUN_DIR.old-N"
+    )
+    train.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # or here, after the verb
     train.add_argument("-h", "--help", action="store_true")
-    evaluate = verbs.add_parser("eval", help="the loss of a model directory on text", allow_abbrev=False)
+    evaluate = verbs.add_parser("eval", help="measure the loss of a model directory on text", allow_abbrev=False)
     evaluate.add_argument("model", metavar="MODEL_DIR")
     evaluate.add_argument("--files", nargs="+", metavar="GLOB", help="text files (default: what its run held out)")
-    evaluate.add_argument("--sequence-length", type=int, help="tokens (default: 128, or as in its run without --files)")
-    evaluate.add_argument("--sequences", type=int, default=256, help="drawn from all of the text (default: 256)")
-    verbs.add_parser("build-ops", help="compile what DeepSpeed needs, once, in one process", allow_abbrev=False)
+    evaluate.add_argument("--sequence-length", type=int, help="tokens per sequence (default: its run's, or 128 with --files)")
+    evaluate.add_argument("--sequences", type=int, default=256, help="sequences drawn from the text (default: 256)")
+    verbs.add_parser("build-ops", help="compile DeepSpeed's operators, once, in one process", allow_abbrev=False)
     merging.add_parsers(verbs)
     checkpoints.add_parsers(verbs)
     experts.add_parsers(verbs)
-    options, overrides = parser.parse_known_args(arguments)
+    return parser
+
+
+def run(arguments: list[str]) -> int:
+    """Run the verb in ``arguments``. Returns the exit status.
+
+    Raises:
+        UserError: for anything that the user can fix.
+    """
+    options, overrides = command_line().parse_known_args(arguments)
     if options.verb == "train":
         return training.train_verb(options, overrides, arguments)
     if options.verb == "experts":
         return training.experts_verb(options, overrides, arguments)
     if overrides and overrides[0].partition("=")[0] == "--batches":
-        raise UserError("--batches is now --sequences, which are drawn from all of the text: 8 for each batch")
+        raise UserError("--batches is now --sequences, which are drawn from the whole text: give 8 for each batch")
     if overrides:
         raise UserError(f"unknown argument {overrides[0]}; distmerge {options.verb} --help lists them")
     match options.verb:
@@ -162,6 +176,7 @@ def run(arguments: list[str]) -> int:
 
 
 def eval_verb(options: argparse.Namespace) -> int:
+    """Measure a model's loss and print it as JSON. Returns the exit status."""
     check_text(options.sequence_length, options.sequences)
     if not os.path.isdir(options.model):
         raise UserError(f"MODEL_DIR must be a directory, got {options.model}")

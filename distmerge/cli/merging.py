@@ -1,4 +1,4 @@
-"""The flags of ``merge``, ``diagnose`` and ``sweep``. Heavy imports wait until a recipe is known to be sound."""
+"""The verbs ``merge``, ``diagnose`` and ``sweep``. Slow imports come only after the flags and the recipe are checked."""
 
 from __future__ import annotations
 
@@ -28,30 +28,32 @@ SWITCHES = [key for key, parameter in PARAMETERS.items() if parameter.holds is N
 def add_parsers(verbs: Any) -> None:
     merge = verbs.add_parser("merge", help="merge models by a recipe or by flags", allow_abbrev=False)
     merge.add_argument("recipe", nargs="?", metavar="RECIPE.yaml|.toml", help="mergekit's YAML, or distmerge's TOML")
-    merge.add_argument("--verify", metavar="DIR", help="hash a merged model again and compare with its merge.json")
+    merge.add_argument("--verify", metavar="DIR", help="hash a merged model and compare with its merge.json")
     add_output_flags(merge)
     add_recipe_flags(merge)
     add_run_flags(merge)
-    diagnose = verbs.add_parser("diagnose", help="how alike models are, and how to merge them", allow_abbrev=False)
+    diagnose = verbs.add_parser("diagnose", help="how similar models are, and how to merge them", allow_abbrev=False)
     diagnose.add_argument("models", nargs="+", metavar="MODEL")
     diagnose.add_argument("--base", required=True, metavar="MODEL", help="what they were trained from")
     diagnose.add_argument("--json", action="store_true", help="print everything as one JSON object")
     diagnose.add_argument("--plot", metavar="DIR", help="write cosines.png and layers.png")
-    diagnose.add_argument("--tensorboard", metavar="DIR", help="write the figures for TensorBoard")
+    diagnose.add_argument("--tensorboard", metavar="DIR", help="write figures and scalars for TensorBoard")
     diagnose.add_argument("--files", nargs="+", metavar="GLOB", help="text on which loss barriers and KL are measured")
-    diagnose.add_argument("--sequence-length", type=int, default=128)
-    diagnose.add_argument("--sequences", type=int, default=64, help="drawn from each text")
+    diagnose.add_argument("--sequence-length", type=int, default=128, help="tokens per sequence")
+    diagnose.add_argument("--sequences", type=int, default=64, help="sequences drawn from the text")
     add_run_flags(diagnose)
-    sweep = verbs.add_parser("sweep", help="a merge's parameter over a grid, judged by the loss on skills", allow_abbrev=False)
+    sweep = verbs.add_parser(
+        "sweep", help="try a grid of values of a merge's parameter, judged by the loss on skills", allow_abbrev=False
+    )
     sweep.add_argument("--grid", metavar="KEY=X,Y,...", help="the parameter and its values, such as lambda=0.2,0.4,0.8")
     sweep.add_argument(
-        "--skill", action="append", metavar="NAME=GLOB", help="text of a skill, again for each; the first: general"
+        "--skill", action="append", metavar="NAME=GLOB", help="text of a skill; may be repeated; the first is the general one"
     )
-    sweep.add_argument("--pick", action="store_true", help="write the model of the lowest mean loss to --out")
+    sweep.add_argument("--pick", action="store_true", help="write the model with the lowest mean loss to --out")
     sweep.add_argument("--json", action="store_true", help="print the points as one JSON object")
-    sweep.add_argument("--plot", metavar="DIR", help="write pareto.png: the first skill against the others")
-    sweep.add_argument("--sequence-length", type=int, default=128)
-    sweep.add_argument("--sequences", type=int, default=64, help="drawn from each text")
+    sweep.add_argument("--plot", metavar="DIR", help="write pareto.png: the loss on the other skills over the first's")
+    sweep.add_argument("--sequence-length", type=int, default=128, help="tokens per sequence")
+    sweep.add_argument("--sequences", type=int, default=64, help="sequences drawn from each text")
     add_output_flags(sweep)
     add_recipe_flags(sweep)
     add_run_flags(sweep)
@@ -59,25 +61,29 @@ def add_parsers(verbs: Any) -> None:
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="the merged model; must not exist")
-    parser.add_argument("--shard-size", default=SHARD_SIZE, metavar="SIZE", help="largest file of the output, such as 500MB")
-    parser.add_argument("--stochastic", type=int, metavar="SEED", help="round to bfloat16 stochastically")
-    parser.add_argument("--report", action="store_true", help="diagnose the inputs in the same pass: report.json in DIR")
+    parser.add_argument(
+        "--shard-size", default=SHARD_SIZE, metavar="SIZE", help="the largest file of the output, such as 500MB"
+    )
+    parser.add_argument("--stochastic", type=int, metavar="SEED", help="round to bfloat16 stochastically, with this seed")
+    parser.add_argument("--report", action="store_true", help="diagnose the inputs in the same pass, into DIR/report.json")
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     flags = parser.add_argument_group("a recipe in flags")
     flags.add_argument(
         "--method",
-        help=f"one of {', '.join(catalogue.names())}, or auto (what diagnose recommends), or for LoRA cat, svd, extract",
+        help=f"one of {', '.join(catalogue.names())}; auto (what diagnose recommends); or cat, svd, extract, which make a LoRA",
     )
     flags.add_argument("--base", metavar="MODEL", help="what the others were trained from")
-    flags.add_argument("--general", metavar="MODEL", help="ptm: what the skills are added to")
-    flags.add_argument("--model", action="append", metavar="MODEL[:WEIGHT]", help="a model, again for each (weight: 1)")
+    flags.add_argument("--general", metavar="MODEL", help="for ptm: the model to which the skills are added")
+    flags.add_argument(
+        "--model", action="append", metavar="MODEL[:WEIGHT]", help="a model; may be repeated (default weight: 1)"
+    )
     add_parameter_flags(flags)
-    flags.add_argument("--rank", type=int, help="of the adapter that svd and extract make")
-    flags.add_argument("--dtype", help="round the inputs to it first")
-    flags.add_argument("--out-dtype", help="of the output")
-    flags.add_argument("--tokenizer", metavar="SOURCE", help="base, union or a model")
+    flags.add_argument("--rank", type=int, help="the rank of the adapter that svd and extract make")
+    flags.add_argument("--dtype", help="round the inputs to this dtype first")
+    flags.add_argument("--out-dtype", help="the output's dtype")
+    flags.add_argument("--tokenizer", metavar="SOURCE", help="the output's tokenizer: base, union or a model")
     add_form_flags(flags)
 
 
@@ -88,38 +94,41 @@ def add_parameter_flags(flags: argparse._ActionsContainer) -> None:
     for key in SWITCHES:
         flags.add_argument(f"--{key.replace('_', '-')}", choices=("true", "false"))
     for key, values in VARIANTS.items():
-        numeric = key in PARAMETERS and PARAMETERS[key].holds is not None  # a share to trim, or where the threshold counts
+        # trim is a share for trimmed means, and a word that says where the threshold counts for others.
+        numeric = key in PARAMETERS and PARAMETERS[key].holds is not None
         more: dict[str, Any] = {"metavar": f"X|{'|'.join(values)}"} if numeric else {"choices": values}
         flags.add_argument(f"--{key.replace('_', '-')}", **more)
 
 
 def add_form_flags(flags: argparse._ActionsContainer) -> None:
     flags.add_argument("--compat", choices=("paper", "mergekit"), help="whose form of the method (YAML: mergekit, else paper)")
-    flags.add_argument("--seed", type=int, help="of random masks")
+    flags.add_argument("--seed", type=int, help="the seed of random masks")
     add_plugins_flag(flags)
 
 
 def add_plugins_flag(flags: argparse._ActionsContainer) -> None:
     flags.add_argument(
-        "--plugins", nargs="+", default=[], metavar="MODULE", help="modules with rules of your own, to be imported first"
+        "--plugins", nargs="+", default=[], metavar="MODULE", help="modules with rules of your own, imported first"
     )
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, help="default: the cores of this process")
+    parser.add_argument("--threads", type=int, help="default: the number of cores")
     parser.add_argument("--chunk", type=int, default=CHUNK, help="elements that a thread takes at a time")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--allow-pickle", action="store_true", help="read .bin files, too (weights only)")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="also read .bin files (weights only), DCP and DeepSpeed checkpoints"
+    )
 
 
 def merge_verb(options: argparse.Namespace) -> int:
-    """Merge by a recipe, or verify what was merged; the exit status."""
+    """Merge by a recipe, or verify a merged model. Returns the exit status."""
     load_plugins(options.plugins, "--plugins")
     chosen = merge_options(options)
     if options.verify is not None:
         for key in ("recipe", "method", "model", "out"):
             if getattr(options, key):
-                raise UserError(f"--verify DIR hashes a model again and makes none, got {key}, too")
+                raise UserError(f"--verify DIR only verifies a model and cannot be combined with {key}")
         from distmerge.merging.record import verify_merged
 
         print(verify_merged(Path(options.verify)))
@@ -133,7 +142,7 @@ def merge_verb(options: argparse.Namespace) -> int:
 
 
 def diagnose_verb(options: argparse.Namespace) -> int:
-    """Diagnose models; print, write and draw what was asked for. The exit status."""
+    """Diagnose models; print, write and draw what was asked for. Returns the exit status."""
     chosen = DiagnoseOptions(
         options.threads, options.chunk, options.device, options.allow_pickle, tuple(options.files or ()), text_options(options)
     )
@@ -156,7 +165,7 @@ def diagnose_verb(options: argparse.Namespace) -> int:
 
 
 def sweep_verb(options: argparse.Namespace) -> int:
-    """Sweep; print a table, plot, and write the best model if it is to be picked. The exit status."""
+    """Sweep; print a table, plot, and write the best model with --pick. Returns the exit status."""
     load_plugins(options.plugins, "--plugins")
     chosen = SweepOptions(**vars(merge_options(options)), text=text_options(options))
     if options.plot is not None:
@@ -170,7 +179,7 @@ def sweep_verb(options: argparse.Namespace) -> int:
     from distmerge.merging.sweep import SOUP, draw_pareto, sweep_recipe
 
     if options.pick != bool(options.out):
-        raise UserError("--pick and --out DIR belong together: the best model is written there")
+        raise UserError("--pick and --out DIR must be given together: the best model is written to DIR")
     if options.out:
         refuse_existing(Path(options.out))
     recipe = recipe_in_flags(options, chosen)
@@ -187,7 +196,7 @@ def sweep_verb(options: argparse.Namespace) -> int:
 
 
 def merge_options(options: argparse.Namespace) -> MergeOptions:
-    """What the flags of a merge say beside the recipe."""
+    """The options that the flags of a merge give, other than the recipe."""
     return MergeOptions(
         threads=options.threads, chunk=options.chunk, device=options.device, allow_pickle=options.allow_pickle,
         compat=options.compat, seed=options.seed, dtype=options.dtype, out_dtype=options.out_dtype,
@@ -201,13 +210,13 @@ def text_options(options: argparse.Namespace) -> TextOptions:
 
 
 def asked_recipe(options: argparse.Namespace, chosen: MergeOptions) -> Recipe:
-    """The recipe in the file, or in the flags."""
+    """The recipe from the file, or from the flags."""
     if options.recipe is None:
         if options.method is None or not options.model:
             raise UserError("distmerge merge needs a RECIPE, or --method and --model")
         return recipe_in_flags(options, chosen)
     if given := [key for key in ("method", "base", "general", "model") if getattr(options, key)]:
-        raise UserError(f"--{given[0]} belongs to a recipe in flags, got the recipe {options.recipe}, too")
+        raise UserError(f"--{given[0]} belongs to a recipe in flags, but the recipe {options.recipe} is given")
     return recipe_in_file(options.recipe, parameters_of(options), chosen)
 
 
@@ -217,7 +226,7 @@ def recipe_in_flags(options: argparse.Namespace, chosen: MergeOptions) -> Recipe
 
 
 def named(item: str) -> Named:
-    """``MODEL`` or ``MODEL:WEIGHT``; a colon in the name of a model that exists is its own."""
+    """``MODEL`` or ``MODEL:WEIGHT``. If a model with the whole name exists, the colon is part of its name."""
     path, colon, weight = item.rpartition(":")
     if not colon or not path or "/" in weight or Path(item).exists():
         return Named(item)
@@ -225,7 +234,7 @@ def named(item: str) -> Named:
 
 
 def parameters_of(options: argparse.Namespace) -> dict[str, Setting]:
-    """The method's parameters and variants that the flags give."""
+    """The method's parameters and variants in the flags."""
     keys = dict.fromkeys([*PARAMETER_FLAGS, *VARIANTS])
     found: dict[str, Setting] = {key: getattr(options, key) for key in keys}
     found |= {key: getattr(options, key) == "true" for key in SWITCHES if getattr(options, key) is not None}

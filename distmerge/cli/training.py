@@ -1,4 +1,7 @@
-"""What ``train``, ``experts`` and ``anneal`` start: ranks on this machine, or this process as one. Heavy imports are inside."""
+"""Starts the ranks of ``train``, ``experts`` and ``anneal`` on this machine, or runs this process as one of them.
+
+Slow imports are inside the functions.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,29 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distmerge.errors import UserError
 from distmerge.launch.ranks import DIVERGED
 
+if TYPE_CHECKING:
+    from distmerge.config.train import TrainConfig
 
-def train_one(config, ranks: int) -> None:
-    """One run of an experiment, to its end."""
+
+def train_one(config: TrainConfig, ranks: int) -> None:
+    """Train one run of an experiment to its end."""
     from distmerge.trainer.loop import train_here
 
     train_here(config, ranks)
 
 
 def train_verb(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
+    """Train: under a launcher this process is a rank, otherwise it launches the ranks. Returns the exit status.
+
+    Args:
+        overrides: ``--section.key value``.
+        arguments: of the whole command, for the ranks.
+    """
     from distmerge.config import toml
     from distmerge.launch import ranks as launch
 
@@ -35,8 +48,8 @@ def train_verb(options: argparse.Namespace, overrides: list[str], arguments: lis
 
         if options.restart:
             raise UserError(
-                "--restart is for distmerge train started alone: a launcher that starts its job again would begin anew each "
-                f"time; move {config.run_dir} away by hand"
+                "--restart cannot be used under a launcher, which would start from scratch each time it restarts its job; "
+                f"move {config.run_dir} away by hand"
             )
         train(config, here, ["distmerge", *arguments])
         return 0
@@ -47,24 +60,27 @@ def train_verb(options: argparse.Namespace, overrides: list[str], arguments: lis
     return start(config, ranks, arguments)
 
 
-def begin_anew(config, ranks: int) -> None:
-    """Move an old run aside, once it is known that the new one can start as far as can be known here."""
+def begin_anew(config: TrainConfig, ranks: int) -> None:
+    """Move an old run aside, after all checks of the new one that are possible before it starts."""
     from distmerge.data.sources import check_sources
     from distmerge.rundir import layout
 
     check_ranks(config, ranks)
     check_sources(config)
     if (aside := layout.begin_anew(layout.RunDirectory(config.run_dir))) is not None:
-        print(f"the run in {config.run_dir} is moved to {aside}; beginning anew", file=sys.stderr)
+        print(f"the run in {config.run_dir} was moved to {aside}; starting from scratch", file=sys.stderr)
 
 
-def check_ranks(config, ranks: int) -> None:
+def check_ranks(config: TrainConfig, ranks: int) -> None:
     if ranks < 1 or ranks % config.mesh.workers:
         raise UserError(f"--ranks must be a multiple of config.mesh.workers = {config.mesh.workers}, got {ranks}")
 
 
-def start(config, ranks: int, arguments: list[str]) -> int:
-    """Refuse what can be known to fail, then launch the ranks."""
+def start(config: TrainConfig, ranks: int, arguments: list[str]) -> int:
+    """Run all checks that are possible before training, then launch the ranks. Returns the exit status.
+
+    A run that is finished is not launched; its results are printed.
+    """
     from distmerge.data.sources import check_sources
     from distmerge.launch.ranks import launch
     from distmerge.rundir.layout import Lock, RunDirectory
@@ -92,7 +108,8 @@ def start(config, ranks: int, arguments: list[str]) -> int:
 
 
 def experts_verb(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
-    """Several experts: this process is a rank of their job, or launches one, or one after another."""
+    """Train several experts: this process is a rank of their job, or launches one job, or one job after another. Returns the
+    exit status."""
     from distmerge.config import toml
     from distmerge.data.sources import check_sources
     from distmerge.experts import group
@@ -116,11 +133,11 @@ def experts_verb(options: argparse.Namespace, overrides: list[str], arguments: l
             try:
                 train(run, place, ["distmerge", *arguments])
             except SystemExit as end:
-                if end.code != DIVERGED:  # that ends this expert alone; its siblings go on
+                if end.code != DIVERGED:  # divergence ends this expert only; its siblings go on
                     raise
         return 0
     if here is not None:
-        raise UserError('mode must be "side-by-side" under a launcher; in turn, each expert is a job that distmerge launches')
+        raise UserError('mode must be "side-by-side" under a launcher; with "in-turn" distmerge launches each expert itself')
     for run in plan.runs:
         check_sources(run)
         RunDirectory(run.run_dir).check(run)
@@ -136,8 +153,13 @@ def experts_verb(options: argparse.Namespace, overrides: list[str], arguments: l
     return 0
 
 
-def prepare_deepspeed(config) -> None:
-    """Refuse a run whose engine is not installed, and compile what it needs in a process of its own, before any rank."""
+def prepare_deepspeed(config: TrainConfig) -> None:
+    """Check that DeepSpeed is installed, and compile the operators that it needs, in a process of its own, before any rank
+    starts.
+
+    Raises:
+        UserError: when it is not installed.
+    """
     from importlib.util import find_spec
 
     if find_spec("deepspeed") is None:
@@ -147,13 +169,13 @@ def prepare_deepspeed(config) -> None:
 
 
 def train_help() -> int:
-    """Every key of the configuration, its default and what it does."""
+    """Print every key of the configuration with its default and meaning. Returns the exit status."""
     import tyro
 
     from distmerge.config.train import TrainConfig
 
     print("usage: distmerge train CONFIG.toml [--ranks N] [--restart] [--section.key value ...]\n")
-    print("Any key of the configuration can be given after the file; --merge.0.every is the first [[merge]]'s.")
-    print("--restart begins anew, and moves what is in run_dir to RUN_DIR.old-N.\n")
+    print("Any key of the configuration can be given after the file; --merge.0.every is a key of the first [[merge]].")
+    print("--restart starts from scratch, and moves what is in run_dir to RUN_DIR.old-N.\n")
     tyro.cli(TrainConfig, prog="distmerge train CONFIG.toml", args=["--help"], config=(tyro.conf.AvoidSubcommands,))
     return 0

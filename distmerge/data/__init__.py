@@ -1,1 +1,1 @@
-"""Text in, batches of token ids out."""
+"""Reads text and instruction data, and makes batches of token ids."""

@@ -1,7 +1,7 @@
-"""Instruction data: prompts with completions, and chats. One example a row, the loss on what is to be learned only.
+"""Instruction data: prompts with completions, and chats. One example per row; only completions and replies count in the loss.
 
-A row is the example's token ids, those of the prompt as complements (see :mod:`distmerge.data.loss_mask`), filled up with
-padding, which is a complement too and follows all that counts: a causal model needs no mask for it.
+A row holds the example's token ids. Those of the prompt are stored as complements (see :mod:`distmerge.data.loss_mask`), and so
+is the padding. Padding comes last, so that a causal model needs no attention mask for it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from distmerge.errors import UserError
 from distmerge.model import load_tokenizer, token_ids
 
 VERSION = 1
-"""Part of the cache's key: raise it when rows() gives other results."""
+"""Part of the cache's key: raise it when the results of rows() change."""
 
 Part = tuple[str, bool]
-"""A piece of text, and whether it is to be learned."""
+"""A piece of text, and whether it counts in the loss."""
 
 
 def example_rows(documents: datasets.Dataset, section: Data) -> datasets.Dataset:
-    """One row an example: ``input_ids`` and ``tokens``, those that are no padding.
+    """One row for each example: ``input_ids``, and ``tokens``, the number of them that are not padding.
 
     Raises:
-        UserError: when a column is missing or holds something else, or an example is too long and ``overlong`` is "refuse".
+        UserError: when a column is missing or has the wrong type, or an example is too long and ``overlong`` is "refuse".
     """
     for column in columns_of(section):
         if column not in documents.column_names:
@@ -46,6 +46,7 @@ def example_rows(documents: datasets.Dataset, section: Data) -> datasets.Dataset
 
 
 def rows(batch: dict[str, list], section: dict[str, Any], version: int) -> dict[str, Any]:
+    """The rows of a batch of documents, without examples that have nothing to learn."""
     data = Data.model_validate(section)
     tokenizer, length = cached_tokenizer(data.tokenizer), data.sequence_length
     found: dict[str, list] = {"input_ids": [], "tokens": []}
@@ -55,7 +56,7 @@ def rows(batch: dict[str, list], section: dict[str, Any], version: int) -> dict[
             if data.overlong == "drop":
                 continue
             raise UserError(
-                f"config.data.sequence_length must be >= the tokens of each example, got {length} and one of {len(ids)} "
+                f"config.data.sequence_length must be >= the tokens of each example, got {length} and an example of {len(ids)} "
                 '(overlong = "drop" leaves such examples out)'
             )
         if (ids[1:] >= 0).any():
@@ -69,10 +70,12 @@ cached_tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)
 
 
 def columns_of(section: Data) -> list[str]:
+    """The columns that the format reads."""
     return [section.messages] if section.format == "chat" else [section.prompt, section.completion]
 
 
 def parts_of(values: tuple[Any, ...], section: Data, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
+    """An example as pieces of text, from its values in the columns."""
     if section.format == "chat":
         return chat_parts(values[0], section.messages, tokenizer)
     prompt, completion = values
@@ -82,16 +85,20 @@ def parts_of(values: tuple[Any, ...], section: Data, tokenizer: PreTrainedTokeni
 
 
 def chat_parts(messages: Any, column: str, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
-    """A chat in the tokenizer's template, or in a plain one where it has none; what the assistant says is to be learned.
+    """A chat in the tokenizer's template, or in a plain one if it has none. Only the assistant's replies count in the loss.
 
-    The template is applied to the chat's beginnings: what a turn adds to the text before it is that turn.
+    The template is applied to growing beginnings of the chat; the text that a turn adds is that turn's part. For example, the
+    parts of ``[user, assistant]`` are the template of ``[user]`` with the generation prompt, and what ``[user, assistant]``
+    adds to it.
     """
-    sound = isinstance(messages, list) and all(
+    valid = isinstance(messages, list) and all(
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in messages
     )
-    if not sound or not messages:
-        raise UserError(f'config.data.messages must hold a list of role and content in every row, got another in "{column}"')
+    if not valid or not messages:
+        raise UserError(
+            f'config.data.messages must hold tables of role and content in every row, got something else in "{column}"'
+        )
     if not getattr(tokenizer, "chat_template", None):
         parts: list[Part] = []
         for turn in messages:
@@ -110,13 +117,15 @@ def chat_parts(messages: Any, column: str, tokenizer: PreTrainedTokenizerBase) -
 
 
 def after(before: str, text: str) -> str:
+    """What ``text`` adds to ``before``."""
     if not text.startswith(before):
-        raise UserError("config.data.tokenizer has a chat template in which a turn changes the text before it")
+        raise UserError("config.data.tokenizer must have a chat template in which later turns do not change earlier text")
     return text[len(before) :]
 
 
 def encode(parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """int32 ids; complements where nothing is to be learned. An end of text closes the last part."""
+    """An example's token ids, int32, as complements where they do not count in the loss. An end-of-text token is added at the
+    end, unless the last part has one."""
     found: list[np.ndarray] = []
     for text, learned in parts:
         if text:
@@ -129,7 +138,7 @@ def encode(parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
 
 def special(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
-    """The id of the end of text, or of padding, for which the end of text serves, too."""
+    """The id of the token of a kind, "eos" or "pad". Without a padding token the end-of-text token is used."""
     ids = [getattr(tokenizer, f"{name}_token_id") for name in (kind, "eos")]
     known = [value for value in ids if isinstance(value, int)]
     if not known:

@@ -1,6 +1,7 @@
-"""Which tokens the loss is taken of. A token that it is not taken of is stored as its complement, ``~id``, a negative number.
+"""Which tokens count in the loss. A token that does not count is stored as its bitwise complement, ``~id``, a negative number.
 
-So one integer a token says both, batches keep their shape on every way that they take, and plain text is what it always was.
+So one integer per token holds both its id and the mask: batches need no second tensor, and plain text is stored as before. For
+example, ``[~5, ~9, 7, 2]`` are the tokens 5, 9, 7, 2, of which only 7 and 2 are to be predicted.
 """
 
 from __future__ import annotations
@@ -10,29 +11,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 IGNORED = -100
-"""transformers' label of a token that no loss is taken of."""
+"""transformers' label for a token that does not count in the loss."""
 
 
 def ids_and_labels(batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids, and labels that are ``IGNORED`` where the token is a complement; of the batch's shape."""
+    """Token ids, and labels that are ``IGNORED`` where the token is a complement; both of the batch's shape."""
     masked = batch < 0
     return torch.where(masked, ~batch, batch), torch.where(masked, IGNORED, batch)
 
 
 def predicted(batch: Tensor) -> Tensor:
-    """The tokens of ``[..., length]`` that the loss is taken of, int64: all that count, but for the first of each sequence."""
+    """How many tokens of ``[..., length]`` the loss is taken over, int64: all that count, except the first of each sequence."""
     return (batch[..., 1:] >= 0).sum()
 
 
 def micro_weights(batch: Tensor, inside: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """What makes the mean of the micro steps' mean losses, over a worker's ranks too, the mean over all tokens that count.
+    """Factors for the micro steps' mean losses, with which their mean, also over a worker's ranks, is the mean over all tokens
+    that count.
 
-    Returns:
-        the micro steps' factors ``[micro_steps]``, and how many tokens count in all, a float64 scalar on the batch's device.
+    For example, two micro steps with 1 and 3 such tokens get the factors 0.5 and 1.5.
 
     Args:
         batch: ``[micro_steps, batch, length]``.
-        inside: the worker's ranks, where it has several; then this is a collective.
+        inside: the group of the worker's ranks, if it has several; then this is a collective.
+
+    Returns:
+        the factors ``[micro_steps]``, and the number of all tokens that count, a float64 scalar on the batch's device.
     """
     counts = (batch[..., 1:] >= 0).sum((1, 2)).double()
     total = torch.stack([counts.sum(), torch.tensor(float(len(counts)), dtype=torch.float64, device=batch.device)])

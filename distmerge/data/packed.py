@@ -1,7 +1,7 @@
-"""Text in, batches of token ids out: read and cached by ``datasets``, packed, held out, dealt to ranks.
+"""Indexed data: text that ``datasets`` reads and caches is packed into sequences, partly held out, and dealt to the ranks.
 
-Packed text, or examples one a row (:mod:`distmerge.data.instructions`). Indexed data: the position is a function of (seed,
-step, mesh), so there is nothing to save. Streams: see :mod:`distmerge.data.streaming`.
+The rows are packed text, or single examples (:mod:`distmerge.data.instructions`). The position in the data is a function of
+(seed, step, mesh), so that checkpoints need not save it. For streams see :mod:`distmerge.data.streaming`.
 """
 
 from __future__ import annotations
@@ -25,30 +25,34 @@ from distmerge.errors import UserError
 from distmerge.model import first_line, load_tokenizer, token_ids
 
 datasets.disable_progress_bars()
-datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told as ours
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # unreadable() turns its errors into the user's
 
 PIECE_CHARACTERS = 1 << 16
-"""A longer document is cut at line ends into pieces of about this size: one file is corpus enough."""
+"""Longer documents are cut at line ends into pieces of about this size, so that a single file is enough for a corpus."""
 
 CACHE_VERSION = 1
-"""Part of the cache's key: raise it when cut() or pack() give other results."""
+"""Part of the cache's key: raise it when the results of cut() or pack() change."""
 
 
 class Corpus(NamedTuple):
-    """Packed sequences of ``sequence_length`` token ids each; those held out with ``bytes``, as :func:`packed` gives them."""
+    """Rows of ``sequence_length`` token ids each, as :func:`packed` gives them; held-out text with ``bytes``."""
 
     train: datasets.Dataset
     held_out: datasets.Dataset
 
 
 def open_corpus(section: Data) -> Corpus:
-    """Read, cut, hold out, tokenize and pack; every step is cached on disk by ``datasets``."""
+    """Read a corpus, cut it into pieces, hold some of them out, tokenize and pack; ``datasets`` caches every step on disk.
+
+    Raises:
+        UserError: when the data cannot be read, or is too little to hold anything out.
+    """
     instructions = section.format != "text"
     pieces = load_documents(section) if instructions else read_pieces(section)
     if len(pieces) < 2:
         cut = f"; text is cut into pieces of {PIECE_CHARACTERS:,} characters" if not instructions else ""
         raise UserError(f"config.data must hold at least 2 pieces of text, one of them held out, got {len(pieces)}{cut}")
-    # A fixed seed: runs of different seeds are judged by the same text.
+    # The seed is fixed, so that runs with different seeds are evaluated on the same text.
     order = np.random.Generator(np.random.Philox(0)).permutation(len(pieces))
     count = min(len(pieces) - 1, max(1, round(section.eval_fraction * len(pieces))))
     held_out, train = np.sort(order[:count]), np.sort(order[count:])
@@ -65,7 +69,8 @@ def open_corpus(section: Data) -> Corpus:
 
 
 def with_replay(train: datasets.Dataset, section: Data) -> datasets.Dataset:
-    """The training sequences with as many of another text among them as make up its share; drawn again where it is short."""
+    """The training sequences together with so many from another text that these make up ``replay.share`` of all. If the other
+    text has too few, they are repeated."""
     assert section.replay is not None
     other = section.model_copy(update={"source": "files", "files": section.replay.files, "replay": None})
     drawn = open_corpus(other).train
@@ -77,10 +82,10 @@ def with_replay(train: datasets.Dataset, section: Data) -> datasets.Dataset:
 
 
 def sampled(rows: datasets.Dataset, count: int) -> datasets.Dataset:
-    """The sequences that a model is judged on: ``count`` of them, or all where there are fewer, from anywhere in the text.
+    """The sequences for evaluation: ``count`` of them from anywhere in the text, or all if there are fewer.
 
-    They are the first of a fixed permutation, so a larger sample holds the smaller one. Nothing but the text decides which:
-    all runs that hold out the same text are judged on the same sequences.
+    They are the first of a fixed permutation, so that a larger sample contains the smaller ones. They depend on the text alone:
+    all runs that hold out the same text are evaluated on the same sequences.
     """
     if count >= len(rows):
         return rows
@@ -89,13 +94,18 @@ def sampled(rows: datasets.Dataset, count: int) -> datasets.Dataset:
 
 
 def packed_text(section: Data) -> datasets.Dataset:
-    """All of the text, packed, with nothing held out: what ``distmerge eval --files`` reads."""
+    """The whole text, packed, with nothing held out, for ``distmerge eval --files``."""
     if section.format != "text":
         return example_rows(load_documents(section), section)
     return packed(read_pieces(section), section, count_bytes=True)
 
 
 def read_pieces(section: Data) -> datasets.Dataset:
+    """The documents cut into pieces, as :func:`cut` gives them.
+
+    Raises:
+        UserError: when the column is missing or does not hold text.
+    """
     column = "text" if section.source == "stdlib" else section.column
     documents = load_documents(section)
     if column not in documents.column_names:
@@ -112,14 +122,14 @@ def read_pieces(section: Data) -> datasets.Dataset:
 
 
 def load_documents(section: Data, streaming: bool = False) -> Any:
-    """One row a document; lazily with ``streaming``."""
+    """The corpus with one row for each document; with ``streaming``, rows are read lazily."""
     load_dataset: Any = datasets.load_dataset  # its overloads take no bool for streaming
     try:
         if section.source == "hub":
             return load_dataset(section.dataset, section.name, split=section.split, streaming=streaming)
         loader, files = data_files(section)
         options: Any = {"sample_by": "document", "encoding_errors": "replace"} if loader == "text" else {}
-        # It takes names for patterns.
+        # load_dataset takes file names as glob patterns.
         names = [glob.escape(file) for file in files]
         return load_dataset(loader, data_files=names, split="train", streaming=streaming, **options)
     except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
@@ -127,7 +137,7 @@ def load_documents(section: Data, streaming: bool = False) -> Any:
 
 
 def unreadable(section: Data, error: Exception) -> UserError:
-    """What to say when ``datasets`` fails on the corpus."""
+    """The user's error for a failure of ``datasets`` on the corpus."""
     if isinstance(error, UserError):
         return error
     names = section.dataset or ", ".join(section.files) or "the standard library"
@@ -136,7 +146,7 @@ def unreadable(section: Data, error: Exception) -> UserError:
 
 
 def cut(batch: dict[str, list[str | None]], column: str, version: int) -> dict[str, list]:
-    """Documents as pieces of at most about PIECE_CHARACTERS, cut at line ends; ``ends`` marks a document's last."""
+    """Documents as pieces of about PIECE_CHARACTERS at most, cut at line ends; ``ends`` marks the last piece of a document."""
     texts: list[str] = []
     ends: list[bool] = []
     for document in batch[column]:
@@ -160,10 +170,10 @@ def no_text(column: str) -> UserError:
 
 
 def packed(pieces: datasets.Dataset, section: Data, count_bytes: bool = False) -> datasets.Dataset:
-    """Rows of ``input_ids``, int32, cut from the pieces' tokens end to end.
+    """Rows of ``input_ids``, int32, cut from the tokens of the concatenated pieces.
 
     Args:
-        count_bytes: also give ``bytes``, as :func:`pack` does, where the tokenizer can tell.
+        count_bytes: add ``bytes``, as :func:`pack` does, if the tokenizer can map tokens to bytes.
     """
     length = section.sequence_length
     count_bytes = count_bytes and knows_bytes(cached_tokenizer(section.tokenizer))
@@ -179,9 +189,9 @@ def packed(pieces: datasets.Dataset, section: Data, count_bytes: bool = False) -
 
 
 def pack(batch: dict[str, list], tokenizer: str, length: int, count_bytes: bool, version: int) -> dict[str, Any]:
-    """Token ids end to end, cut into rows of ``length``; what is left of a batch of 1000 pieces is dropped.
+    """Concatenate the pieces' token ids and cut them into rows of ``length``; the rest of a batch of 1000 pieces is dropped.
 
-    ``bytes`` is how many bytes of text the tokens of a row stand for that a model predicts, all but the first.
+    ``bytes`` is the number of bytes of text that a row's predicted tokens, all but the first, stand for.
     """
     ids = tokenize(cached_tokenizer(tokenizer), batch["text"], batch["ends"])
     stop = len(ids) // length * length
@@ -196,7 +206,11 @@ cached_tokenizer = functools.lru_cache(maxsize=2)(load_tokenizer)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], ends: list[bool]) -> np.ndarray:
-    """Token ids of all texts as one int32 vector, an end-of-text after each document."""
+    """The token ids of all texts as one int32 vector, with an end-of-text token after each document.
+
+    Args:
+        ends: of each text, whether it is the last piece of a document.
+    """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = token_ids(tokenizer, texts)
     tail = np.asarray(end, dtype=np.int32)
@@ -204,19 +218,19 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], ends: list[bo
 
 
 def knows_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it can be told which bytes of a text each token stands for."""
+    """Whether the tokenizer can say which bytes of a text each token stands for."""
     return isinstance(tokenizer, ByT5Tokenizer) or bool(tokenizer.is_fast)
 
 
 def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], ends: list[bool]) -> np.ndarray:
-    """How many bytes of text, in UTF-8, each of the tokens that :func:`tokenize` gives stands for, as one vector.
+    """The number of bytes of UTF-8 text that each of :func:`tokenize`'s tokens stands for, as one vector.
 
-    A token stands for the text from the last token's end to its own. So spaces that a tokenizer leaves out count with what
-    follows, the first of several tokens of one character has all of it, and an end of text is no text.
+    A token stands for the text from the previous token's end to its own end. So spaces that a tokenizer skips count with the
+    next token, the first of several tokens for one character gets all of its bytes, and an end-of-text token gets none.
     """
     parts: list[np.ndarray] = []
     for text, last in zip(texts, ends, strict=True):
-        # The bytes before each character, and those of all.
+        # The number of bytes before each character and, as the last element, of the whole text.
         points = np.frombuffer(text.encode("utf-32-le", "replace"), dtype=np.uint32)
         before = np.concatenate([[0], np.cumsum(1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000))])
         if isinstance(tokenizer, ByT5Tokenizer):
@@ -231,48 +245,51 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], ends: 
 
 
 class IndexedBatches:
-    """The training batches of one rank: a function of (seed, step) and its place, with no state.
+    """The training batches of one rank: a function of the seed, the step and the rank, without state.
 
-    An epoch is a permutation of the sequences cut into global batches, so that no two ranks see the same sequence in
-    it; what does not fill a global batch is left for another epoch's permutation.
+    An epoch is a permutation of the sequences, cut into global batches, so that each sequence is seen at most once by all ranks
+    together. Sequences that do not fill a global batch are left out of the epoch.
+
+    Raises:
+        UserError: when the data does not fill one global batch.
     """
 
     def __init__(self, data: datasets.Dataset, seed: int, rank: int, world: int, micro_steps: int, batch_size: int):
         self.data, self.seed, self.rank, self.shape = data, seed, rank, (micro_steps, batch_size)
-        self.own = micro_steps * batch_size
-        self.together = self.own * world
-        self.per_epoch = len(data) // self.together
+        self.rank_batch = micro_steps * batch_size
+        self.global_batch = self.rank_batch * world
+        self.per_epoch = len(data) // self.global_batch
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         if self.per_epoch == 0:
             raise UserError(
-                f"config.data must hold at least one batch, {self.together} sequences "
+                f"config.data must hold at least one batch, {self.global_batch} sequences "
                 f"({world} ranks x {micro_steps} micro steps x {batch_size}), got {len(data)}"
             )
 
     def batch(self, step: int) -> Tensor:
-        """``[micro_steps, batch_size, length]`` int64 token ids of inner step ``step``, counted from 0."""
-        start = self._start(step) + self.rank * self.own
-        rows = self.data[self._order[start : start + self.own]]["input_ids"]
+        """The token ids of inner step ``step``, counted from 0: ``[micro_steps, batch_size, length]`` int64."""
+        start = self._start(step) + self.rank * self.rank_batch
+        rows = self.data[self._order[start : start + self.rank_batch]]["input_ids"]
         return torch.from_numpy(np.asarray(rows, dtype=np.int64)).view(*self.shape, -1)
 
     def _start(self, step: int) -> int:
-        """Where the global batch of a step begins in its epoch's order, which is drawn."""
+        """Draw the order of the step's epoch, if needed. Returns where in it the step's global batch begins."""
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(len(self.data))
-        return position * self.together
+        return position * self.global_batch
 
     def count_tokens(self, steps: Iterable[int]) -> int:
-        """Tokens that are no padding, of all ranks, in the batches of ``steps``."""
+        """The number of tokens of all ranks, without padding, in the batches of ``steps``."""
         if "tokens" not in self.data.column_names:
             length = len(self.data[:1]["input_ids"][0])
-            return sum(self.together * length for _ in steps)
+            return sum(self.global_batch * length for _ in steps)
         counts = np.asarray(self.data["tokens"], dtype=np.int64)
         total = 0
         for step in steps:
             start = self._start(step)
-            total += int(counts[self._order[start : start + self.together]].sum())
+            total += int(counts[self._order[start : start + self.global_batch]].sum())
         return total
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where a run's text, tokenizer and model come from on this machine: found, or refused, before anything heavy is loaded."""
+"""Finds a run's text, tokenizer and model on this machine, and reports what is missing before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -30,14 +30,18 @@ MAGIC = {
     b"\xff\xfe": "in UTF-16",
     b"\xfe\xff": "in UTF-16",
 }
-"""What files that are no text begin with."""
+"""The first bytes of files that are not text."""
 
 SAMPLE_BYTES, UNDECODED_SHARE = 1 << 16, 0.01
-"""How much of a text file is looked at, and the share of its characters that may be undecodable."""
+"""How many bytes of a text file are checked, and the share of its characters that may be undecodable."""
 
 
 def check_sources(config: TrainConfig) -> None:
-    """Refuse a configuration whose files or directories are not there, before any rank is launched."""
+    """Check that a configuration's files and directories exist, before any rank is launched.
+
+    Raises:
+        UserError: naming the key whose file or directory is missing or not text.
+    """
     if config.data.source != "hub":
         data_files(config.data)
     for name, section in config.stopping.skills.items():
@@ -52,10 +56,10 @@ def check_sources(config: TrainConfig) -> None:
 
 
 def check_directory(key: str, name: str) -> None:
-    """Refuse a name that is neither a directory here, nor a model of the hub or of its cache.
+    """Refuse a name that is neither a local directory nor a model on the hub or in its cache.
 
-    transformers looks for a misspelt path on the hub, and where there is no network tries again for more than a minute. Here
-    the hub is asked once.
+    transformers looks for a misspelt path on the hub, and without a network retries for more than a minute. Here the hub is
+    asked only once.
     """
     if Path(name).is_dir():
         return
@@ -73,28 +77,35 @@ def check_directory(key: str, name: str) -> None:
     try:
         HfApi().model_info(name, timeout=10)
     except GatedRepoError:
-        return  # transformers says what to do about it
+        return  # transformers explains what to do
     except RepositoryNotFoundError:
-        raise UserError(f"{refused} does not exist here, nor on the hub, or not for you") from None
+        raise UserError(f"{refused} does not exist here, nor on the hub, or you have no access to it there") from None
     except HfHubHTTPError:
-        return  # the hub is there, if out of order: transformers waits for it
-    except Exception as error:  # the classes of what its HTTP client raises are not the hub's to promise
+        return  # the hub answers, but with an error that may pass: transformers retries
+    except Exception as error:  # huggingface_hub does not document which errors its HTTP client raises
         reason = " ".join(str(error).split())
-        raise UserError(f"{refused} does not exist here, and the hub cannot be asked: {reason}") from None
+        raise UserError(f"{refused} does not exist here, and the hub cannot be reached: {reason}") from None
 
 
 def data_files(section: Data) -> tuple[str, list[str]]:
-    """The name of ``datasets``' loader and the sorted files."""
+    """The name of the loader in ``datasets``, and the sorted files."""
     if section.source == "stdlib":
         return "text", stdlib_files()
     return files_of("config.data.files", section.files)
 
 
 def files_of(key: str, patterns: list[str]) -> tuple[str, list[str]]:
-    """What ``data_files`` gives, of globs; ``key`` names them in an error."""
+    """The name of the loader in ``datasets``, and the sorted files that match globs.
+
+    Args:
+        key: how an error names the globs.
+
+    Raises:
+        UserError: when a pattern matches nothing, the files need different loaders, or one is not UTF-8 text.
+    """
     files: list[str] = []
     for pattern in patterns:
-        # A name with brackets is a pattern, too, though not one of itself.
+        # A file's name with brackets is also a pattern, but one that does not match the file itself.
         found = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
         matches = sorted(path for path in found if Path(path).is_file())
         if not matches:
@@ -112,8 +123,8 @@ def files_of(key: str, patterns: list[str]) -> tuple[str, list[str]]:
 
 
 def check_text(key: str, path: str) -> None:
-    """Refuse a file that is no text in UTF-8, as its first bytes show: it would be read with replacement characters in place of
-    what cannot be decoded, and be trained on."""
+    """Refuse a file whose first bytes are not UTF-8 text: it would be read with replacement characters for what cannot be
+    decoded, and trained on."""
     try:
         with open(path, "rb") as file:
             start = file.read(SAMPLE_BYTES)
@@ -122,7 +133,7 @@ def check_text(key: str, path: str) -> None:
     kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
     if kind is None and b"\0" in start:
         kind = "binary, or in UTF-16"
-    # A byte now and then that is not UTF-8 is common in large texts.
+    # Single bytes that are not UTF-8 are common in large texts, and allowed.
     decoded = start.decode("utf-8", "replace")
     if kind is None and decoded.count("\N{REPLACEMENT CHARACTER}") > max(1, UNDECODED_SHARE * len(decoded)):
         kind = "not in UTF-8"
@@ -131,7 +142,7 @@ def check_text(key: str, path: str) -> None:
 
 
 def stdlib_files() -> list[str]:
-    """The standard library's own source text, without its tests: real text on every machine that runs Python."""
+    """The source files of Python's standard library, without its tests: real text on every machine that runs Python."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     files = [str(path) for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]

@@ -1,11 +1,12 @@
-"""Streamed text: corpora that are read without an index. What a resume needs is saved state.
+"""Streamed text: corpora that are read without an index. Checkpoints save the position in the stream.
 
-A rank reads a few shards (files, as a rule) in turn, and shuffles the documents a block at a time: the order of the shards and
-that of each block are functions of the seed, the epoch and the block's number. So the state is where the block begins, and how
-many of its documents were taken; a resume reads the block again. (``datasets`` itself shuffles through a buffer, whose contents
-a resume loses: https://huggingface.co/docs/datasets/stream#save-a-dataset-checkpoint-and-resume-iteration.)
+A rank reads a few shards (usually files) in turn, and shuffles the documents block by block. The order of the shards and the
+order within each block are functions of the seed, the epoch and the block's number. So the saved position consists of where the
+block begins and how many of its documents were taken; a resumed run reads the block again. (``datasets`` itself shuffles
+through a buffer, whose contents are lost on a resume:
+https://huggingface.co/docs/datasets/stream#save-a-dataset-checkpoint-and-resume-iteration.)
 
-Which documents are held out is decided by a hash of their text, wherever they are.
+Whether a document is held out depends on a hash of its text alone.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from distmerge.errors import UserError
 from distmerge.model import load_tokenizer
 
 OPEN_SHARDS = 8
-"""Shards that are read in turn, so that a block mixes documents of several."""
+"""How many shards are read in turn, so that a block mixes documents of several."""
 
 BLOCK_CHARACTERS = 1 << 24
-"""A block has no more text than about this, however many documents it might have."""
+"""A block ends at about this much text, even if it has fewer documents than ``shuffle_buffer``."""
 
 SCAN_CHARACTERS, SCAN_DOCUMENTS = 1 << 26, 100_000
-"""How much of a stream is looked through for held-out text at each start: all of a corpus that is no larger."""
+"""How much of a stream is scanned for held-out text at each start; a smaller corpus is scanned completely."""
 
 
 class Shard:
-    """The rows of one shard, from a state on."""
+    """The rows of one shard, from a saved state on."""
 
     def __init__(self, documents: datasets.IterableDataset, index: int, state: dict[str, Any] | None):
         self.index, self.state = index, state
@@ -54,15 +55,15 @@ class Shard:
         return next(self.rows, None)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """``datasets`` does not tell the state of what it has not read from yet."""
+        """The position. Before the first row it is the one that was loaded, since ``datasets`` knows a state only after it."""
         return self.state if self.rows is None else self.documents.state_dict()
 
 
 class Interleaved:
-    """The texts of some shards, from a few of them in turn; when one ends, the next takes its place.
+    """The texts of some shards, read from a few of them in turn; when one ends, the next one takes its place.
 
     Raises:
-        UserError: for a file that cannot be read to its end, and for a row without text.
+        UserError: while iterating, for a file that cannot be read or a row without text.
     """
 
     def __init__(self, documents: datasets.IterableDataset, section: Data, order: list[int]):
@@ -100,9 +101,10 @@ class Interleaved:
 
 
 class StreamBatches:
-    """The training batches of one rank, from its share of the stream's documents, shuffled; after the last one, a new epoch.
+    """The training batches of one rank, from its share of the stream's documents, shuffled, over any number of epochs.
 
-    The ranks share the shards out where they divide evenly; else each reads all shards and takes every so-many-th document.
+    If the number of shards is a multiple of the number of ranks, each rank reads shards of its own. Otherwise every rank reads
+    all shards and takes every ``world``-th document.
     """
 
     def __init__(self, section: Data, seed: int, rank: int, world: int, micro_steps: int, batch_size: int):
@@ -110,22 +112,22 @@ class StreamBatches:
         self.shape = (micro_steps, batch_size)
         self.tokenizer = load_tokenizer(section.tokenizer)
         shards = [int(shard) for shard in np.random.default_rng([seed]).permutation(self.documents.num_shards)]
-        apart = len(shards) % world == 0
-        self.shards = shards[rank::world] if apart else shards
-        self.offset, self.stride = (0, 1) if apart else (rank, world)
+        divisible = len(shards) % world == 0
+        self.shards = shards[rank::world] if divisible else shards
+        self.offset, self.stride = (0, 1) if divisible else (rank, world)
         self.epoch, self.block, self.taken = 0, 0, 0
         self.start: dict[str, Any] | None = None  # where the block begins; None at an epoch's beginning
         self.left = np.empty(0, dtype=np.int32)
         self.texts = self._texts()
 
     def _texts(self) -> Iterator[str]:
-        """From the position on. The position is that after what was yielded last."""
+        """The texts from the position on; the position is always that after the text that was yielded last."""
         while True:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.shards))
             rows = Interleaved(self.documents, self.section, [self.shards[index] for index in order])
             if self.start is not None:
                 rows.load_state_dict(self.start)
-            # A block has a multiple of the stride, or is an epoch's last, so that the count begins again with each.
+            # Each block begins at a multiple of the stride, since only the last block of an epoch may end between two.
             own = (text for text in rows if not held_out(text, self.section.eval_fraction))
             while block := self._read_block(own):
                 shuffled = np.random.default_rng([self.seed, self.epoch, self.block]).permutation(len(block))
@@ -138,7 +140,7 @@ class StreamBatches:
             self.start, self.epoch, self.block, self.taken = None, self.epoch + 1, 0, 0
 
     def _read_block(self, texts: Iterator[str]) -> list[str]:
-        """This rank's documents of the next block; none at the epoch's end."""
+        """This rank's documents of the next block; [] at the end of the epoch."""
         block: list[str] = []
         characters = 0
         while len(block) < self.section.shuffle_buffer and characters < BLOCK_CHARACTERS:
@@ -150,7 +152,7 @@ class StreamBatches:
         return block
 
     def batch(self, step: int) -> Tensor:
-        """``[micro_steps, batch_size, length]`` int64: the next token ids. Steps must be asked for in order."""
+        """The next token ids, ``[micro_steps, batch_size, length]`` int64. Steps must be requested in order."""
         length = self.section.sequence_length
         wanted = self.shape[0] * self.shape[1] * length
         parts, count = [self.left], len(self.left)
@@ -162,7 +164,7 @@ class StreamBatches:
         return torch.from_numpy(tokens[:wanted].astype(np.int64)).view(*self.shape, length)
 
     def count_tokens(self, steps: Iterable[int]) -> int:
-        """Tokens of this rank in as many steps."""
+        """The number of this rank's tokens in the batches of ``steps``."""
         return sum(self.shape[0] * self.shape[1] * self.section.sequence_length for _ in steps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,6 +179,11 @@ class StreamBatches:
 
 
 def open_stream(section: Data) -> datasets.IterableDataset:
+    """The corpus as a stream of documents.
+
+    Raises:
+        UserError: when it cannot be opened, or lacks the column.
+    """
     documents = load_documents(section, streaming=True)
     names = documents.column_names
     if names is not None and section.column not in names:
@@ -185,15 +192,18 @@ def open_stream(section: Data) -> datasets.IterableDataset:
 
 
 def stream_held_out(section: Data, sequences: int) -> datasets.Dataset:
-    """The sequences that a model is judged on: ``sequences`` of them, or all where there are fewer, drawn from the held-out
-    documents by a hash of their token ids.
+    """The sequences for evaluation: ``sequences`` of them, or all if there are fewer, drawn from the held-out documents by a
+    hash of their token ids, so that they depend on the text alone.
 
-    Nothing but the text decides which. Of a corpus that is too large to be looked through (``SCAN_CHARACTERS``), they are drawn
-    from the beginnings of some of its shards. No more than what is drawn is kept in memory.
+    From a corpus that is too large to be scanned completely (``SCAN_CHARACTERS``), they are drawn from the beginnings of some
+    of its shards. Only the drawn sequences are kept in memory.
+
+    Raises:
+        UserError: when no sequence is held out.
     """
     documents, tokenizer = open_stream(section), load_tokenizer(section.tokenizer)
     order = np.random.default_rng(0).permutation(documents.num_shards)
-    drawn: list[tuple[int, int, np.ndarray, int]] = []  # a heap: what is dropped next is its first
+    drawn: list[tuple[int, int, np.ndarray, int]] = []  # a heap: its first item is the one to be replaced next
     for index, (row, count) in enumerate(
         rows_of(held_out_texts(Interleaved(documents, section, order.tolist())), section, tokenizer)
     ):
@@ -208,7 +218,7 @@ def stream_held_out(section: Data, sequences: int) -> datasets.Dataset:
 
 
 def held_out_texts(texts: Interleaved) -> Iterator[str]:
-    """Those of the held-out documents that a look through the stream finds."""
+    """The held-out documents in the part of the stream that is scanned."""
     characters = 0
     for text in itertools.islice(texts, SCAN_DOCUMENTS):
         if held_out(text, texts.section.eval_fraction):
@@ -219,7 +229,8 @@ def held_out_texts(texts: Interleaved) -> Iterator[str]:
 
 
 def rows_of(texts: Iterator[str], section: Data, tokenizer: Any) -> Iterator[tuple[np.ndarray, int]]:
-    """The texts' token ids end to end, int32, in rows, each with the bytes of text that all but its first token stand for."""
+    """Rows of the texts' concatenated token ids, int32 ``[length]`` each, with the bytes of text that all tokens but the first
+    stand for (0 where the tokenizer cannot say)."""
     length = section.sequence_length
     ids, counts = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
     while some := list(itertools.islice(texts, 64)):
@@ -234,12 +245,13 @@ def rows_of(texts: Iterator[str], section: Data, tokenizer: Any) -> Iterator[tup
 
 
 def from_lead(rows: datasets.Dataset | None) -> datasets.Dataset:
-    """What the first rank drew, on all ranks: one of them reads the corpus for it."""
-    told: list[Any] = [rows]
-    dist.broadcast_object_list(told, 0)
-    return told[0]
+    """The first rank's sequences, on all ranks, so that only one rank scans the corpus. A collective."""
+    objects: list[Any] = [rows]
+    dist.broadcast_object_list(objects, 0)
+    return objects[0]
 
 
 def held_out(text: str, fraction: float) -> bool:
+    """Whether a document is held out: about the share ``fraction`` of all documents is, by a hash of the text."""
     digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64

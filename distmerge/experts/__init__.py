@@ -1,1 +1,1 @@
-"""Merging across skills: models trained apart from one base."""
+"""Merging across skills: experts that were trained separately from one base."""

@@ -1,4 +1,4 @@
-"""What an expert trains: the whole model, or a LoRA adapter on it; and how either is written so that merges read it."""
+"""What an expert trains, the whole model or a LoRA adapter on it, and how either is saved for merging."""
 
 from __future__ import annotations
 
@@ -22,12 +22,17 @@ from distmerge.model import save_model
 from distmerge.theta.flat import FlatParameters
 
 INSIDE = "base_model.model."
-"""What peft puts before the names of the model that it wraps."""
+"""The prefix that peft adds to the names of the model that it wraps."""
 
 
 def with_lora(model: nn.Module, section: Lora, seed: int) -> nn.Module:
-    """The model with an adapter on the linear layers that the section names; only the adapter trains. A is drawn from the
-    seed, B is 0, so that the model computes what it did."""
+    """Add an adapter to the linear layers that the section names; only the adapter is trained.
+
+    A is drawn with the seed and B is 0, so that the model's outputs do not change at first.
+
+    Raises:
+        UserError: when a target is not a linear layer of the model.
+    """
     from peft import LoraConfig, get_peft_model  # slow to import, and only for this
 
     leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -48,7 +53,7 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def dtype_of(path: str) -> str:
-    """The dtype of most of a model's weights, as its files hold them: "bfloat16"; float64 counts as float32."""
+    """The dtype in which the files of a model store most of its weights, such as "bfloat16"; float64 counts as float32."""
     counts: Counter[str] = Counter()
     with contextlib.suppress(UserError):  # transformers loads some directories that a merge would refuse
         for stored in open_model(path).tensors.values() if Path(path).is_dir() else ():
@@ -67,8 +72,12 @@ def save_expert(
     whole: dict[str, Tensor] | None = None,
     dtype: str = "float32",
 ) -> None:
-    """A model directory in ``dtype``, or an adapter's in PEFT's format and float32; ``whole`` is the state where the model does
-    not hold it."""
+    """Save a model's directory, or an adapter's in PEFT's format.
+
+    Args:
+        whole: the full state by name, where the engine shards the model so that it does not hold it itself.
+        dtype: in which a whole model is stored; an adapter is always float32.
+    """
     if not is_adapted(model):
         save_model(model, tokenizer, directory, None if dtype == "float32" else dtype, whole)
         return
@@ -83,9 +92,10 @@ def save_expert(
 
 
 class Theta:
-    """All parameters of the model that is trained as one float32 vector ``[n]``, an adapter added in where there is one.
+    """All parameters of a model in training as one float32 vector ``[n]``, with an adapter's change added to them.
 
-    The order is the model's own, under the names that its files have: vectors of experts of one base can be merged.
+    The parameters are in the model's order, under the names in its files, so that vectors of experts of one base can be
+    merged.
     """
 
     def __init__(self, model: nn.Module, flat: FlatParameters):
@@ -98,7 +108,7 @@ class Theta:
 
     @torch.no_grad()
     def read(self) -> Tensor:
-        """``[n]``, a copy."""
+        """A copy of the parameters, ``[n]``."""
         if not self.adapted:
             self.flat.pull()
             return self.flat.whole.clone()
@@ -107,7 +117,7 @@ class Theta:
         return torch.cat([part.reshape(-1).float() for part in parts])
 
     def changes(self) -> dict[str, Tensor]:
-        """``scale B A`` of each weight that has an adapter."""
+        """The change ``scale B A`` of each weight that has an adapter, by the weight's name."""
         from peft.tuners.lora import LoraLayer
 
         return {
@@ -117,20 +127,21 @@ class Theta:
         }
 
     def of(self, tensors: dict[str, Tensor]) -> Tensor:
-        """``[n]``: another model's tensors in the same order.
+        """Another model's tensors as a vector ``[n]`` in the same order.
 
         Raises:
             UserError: when one is missing or has another shape.
         """
         for name, value in self.parameters.items():
             if name not in tensors or tensors[name].shape != value.shape:
-                raise UserError(f"{name} is not the same in the model to merge with: {list(value.shape)} here")
+                found = list(tensors[name].shape) if name in tensors else "no such tensor"
+                raise UserError(f"the model to merge with must have {name} of shape {list(value.shape)}, got {found}")
         device = self.flat.whole.device
         return torch.cat([tensors[name].reshape(-1).to(device, torch.float32) for name in self.parameters])
 
     @contextlib.contextmanager
     def holding(self, theta: Tensor) -> Iterator[None]:
-        """A stretch in which the model computes with ``theta [n]``. Afterwards every bit is as it was."""
+        """A context in which the model computes with the parameters ``theta [n]``; afterwards its own are restored exactly."""
         if not self.adapted:
             with self.flat.borrowed():
                 self.write(theta)
@@ -148,7 +159,7 @@ class Theta:
 
     @torch.no_grad()
     def write(self, theta: Tensor) -> None:
-        """Let the parameters, but not an adapter, be ``theta [n]``."""
+        """Set the parameters, other than an adapter's, to ``theta [n]``."""
         at = 0
         for value in self.parameters.values():
             value.copy_(theta[at : at + value.numel()].view(value.shape))
@@ -157,5 +168,5 @@ class Theta:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name in the model's files, from its name in peft's wrapping."""
+    """A parameter's name in the model's files, from its name inside peft's wrapper."""
     return name.removeprefix(INSIDE).replace(".base_layer.", ".")

@@ -1,4 +1,7 @@
-"""What ``distmerge experts --dry-run`` prints: the plan, and what it takes, from configurations alone; no weights are read."""
+"""The plan that ``distmerge experts --dry-run`` prints, with the memory, tokens and disk space that it needs.
+
+It is computed from configurations alone; no weights are read.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,18 @@ from distmerge.model import first_line
 
 GB = 1e9
 FULL_STATE = 16
-"""Bytes a trained parameter on a rank: itself, its gradient and AdamW's two moments, in float32."""
+"""Bytes on a rank for each trained parameter: the parameter, its gradient and AdamW's two moments, in float32."""
 
 
 class Count(NamedTuple):
-    """Parameters of a model, and those that train."""
+    """The number of all parameters of a model, and of those that are trained."""
 
     whole: int
     trained: int
 
 
 def describe(plan: Plan) -> str:
-    """The plan in words, a block for each expert."""
+    """The plan as text, with a paragraph for each expert."""
     lines = [f"{len(plan.runs)} experts, {plan.mode}"]
     if plan.mode == "side-by-side":
         lines[0] += f", {sum(plan.ranks)} ranks in one job"
@@ -40,11 +43,12 @@ def describe(plan: Plan) -> str:
     base = plan.runs[0].expert and (plan.runs[0].expert.base or plan.runs[0].model.path)
     models = " ".join(f"--model {run.run_dir}/final" for run in plan.runs)
     method = "cat" if all(run.expert and run.expert.lora for run in plan.runs) else "auto"
-    lines += ["", f"tokens in all: {total:,}"]
+    lines += ["", f"total tokens: {total:,}"]
     return "\n".join([*lines, "afterwards:", f"  distmerge merge --method {method} --base {base} {models} --out MERGED"])
 
 
 def expert(run: TrainConfig, ranks: int) -> list[str]:
+    """The paragraph of one expert."""
     assert run.expert is not None
     count = parameters(run)
     kind = "full finetuning" if run.expert.lora is None else f"LoRA of rank {run.expert.lora.rank}"
@@ -53,9 +57,9 @@ def expert(run: TrainConfig, ranks: int) -> list[str]:
         "",
         f"{run.expert.skill}: {kind} of {count.whole:,} parameters, {count.trained:,} of them trained",
         f"  ranks: {ranks}, each with {run.train.batch_size * run.train.gradient_accumulation} sequences of "
-        f"{run.data.sequence_length} tokens a step",
+        f"{run.data.sequence_length} tokens per step",
         f"  tokens: {tokens_of(run, ranks):,} in {run.steps:,} steps",
-        f"  memory of a rank: {rank_bytes / GB:.1f} GB of parameters, gradients and moments; activations come on top",
+        f"  memory per rank: {rank_bytes / GB:.1f} GB for parameters, gradients and moments; activations come on top",
     ]
     steps = published(run)
     if steps:
@@ -65,24 +69,28 @@ def expert(run: TrainConfig, ranks: int) -> list[str]:
 
 
 def bytes_of(run: TrainConfig) -> int:
-    """Of a parameter as the run publishes it."""
+    """The size in bytes of a parameter in the models that the run publishes."""
     assert run.model.path is not None
     return 4 if (run.checkpoint.dtype or dtype_of(run.model.path)) == "float32" else 2
 
 
 def stopping(run: TrainConfig, count: Count, steps: int) -> list[str]:
+    """When the expert stops, and what the merges that it watches cost, for ``steps`` published steps."""
     section = run.stopping
     if section.rule == "plateau":
-        return [f"  stops: after {section.reductions} reductions of the rate, on plateaus of {section.patience} evaluations"]
+        return [
+            f"  stops: on a plateau of {section.patience} evaluations, after {section.reductions} earlier ones that lower the "
+            "learning rate"
+        ]
     if section.rule == "merged":
         members = len(section.merge_with) + 1
-        vectors = members + 3  # the base, the merged one, and what the model held
+        vectors = members + 3  # the base, the merged model, and the trained parameters that it replaces meanwhile
         return [
             f"  merges: {steps} at most, {section.method} of {members} models, judged on {len(section.skills) + 1} skills; "
-            f"{4 * count.whole * vectors / GB:.1f} GB more in memory for as long as each takes",
+            f"{4 * count.whole * vectors / GB:.1f} GB more memory during each merge",
             f"  stops: when the merge has not improved at {section.patience} published steps, from step {section.after} on",
         ]
-    return ["  stops: at its last step"]
+    return ["  stops: at the last step"]
 
 
 def published(run: TrainConfig) -> list[int]:
@@ -99,12 +107,16 @@ def published(run: TrainConfig) -> list[int]:
 
 
 def tokens_of(run: TrainConfig, ranks: int) -> int:
-    """At most: padding is counted."""
+    """The tokens of the whole run, including padding."""
     return run.steps * run.train.batch_size * run.train.gradient_accumulation * run.data.sequence_length * ranks
 
 
 def parameters(run: TrainConfig) -> Count:
-    """From the base's configuration, without any weights."""
+    """The numbers of parameters, from the base's configuration, without any weights.
+
+    Raises:
+        UserError: when the configuration cannot be read, or transformers does not know its architecture.
+    """
     assert run.model.path is not None and run.expert is not None
     path = Path(run.model.path)
     try:
@@ -125,6 +137,7 @@ def parameters(run: TrainConfig) -> Count:
 
 
 def adapter_size(model: nn.Module, lora: Lora) -> int:
+    """The number of an adapter's parameters."""
     layers = [
         layer
         for name, layer in model.named_modules()

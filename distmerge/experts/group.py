@@ -1,16 +1,16 @@
-"""``distmerge experts``: several experts of one base, trained side by side or in turn, from one file.
+"""Reads the file of ``distmerge experts``: several experts of one base, trained side by side or in turn.
 
-The file is a training configuration whose sections all experts share, with ``run_dir`` as the folder of their runs, and
+The file is a training configuration that all experts share, with ``run_dir`` as the folder of their runs, and with these keys:
 
-    mode = "side-by-side"            # one job: each expert its own ranks; or "in-turn": one after another, each with all ranks
-    ranks = 8                        # in turn: of each expert. Side by side each [[experts]] has its own
+    mode = "side-by-side"            # all at once in one job, each with its own ranks; or "in-turn", one job after another
+    ranks = 8                        # ranks of each expert that does not set its own
     [[experts]]
     skill = "code"
     ranks = 2
-    data = { files = ["code/*.jsonl"] }        # any section: its keys in place of the shared ones
+    data = { files = ["code/*.jsonl"] }        # any section; its keys replace the shared ones
 
-``stopping.merge_with = ["siblings"]`` stands for the other experts' runs, and their held-out text joins what the merge is
-judged by; siblings must train side by side, where each waits for what the others publish.
+In ``stopping.merge_with``, "siblings" stands for the runs of all other experts; the merge is then also judged on their held-out
+text. Siblings must train side by side, since each waits for the steps that the others publish.
 """
 
 from __future__ import annotations
@@ -30,30 +30,39 @@ from distmerge.launch.ranks import Place
 SIBLINGS = "siblings"
 
 
-class Several(Section):
-    """The keys of the file that are no part of a run's configuration."""
+class ExpertsSection(Section):
+    """The keys of the file that do not belong to a run's configuration."""
 
     mode: Literal["side-by-side", "in-turn"] = "in-turn"
     """Whether the experts train at the same time."""
     ranks: int = Field(default=1, ge=1)
     """Ranks of each expert."""
     experts: list[dict[str, Any]] = Field(min_length=1)
-    """Each: skill, ranks, and sections."""
+    """For each expert its skill, its ranks, and sections that differ from the shared ones."""
 
 
 class Plan(Section):
-    """Attributes: the mode; each expert's configuration and ranks, in the file's order."""
+    """What the file asks for.
+
+    Attributes:
+        runs: each expert's configuration, in the file's order.
+        ranks: the number of each expert's ranks.
+    """
 
     mode: Literal["side-by-side", "in-turn"]
     runs: list[TrainConfig]
     ranks: list[int]
 
     def place_of(self, place: Place) -> tuple[TrainConfig, Place]:
-        """Which expert a rank of a side-by-side job trains, and its place among that expert's ranks."""
+        """The configuration of the expert that a rank of a side-by-side job trains, and its place among that expert's ranks.
+
+        Raises:
+            UserError: when the job has the wrong number of ranks, or its launcher has no store that outlives the ranks.
+        """
         if place.world != sum(self.ranks):
-            raise UserError(f"side by side these experts need {sum(self.ranks)} ranks, got {place.world}")
+            raise UserError(f'mode = "side-by-side": these experts need {sum(self.ranks)} ranks, got {place.world}')
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            raise UserError('mode must be "in-turn" under this launcher: side by side needs torchrun, or none')
+            raise UserError('mode must be "in-turn" under this launcher; "side-by-side" needs torchrun, or no launcher')
         first = 0
         for run, ranks in zip(self.runs, self.ranks, strict=True):
             if place.rank < first + ranks:
@@ -64,29 +73,31 @@ class Plan(Section):
 
 
 def read(path: str, overrides: list[str]) -> Plan:
-    """The plan in a file.
+    """Read the plan in a file.
 
     Args:
-        overrides: ``--section.key value`` for all experts.
+        overrides: command line arguments ``--section.key value``, which apply to all experts.
 
     Raises:
         UserError: naming the expert and the key.
     """
     table = toml.read_table(path)
     keys = {key: table.pop(key) for key in ("mode", "ranks", "experts") if key in table}
-    several = toml.validate_as(Several, keys)
+    section = toml.validate_as(ExpertsSection, keys)
     for key, values in toml.parse_overrides(overrides):
         toml.put(table, key, values)
     folder = table.get("run_dir")
     if not isinstance(folder, str):
         raise UserError("config.run_dir must be given: the folder of the experts' runs")
     tables, ranks = [], []
-    for index, own in enumerate(several.experts):
+    for index, own in enumerate(section.experts):
         own = dict(own)
-        ranks.append(own.pop("ranks", several.ranks))
+        ranks.append(own.pop("ranks", section.ranks))
         skill = own.pop("skill", None)
         if not isinstance(skill, str) or not isinstance(ranks[-1], int) or ranks[-1] < 1:
-            raise UserError(f"config.experts[{index}] must have a skill, a word, and ranks >= 1, got {skill!r}, {ranks[-1]!r}")
+            raise UserError(
+                f"config.experts[{index}] must have a skill, a word, and ranks >= 1, got skill {skill!r}, ranks {ranks[-1]!r}"
+            )
         merged = joined(table, own)
         merged["expert"] = joined(merged.get("expert", {}), {"skill": skill})
         merged["run_dir"] = str(Path(folder) / skill)
@@ -94,12 +105,12 @@ def read(path: str, overrides: list[str]) -> Plan:
     skills = [one["expert"]["skill"] for one in tables]
     if len(set(skills)) < len(skills):
         raise UserError(f"config.experts must have different skills, got {', '.join(skills)}")
-    with_siblings(tables, skills, several.mode)
-    return Plan(mode=several.mode, runs=[validated(one, index) for index, one in enumerate(tables)], ranks=ranks)
+    with_siblings(tables, skills, section.mode)
+    return Plan(mode=section.mode, runs=[validated(one, index) for index, one in enumerate(tables)], ranks=ranks)
 
 
 def joined(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A table with another's keys in place of its own, tables inside it likewise."""
+    """The table ``shared`` with the keys of ``own`` in place of its own; tables inside them are merged in the same way."""
     found = dict(shared)
     for key, value in own.items():
         mine = found.get(key)
@@ -108,7 +119,7 @@ def joined(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_siblings(tables: list[dict[str, Any]], skills: list[str], mode: str) -> None:
-    """Put the other experts' runs and texts where the file says "siblings"."""
+    """Replace "siblings" in each expert's stopping.merge_with by the other experts' runs, and add their texts to its skills."""
     for index, table in enumerate(tables):
         stopping = table.get("stopping", {})
         if SIBLINGS not in stopping.get("merge_with", []):
@@ -123,6 +134,7 @@ def with_siblings(tables: list[dict[str, Any]], skills: list[str], mode: str) ->
 
 
 def validated(table: dict[str, Any], index: int) -> TrainConfig:
+    """The configuration in a table; errors name the ``index``-th expert."""
     try:
         return toml.validate(table)
     except UserError as error:

@@ -1,7 +1,7 @@
-"""``distmerge examples``: what an expert memorised late, and what of it a merge kept; by difficulty.
+"""``distmerge examples``: which training examples an expert has learned, and which of them a merge retained, by difficulty.
 
-Difficulty that a run scores itself is circular: what it finds hard early it learns late. ``--judge``, a model of another seed,
-scores it instead.
+Difficulty that is measured in the same run is circular: examples that are hard early in a run are those that it learns late.
+With ``--judge``, a model of another seed measures the difficulty instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distmerge.config import toml
 from distmerge.data.packed import open_corpus
 from distmerge.errors import UserError
 from distmerge.experts.adapt import Theta
-from distmerge.experts.examples import IGNORED, Known, look, predictions, rows_of, scores_of, token_scores, tracked_rows
+from distmerge.experts.examples import IGNORED, Known, predictions, rows_of, score_rows, scores_of, token_scores, tracked_rows
 from distmerge.files.atomic import write_atomically
 from distmerge.merging.in_memory import read_model
 from distmerge.model import load_model
@@ -31,14 +31,17 @@ DECILES = 10
 
 
 def report(run_dir: Path, merged: str, judge: str | None) -> dict[str, Any]:
-    """What is known of a run's tracked examples, against a merge of its model.
+    """Compare an expert with a merge of it on the examples that the expert's run tracked.
 
     Args:
-        merged: a model directory.
-        judge: a model whose EL2N is the difficulty; by default the run's own, early.
+        merged: the merge's model directory.
+        judge: a model whose EL2N is the difficulty; None for the run's own EL2N, early in training.
+
+    Returns:
+        the report as a JSON object.
 
     Raises:
-        UserError: when the run tracked none.
+        UserError: when the run is not an expert's, did not track examples, or has no difficulty.
     """
     if not (run_dir / FILE).exists():
         raise UserError(f"RUN_DIR must be a finished run with examples.track = true, got {run_dir}")
@@ -57,10 +60,10 @@ def report(run_dir: Path, merged: str, judge: str | None) -> dict[str, Any]:
     difficulty = known.difficulty.double()
     if judge is not None:
         theta.write(theta.of(read_model(judge, origin)))
-        difficulty = look(model, data, rows, BATCH).el2n
+        difficulty = score_rows(model, data, rows, BATCH).el2n
     if difficulty.isnan().any():
-        raise UserError("examples.early must be <= the run's steps, or --judge be given: nothing says what is hard")
-    targets, right, losses = compared(theta, vectors, data, rows)
+        raise UserError("the difficulty is not known: examples.early must be <= the run's last step, or --judge must be given")
+    targets, right, losses = compare(theta, vectors, data, rows)
     return {
         "run": str(run_dir),
         "merged": merged,
@@ -72,8 +75,15 @@ def report(run_dir: Path, merged: str, judge: str | None) -> dict[str, Any]:
     }
 
 
-def compared(theta: Theta, vectors: dict[str, Tensor], data: Any, rows: np.ndarray) -> tuple[Tensor, dict[str, Tensor], dict]:
-    """Targets ``[N]``, those that each model has right and that both have, and each model's losses ``[N]``."""
+def compare(
+    theta: Theta, vectors: dict[str, Tensor], data: Any, rows: np.ndarray
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Evaluate the models ``vectors`` on some rows.
+
+    Returns:
+        for each of the N rows: the number of targets ``[N]``; by model, and as "both", the number that is predicted right
+        ``[N]``; and by model the mean loss ``[N]``.
+    """
     correct: dict[str, list[Tensor]] = {name: [] for name in vectors}
     losses: dict[str, list[Tensor]] = {name: [] for name in vectors}
     targets: list[Tensor] = []
@@ -97,10 +107,11 @@ def compared(theta: Theta, vectors: dict[str, Tensor], data: Any, rows: np.ndarr
 def by_decile(
     difficulty: Tensor, known: Known | None, losses: dict[str, Tensor], right: dict[str, Tensor]
 ) -> list[dict[str, float]]:
-    """A row for each tenth of the examples, the easiest first; of equally hard ones the first comes first.
+    """Statistics for each tenth of the examples, the easiest first. Equally difficult examples keep their order.
 
-    ``loss_share``: of the expert's loss; ``gain_share``: of what the last published step lowered it by (can be below 0);
-    ``retention``: P(merge right | expert right), over targets; medians of the first-learned step; mean forgetting events.
+    ``loss_share`` is the tenth's share of the expert's loss, ``gain_share`` its share of what the loss fell by since the
+    previous published step (it can be negative). ``retention`` is P(merge right | expert right) over the targets.
+    ``first_learned`` is a median, ``forgotten`` the mean number of forgetting events.
     """
     order = difficulty.argsort(stable=True)
     parts = [order[len(order) * k // DECILES : len(order) * (k + 1) // DECILES] for k in range(DECILES)]
@@ -119,6 +130,7 @@ def by_decile(
 
 
 def history(known: Known, part: Tensor) -> dict[str, float]:
+    """The statistics of a tenth of the examples that come from the run's own passes."""
     gains = (known.before - known.loss).double()
     total = float(gains.sum())
     first = known.first_learned[part]
@@ -131,7 +143,7 @@ def history(known: Known, part: Tensor) -> dict[str, float]:
 
 
 def write(found: dict[str, Any], out: Path) -> None:
-    """examples.json and examples.png in ``out``."""
+    """Write the report as examples.json and examples.png into ``out``."""
     from matplotlib.figure import Figure
 
     out.mkdir(parents=True, exist_ok=True)
@@ -151,10 +163,10 @@ def write(found: dict[str, Any], out: Path) -> None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The report for a terminal."""
+    """The report as text for a terminal."""
     rows = found["deciles"]
     keys = list(rows[0])
     lines = ["decile" + "".join(f"{key:>15}" for key in keys)]
     lines += [f"{index + 1:>6}" + "".join(f"{row[key]:15.4f}" for key in keys) for index, row in enumerate(rows)]
     said = ", ".join(f"{name} {value:.1%}" for name, value in found["right"].items())
-    return "\n".join([*lines, f"targets that are right: {said}; {found['examples']} examples"])
+    return "\n".join([*lines, f"targets predicted right: {said}; {found['examples']} examples"])

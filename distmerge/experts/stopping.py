@@ -1,8 +1,8 @@
-"""When to stop an expert: state machines over losses, and the merge that one of them watches.
+"""Decides when an expert stops training, from its own losses or from those of its merge with other models.
 
-Experts that train to their own best merge worse: late steps memorise a few hard examples that a merge forgets. Source:
-https://arxiv.org/abs/2506.14126. "plateau" watches the expert alone and is quick to stop; "merged" merges the expert, at each
-published step, in memory, and watches the merge.
+Experts that train until their own loss is best merge worse: late steps memorise a few hard examples that a merge forgets.
+Source: https://arxiv.org/abs/2506.14126. The rule "plateau" watches the expert's own loss and stops early; "merged" merges the
+expert in memory at each published step, and watches the loss of the merge.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from distmerge.rundir.layout import RunDirectory
 
 
 class Plateau:
-    """Lower the rate when the loss no longer improves, then stop."""
+    """Lowers the learning rate when the loss no longer improves, a few times, and then stops."""
 
     def __init__(self, section: Stopping):
         self.section = section
@@ -29,7 +29,7 @@ class Plateau:
         return self.section.factor**self.reduced
 
     def observe(self, loss: float) -> bool:
-        """Whether this loss ends the training. What is no number is no improvement."""
+        """Take the loss of an evaluation. Returns whether training ends. NaN never counts as an improvement."""
         if improves(loss, self.best, self.section.tolerance):
             self.best, self.waited = loss, 0
             return False
@@ -50,10 +50,11 @@ class Plateau:
 
 
 class Peak:
-    """Stop some observations after the best one, and remember which that was. Of equal ones the first is the best.
+    """Stops when ``patience`` losses in a row have not improved on the best one, and remembers the step of the best. Of equal
+    losses the first is the best.
 
-    Nothing before step ``after`` counts: a rate that warms up moves the first merges up and down, and a lucky one of them would
-    end a training in which nothing was learned.
+    Losses before step ``after`` do not count: during the warmup of the learning rate those of the merge go up and down, and an
+    early low one would stop a run that has hardly learned anything.
     """
 
     def __init__(self, section: Stopping):
@@ -61,7 +62,7 @@ class Peak:
         self.best, self.best_step, self.waited = math.inf, 0, 0
 
     def observe(self, step: int, loss: float) -> bool:
-        """Whether this loss ends the training."""
+        """Take the loss of the merge at a published step. Returns whether training ends."""
         if step < self.section.after:
             return False
         if improves(loss, self.best, self.section.tolerance):
@@ -78,26 +79,28 @@ class Peak:
 
 
 def improves(loss: float, best: float, tolerance: float) -> bool:
+    """Whether a loss is below the best by more than the share ``tolerance`` of it; False for NaN."""
     return loss < best - tolerance * abs(best) if math.isfinite(best) else loss < best
 
 
 def published_steps(run_dir: Path) -> dict[int, Path]:
-    """The model directories that an expert's run published on its way, by step."""
+    """The model directories of the steps that an expert's run has published, by step."""
     found = {int(path.name[5:]): path for path in (run_dir / "steps").glob("step-*")}
     return dict(sorted(found.items()))
 
 
 def member_at(reference: str, step: int, patience_seconds: float | None) -> Path:
-    """What a model to merge with is at a step: itself, or of a run, its newest published step that is not later.
+    """The directory of a model to merge with at a step.
 
-    A run that ended before is its final model; at its last published step it is that step's, whether or not it has ended by
-    now, so that nothing depends on which of two runs is ahead.
+    A model's directory stands for itself. A run stands for its newest published step that is not later than ``step`` or, if it
+    has ended before ``step``, for its final model. At exactly its last published step it always stands for that step, whether
+    it has ended by now or not, so that the result does not depend on which of two runs is ahead.
 
     Args:
-        patience_seconds: how long to wait for a run that trains at the same time; None takes what is there.
+        patience_seconds: how long to wait for a run that trains at the same time; None takes what is published already.
 
     Raises:
-        UserError: when there is nothing.
+        UserError: when there is no such model.
     """
     path = Path(reference)
     deadline = time.monotonic() + (patience_seconds or 0.0)
@@ -106,12 +109,12 @@ def member_at(reference: str, step: int, patience_seconds: float | None) -> Path
             return path
         run, steps = RunDirectory(path), published_steps(path)
         ended = run.finished(1)
-        diverged = ended is not None and bool(ended.get("diverged"))  # then there is no final model
+        diverged = ended is not None and bool(ended.get("diverged"))  # a run that diverged has no final model
         if ended is not None and not diverged and max(steps, default=0) < step:
             return run.final
         earlier = [where for at, where in steps.items() if at <= step]
         if earlier and (patience_seconds is None or diverged or max(steps) >= step):
             return earlier[-1]
         if diverged or time.monotonic() >= deadline:
-            raise UserError(f"config.stopping.merge_with: {reference} holds no model of step {step} or before")
+            raise UserError(f"config.stopping.merge_with: {reference} has no model of step {step} or earlier")
         time.sleep(0.05)

@@ -1,7 +1,7 @@
-"""What an expert's run does beside training: publish steps to be merged, stop in time, say what it was trained on.
+"""What an expert's run does besides training: it publishes steps for merging, stops early, and records what it trained on.
 
-``training.json`` beside a model says with how many tokens and steps it was trained, from what and for which skill: the
-merge tool takes |D| and |G| from there. All runs write it, since any can be a base or a general model.
+``training.json`` beside a model records its tokens and steps of training, the model it started from and its skill; merges by
+ptm take |D| and |G| from it. All runs write it, since any model can become a base or a general model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distmerge.data.streaming import StreamBatches
 from distmerge.engine.engine import Engine
 from distmerge.engine.health import health_problem
 from distmerge.experts.adapt import Theta, dtype_of, save_expert
-from distmerge.experts.examples import Known, look, nothing_known, observe, tracked_rows
+from distmerge.experts.examples import Known, nothing_known, observe, score_rows, tracked_rows
 from distmerge.experts.stopping import Peak, Plateau, member_at
 from distmerge.files.atomic import write_atomically
 from distmerge.files.directories import guarded, publish_directory
@@ -36,11 +36,11 @@ from distmerge.rules import catalogue
 
 RECORD = "training.json"
 SIBLING_SECONDS = 24 * 3600.0
-"""How long an expert waits for a sibling that trains at the same time; one that dies ends the job long before."""
+"""How long an expert waits for a sibling that trains at the same time. A sibling that dies ends the job long before."""
 
 
 class Trainable(Protocol):
-    """What is asked of a run."""
+    """What this module needs of a run."""
 
     step: int
     mesh: Mesh
@@ -57,10 +57,13 @@ class Trainable(Protocol):
 
 
 class ExpertTraining:
-    """The expert's part of a run, and of its state.
+    """The part of a run, and of its state, that is specific to experts.
 
     Attributes:
         stopped: why the run ends before its last step; None while it goes on.
+        rows, known: the tracked examples, and what is known of each.
+        base: the vector ``[n]`` that task vectors start from, for the rule "merged".
+        texts: held-out text of the other skills that the merge is judged on, by skill.
     """
 
     def __init__(self, config: TrainConfig, run: Trainable):
@@ -84,18 +87,18 @@ class ExpertTraining:
 
     @cached_property
     def theta(self) -> Theta:
-        """The trained parameters as the vector that merges are of; only where this rank holds whole tensors."""
+        """The trained parameters as a vector for merging; only for engines with whole tensors on every rank."""
         return Theta(self.run.engine.model, self.run.engine.parameters)
 
     @property
     def origin(self) -> str:
-        """The model that merges measure this one from."""
+        """The model that this one's task vector starts from in merges."""
         assert self.config.expert is not None and self.config.model.path is not None
         return self.config.expert.base or self.config.model.path
 
     @cached_property
     def dtype(self) -> str:
-        """Of the models that are published."""
+        """The dtype of published models."""
         path = self.config.model.path
         return self.config.checkpoint.dtype or (dtype_of(path) if path is not None else "float32")
 
@@ -104,7 +107,7 @@ class ExpertTraining:
         return 1.0 if self.plateau is None else self.plateau.lr_factor
 
     def due(self, step: int) -> bool:
-        """Whether the model of this step is published."""
+        """Whether the model is published at this step."""
         match self.config.checkpoint.at:
             case "powers-of-two":
                 return step & (step - 1) == 0 or step == self.config.steps
@@ -113,7 +116,11 @@ class ExpertTraining:
         return False
 
     def observe(self, step: int, loss: float | None) -> None:
-        """After inner step ``step``, with the loss of an evaluation if there was one: publish, and decide. A collective."""
+        """After inner step ``step``: publish the model if that is due, and decide whether to stop. A collective.
+
+        Args:
+            loss: of the evaluation at this step; None if there was none.
+        """
         if loss is not None and self.plateau is not None:
             before = self.plateau.reduced
             if self.plateau.observe(self._agreed(loss)):
@@ -125,7 +132,7 @@ class ExpertTraining:
         if not self.publish(step):
             return
         if len(self.rows):
-            self.look(step)
+            self.score_examples(step)
         if self.peak is not None:
             losses, members = self.merged_losses(step)
             mean = self._agreed(sum(losses.values()) / len(losses))
@@ -135,7 +142,7 @@ class ExpertTraining:
                 self._stop(step, f"the merge was best at step {self.peak.best_step}, mean loss {self.peak.best:.4f}")
 
     def _agreed(self, score: float) -> float:
-        """The first rank's number, on all ranks: they must never disagree about the end."""
+        """The first rank's number, on all ranks, so that they never disagree on when to stop."""
         value = torch.tensor([score], dtype=torch.float64, device=self.run.mesh.device)
         dist.broadcast(value, 0)
         return value.item()
@@ -145,10 +152,10 @@ class ExpertTraining:
         self.run.tell(step, "stopped", {"reason": reason})
 
     def publish(self, step: int) -> bool:
-        """``RUN_DIR/steps/step-N``: the model of this step, in place of that of a course that was given up.
+        """Publish the model as ``RUN_DIR/steps/step-N``, replacing that of a course from which recovery went back.
 
         Returns:
-            whether it was published; a model that is not finite is left out, and the record says so.
+            whether it was published. A model with values that are not finite is not, which an event records.
         """
         run, published = self.run, self.run.path / "steps" / f"step-{step:08}"
         with run.shared(), run.mesh.raise_on_all_ranks():
@@ -161,22 +168,23 @@ class ExpertTraining:
                 publish_directory(published, about, lambda directory: self.save(directory, step, whole))
         return True
 
-    def look(self, step: int) -> None:
-        """A pass over the tracked examples."""
+    def score_examples(self, step: int) -> None:
+        """Score the tracked examples by a forward pass over them. A collective."""
         mesh, batches = self.run.mesh, self.run.batches
         assert isinstance(batches, IndexedBatches)
+        model, batch_size = self.run.engine.model, self.config.train.batch_size
         with self.run.shared():
-            scores = look(self.run.engine.model, batches.data, self.rows, self.config.train.batch_size, mesh.rank, mesh.world)
+            scores = score_rows(model, batches.data, self.rows, batch_size, mesh.rank, mesh.world)
         self.known = observe(self.known, scores, step, self.config.examples)
 
     def save(self, directory: Path, step: int, whole: dict[str, Tensor] | None) -> None:
-        """Write the model, or adapter, as it stands, and what it was trained on. ``whole`` is the engine's whole state."""
+        """Write the present model, or adapter, and the record of its training. ``whole`` is the engine's whole state."""
         save_expert(self.run.engine.model, self.run.tokenizer, directory, whole, self.dtype)
         (directory / RECORD).write_text(json.dumps(self.record(step), indent=2) + "\n")
 
     def record(self, step: int) -> dict[str, Any]:
-        """What training.json says. ``tokens`` are those of all ranks, without padding, in all ``step`` steps; ``data`` tells
-        ``distmerge eval`` which text was held out."""
+        """The content of training.json. ``tokens`` counts all ranks in all ``step`` steps, without padding; ``distmerge eval``
+        finds in ``data`` which text was held out."""
         expert, data = self.config.expert, self.config.data.model_dump(mode="json", exclude_none=True)
         indices = (self.run.recovery.batches_of(at)[-1] for at in range(step))
         ranks = self.run.mesh.world if isinstance(self.run.batches, StreamBatches) else 1
@@ -192,10 +200,10 @@ class ExpertTraining:
             "data": data | {"files": [str(Path(pattern).absolute()) for pattern in self.config.data.files]},
         }
 
-    # ---- the merge in memory
+    # ---- merging in memory
 
     def merged_losses(self, step: int) -> tuple[dict[str, float], list[str]]:
-        """The loss of the merge at this step, on each skill; and what was merged. Nothing is written."""
+        """Merge in memory at this step. Returns the loss on each skill, and the models that were merged with. A collective."""
         assert self.base is not None and self.config.expert is not None
         section, mesh = self.section, self.run.mesh
         with mesh.raise_on_all_ranks():
@@ -210,6 +218,7 @@ class ExpertTraining:
         return judge.losses_of(self.theta.holding(merged)), members
 
     def _members(self, step: int) -> list[str]:
+        """The directories of the models to merge with at this step."""
         return [str(member_at(name, step, self.patience_seconds)) for name in self.section.merge_with]
 
     def _vector(self, reference: str) -> Tensor:
@@ -219,10 +228,10 @@ class ExpertTraining:
     # ---- the end, and the state
 
     def finish(self) -> int:
-        """Before the final model is published: go back to the step that merged best, and keep what is known of the examples.
+        """Before the final model is published: save what is known of the examples, and load the step that merged best.
 
         Returns:
-            the step that the model is of.
+            the step of the model that is then loaded.
         """
         if len(self.rows) and self.run.mesh.leads:
             path, known = self.run.path / "examples.safetensors", save(self.known._asdict())
@@ -235,7 +244,7 @@ class ExpertTraining:
         return self.peak.best_step
 
     def load(self, directory: Path) -> None:
-        """Let the trained parameters be a published step's."""
+        """Set the trained parameters to those of a published step."""
         if not self.theta.adapted:
             self.theta.write(self._vector(str(directory)))
             return

@@ -1,1 +1,1 @@
-"""Models on disk, read and written chunk by chunk. Windows and experts both merge through these rooms."""
+"""Models on disk, read and written chunk by chunk; windows and merges of experts both use these modules."""

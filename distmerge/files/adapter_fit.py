@@ -1,4 +1,7 @@
-"""An adapter on its base: which tensors become which, and whether all of it fits. Imports no torch."""
+"""Applies a LoRA adapter to its base model by name and shape: which tensors change, and whether all of them fit.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,14 @@ from distmerge.files.models import Model
 from distmerge.theta.layers import is_token_embedding, role_of
 
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Architectures whose linear layers are stored as (in, out): there, and only there, fan_in_fan_out must be true."""
+"""Architectures that store the weights of linear layers as (in, out): for these, and no others, fan_in_fan_out must be true."""
 
 
 def with_adapter(base: Model, reference: str, adapter: Adapter) -> Model:
-    """The base as an adapter changes it; nothing is computed until it is read.
+    """The base model as an adapter changes it. Nothing is computed before the tensors are read.
+
+    Args:
+        reference: what the user wrote for the adapter; errors name it.
 
     Raises:
         UserError: when the adapter does not fit the base.
@@ -39,29 +45,40 @@ def with_adapter(base: Model, reference: str, adapter: Adapter) -> Model:
 
 
 def check_tied(base: Model, reference: str, name: str) -> None:
-    """Refuse a change of an embedding that is the output layer, too: the adapter was trained with the one changed alone."""
+    """Refuse an adapter on an embedding that is tied to the output layer: in its training the output layer did not change."""
     heads = [key for key in base.tensors if role_of(key) == "head" and key.endswith(".weight")]
     tied = base.config.get("tie_word_embeddings") or not heads
     if is_token_embedding(name) and tied:
         raise UserError(
-            f"{reference} changes {name} of {base.reference}, whose embeddings are tied: the output layer would change with it"
+            f"{reference} changes {name} of {base.reference}, whose embeddings are tied: the output layer would change as well"
         )
 
 
 def check_order(base: Model, reference: str, adapter: Adapter) -> None:
-    """Refuse factors whose orientation is not that of the base's linear layers, where a square matrix would hide it."""
+    """Refuse factors in another orientation than the base's linear layers; the shapes of square matrices would not show it."""
     stored_in_out = base.config.get("model_type") in CONV1D
     if adapter.factors and "model_type" in base.config and bool(adapter.config.get("fan_in_fan_out")) != stored_in_out:
         raise UserError(
-            f"{adapter.path / CONFIG}: fan_in_fan_out must be {str(stored_in_out).lower()} for a {base.config['model_type']}, "
-            f"as {reference} is"
+            f"{adapter.path / CONFIG}: fan_in_fan_out must be {str(stored_in_out).lower()} for an adapter of "
+            f"{base.config['model_type']} models, such as {base.reference}"
         )
 
 
 def of_parameters(base: Model, reference: str, adapter: Adapter, module: str, held: list[Factors]) -> dict[str, Change]:
-    """The changes of a module's own parameters (``target_parameters``), such as the stacked experts of an MoE layer.
+    """What an adapter changes of a module's parameters (``target_parameters``), such as the stacked experts of an MoE layer.
 
-    PEFT nests the adapters of several parameters of one module without saying which is whose, so their shapes must tell.
+    PEFT saves the adapters of several parameters of one module without the parameters' names, so that only the shapes tell
+    which factors belong to which parameter.
+
+    Args:
+        module: the module's name.
+        held: its factors, in the order of the file.
+
+    Returns:
+        the factors by the name of the tensor that they change.
+
+    Raises:
+        UserError: when no assignment of the factors to the tensors fits, or more than one does.
     """
     targets = adapter.config["target_parameters"]
     names = [
@@ -82,16 +99,16 @@ def of_parameters(base: Model, reference: str, adapter: Adapter, module: str, he
         if all(factors is not None for factors in found)
     ]
     if len(fits) != 1:
-        said = "fit no" if not fits else "could each change more than one"
-        raise UserError(f"{reference}: the adapters of {module} {said} tensor among {', '.join(names)} of {base.reference}")
+        said = "fit none" if not fits else "fit more than one"
+        raise UserError(f"{reference}: the adapters of {module} {said} of the tensors {', '.join(names)} of {base.reference}")
     return dict(fits[0])
 
 
 def stacked(base: Model, adapter: Adapter, name: str, factors: Factors) -> Factors | None:
-    """The factors as those of the tensor ``name``, a matrix or a stack of one for each expert; None if they do not fit.
+    """The factors as a change of the tensor ``name``, a matrix or a stack of one matrix per expert; None if they do not fit.
 
     Raises:
-        UserError: where both orientations fit, which only the model's code could tell apart.
+        UserError: when both orientations fit; only the model's code knows which one is right.
     """
     shape = base.tensors[name].shape
     rank = pattern_value(adapter, "rank_pattern", name, adapter.config["r"])
@@ -102,5 +119,5 @@ def stacked(base: Model, adapter: Adapter, name: str, factors: Factors) -> Facto
     ways = (own, own._replace(transposed=True)) if experts > 1 else (own,)
     fitting = [way for way in ways if way.shape == shape]
     if len(fitting) > 1:
-        raise UserError(f"{adapter.path}: whether {name} {list(shape)} is stored as (in, out) or (out, in) cannot be told")
+        raise UserError(f"{adapter.path}: the shape {list(shape)} of {name} could be (in, out) as well as (out, in)")
     return fitting[0] if fitting else None

@@ -1,4 +1,4 @@
-"""Tensors of a base as an adapter changes them, in float32; only the rows that are read are computed.
+"""Tensors of a base model with a LoRA adapter applied, in float32; only the rows that are read are computed.
 
 Compared with PEFT's merge_and_unload: https://github.com/huggingface/peft/tree/main/src/peft/tuners/lora
 """
@@ -17,13 +17,14 @@ from distmerge.files.sources import Maps, OnDisk, Source
 
 
 class Sides(NamedTuple):
-    """A change as products of matrices, one for each expert.
+    """The factors of a change, oriented as the weight is stored: it adds ``scale left[e] @ right[e]`` to expert ``e``.
 
     Attributes:
         left: ``[experts, rows, r]``.
         right: ``[experts, r, columns]``.
-        first: the same two of what the base lacks under the adapter (PiSSA, OLoRA), or None.
-        magnitude: ``[rows]`` or None.
+        first: ``[rows, r]`` and ``[r, columns]``, whose product PiSSA and OLoRA subtracted from the base when they initialised
+            the adapter; else None.
+        magnitude: DoRA's norms ``[rows]``, or None.
     """
 
     left: Tensor
@@ -33,12 +34,12 @@ class Sides(NamedTuple):
 
 
 def adapted(base: OnDisk, change: Change, maps: Maps) -> Source:
-    """The base's tensor with the change."""
+    """The base's tensor with the change applied."""
     return Shifted(base, change, maps) if isinstance(change, Shift) else Adapted(base, change, maps)
 
 
 class Adapted:
-    """A matrix, or a stack of them, with the factors of an adapter on it."""
+    """A matrix, or a stack of one matrix per expert, with an adapter's low-rank change added to it."""
 
     dtype = torch.float32
 
@@ -66,7 +67,7 @@ class Adapted:
         return torch.cat(parts).view(-1)[start - first * columns : stop - first * columns]
 
     def _rows(self, sides: Sides, expert: int, low: int, high: int) -> Tensor:
-        """Rows ``[low, high)`` of an expert's matrix."""
+        """Rows ``[low, high)`` of an expert's matrix, ``[high - low, columns]``."""
         rows, columns = self.shape[-2:]
         at = expert * rows
         found = (sides.left[expert, low:high] @ sides.right[expert]).mul_(self._factors.scale)
@@ -79,7 +80,7 @@ class Adapted:
 
 
 class Shifted:
-    """A bias with an adapter's own added to it."""
+    """A bias with the adapter's bias, times the scale, added to it."""
 
     dtype = torch.float32
 
@@ -92,7 +93,7 @@ class Shifted:
 
 
 def sides_of(factors: Factors, base: OnDisk, maps: Maps) -> Sides:
-    """The factors of each expert, in float32, oriented as the weight is stored."""
+    """Read an adapter's factors in float32 and orient them as the weight is stored."""
     a, b = matrix(factors.a, maps), matrix(factors.b, maps)
     right = a.view(factors.experts, -1, a.shape[1])  # [experts, r, columns]
     left = b.view(b.shape[0], -1, factors.experts).permute(2, 0, 1)  # PEFT: [rows, r, experts]
@@ -104,14 +105,15 @@ def sides_of(factors: Factors, base: OnDisk, maps: Maps) -> Sides:
 
 
 def first_value(factors: Factors, base: OnDisk) -> tuple[Tensor, Tensor]:
-    """``[rows, r]`` and ``[r, columns]``: their product is what the base lost when the adapter was made of it."""
+    """``[rows, r]`` and ``[r, columns]``: their product is what PiSSA or OLoRA subtracted from the base at initialisation."""
     rank = factors.a.shape[0]
     whole = base.read(0, base.stored[0].numel).view(base.shape).float()
     if factors.init == "olora":
         q, r = torch.linalg.qr(whole)
         return q[:, :rank] * factors.scale, r[:rank].contiguous()
     left, values, right = torch.linalg.svd(whole, full_matrices=False)
-    return left[:, :rank] * values[:rank], right[:rank].contiguous()  # PEFT divides by the scale, and multiplies by it
+    # No scale here: PEFT divides the singular values by it for the factors, and multiplies by it again for the product.
+    return left[:, :rank] * values[:rank], right[:rank].contiguous()
 
 
 def matrix(stored: Stored, maps: Maps) -> Tensor:

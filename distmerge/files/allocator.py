@@ -1,7 +1,7 @@
-"""What the C library does with memory that is freed: it keeps it, for the block that comes next.
+"""Makes the C library's allocator keep freed memory for the next block instead of returning it to the kernel.
 
-A merge takes and frees the same few megabytes thousands of times. By default glibc gives blocks of that size back to the kernel
-each time, which then hands out fresh pages, zeroed one by one: that costs more than the arithmetic in them.
+A merge allocates and frees the same few megabytes thousands of times. By default glibc returns blocks of that size to the
+kernel each time, and the kernel zeroes every page that it hands out again: that costs more than the arithmetic on them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MAPPED_BYTES = 32 << 20  # the largest that glibc accepts
 
 
 def keep_freed_memory() -> None:
-    """For this process, from now on; where the C library has no such setting nothing changes."""
+    """Change the setting for this process. Does nothing where the C library has no ``mallopt`` (musl, macOS)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

@@ -1,7 +1,7 @@
-"""Files and names that outlive a power loss: what is written is on the disk before it is found under its name.
+"""Atomic, durable writes: content is on the disk before it can be found under its final name, even after a power loss.
 
-The parts of every publication: a file is hashed while it is written and fsynced when it is closed; a small file, or a whole
-directory, takes its place by one rename; then the directory that holds the name is fsynced. Imports no torch.
+Every publication is built from these steps: a file is hashed while it is written and fsynced when it is closed; a small file,
+or a whole directory, gets its final name by one rename; then the directory that holds the name is fsynced. Imports no torch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ BUFFER_BYTES = 1 << 20
 
 
 class DurableFile:
-    """A new file: small writes are gathered, every byte is hashed, and closing it waits for the disk.
+    """A new file: small writes are buffered, every byte is hashed, and closing it waits for the disk.
 
     Raises:
-        OSError: which names the file, whatever the call was that failed.
+        OSError: naming the file, whichever call failed; also when the file exists already.
     """
 
     def __init__(self, path: Path):
@@ -31,6 +31,7 @@ class DurableFile:
         self.buffer = bytearray()
 
     def write(self, data: Any) -> int:
+        """Append any object with the buffer protocol. Returns its size in bytes."""
         view = memoryview(data).cast("B")
         self.digest.update(view)
         self.size_bytes += len(view)
@@ -60,73 +61,74 @@ class DurableFile:
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What a manifest says of the file."""
+        """The file's entry in a manifest."""
         return {"bytes": self.size_bytes, "sha256": self.digest.hexdigest()}
 
 
 def write_all(descriptor: int, view: memoryview, path: Path) -> None:
-    """Write every byte; an error names the file, which the system's own does not."""
+    """Write every byte. An error names the file, which the operating system's own error does not."""
     try:
         while len(view):
             view = view[os.write(descriptor, view) :]
     except OSError as error:
-        raise named(error, path) from error
+        raise with_path(error, path) from error
 
 
 def sync(descriptor: int, path: Path) -> None:
-    """Wait until the disk has what was written."""
+    """Wait until everything written to the file is on the disk."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        raise named(error, path) from error
+        raise with_path(error, path) from error
 
 
-def named(error: OSError, path: Path) -> OSError:
+def with_path(error: OSError, path: Path) -> OSError:
+    """The same error, naming the file."""
     return OSError(error.errno, error.strerror, str(path))
 
 
 def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
-    """Write a new file through to the disk; its manifest entry."""
+    """Write a new file durably. Returns its entry in a manifest."""
     with DurableFile(path) as file:
         file.write(content)
     return file.entry
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a small file so that a reader, or a crash, finds the old one or the new one."""
+    """Write a small file atomically and durably: readers, also after a crash, find either the old content or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
-    if os.path.lexists(temporary):  # an earlier process died while it wrote it
+    if os.path.lexists(temporary):  # an earlier process died while writing it
         os.unlink(temporary)
     write_bytes(temporary, content.encode() if isinstance(content, str) else content)
-    replace_name(temporary, path)
+    rename_file(temporary, path)
 
 
-def replace_name(temporary: Path, path: Path) -> None:
-    """Let a file whose bytes are durable be found under its name from now on, in place of an older one."""
+def rename_file(temporary: Path, path: Path) -> None:
+    """Give a file whose content is durable its final name, replacing an older file, and make the rename durable."""
     os.rename(temporary, path)
     sync_directory(path.parent)
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory, and those above it, so that a crash does not take away the name of any."""
+    """Create a directory and its missing parents, each durably."""
     if path.is_dir():
         return
     make_directory(path.parent)
     try:
         os.mkdir(path)
-    except FileExistsError:  # another rank was quicker
+    except FileExistsError:  # another rank created it first
         if not path.is_dir():
             raise
     sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
-    """Wait until the disk has the names in a directory."""
+    """Wait until the names in a directory are on the disk."""
     sync_file(path)
 
 
 def sync_file(path: Path) -> None:
-    """Wait until the disk has what anybody wrote into a file, or the names in a directory."""
+    """Wait until everything that any process wrote into a file, or the names in a directory, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         sync(descriptor, path)
@@ -135,10 +137,13 @@ def sync_file(path: Path) -> None:
 
 
 def give_name(temporary: Path, published: Path, replace: bool = True) -> None:
-    """Let a directory, whose files are durable, be found under its name from now on.
+    """Give a directory whose files are durable its final name, and make the rename durable.
 
     Args:
-        replace: take the place of an older one; without it, an older one that is not empty is an OSError.
+        replace: swap places with an older directory of that name, then delete it.
+
+    Raises:
+        OSError: without ``replace``, when an older directory of that name is not empty.
     """
     sync_directory(temporary)
     if not replace or not os.path.lexists(published):
@@ -151,9 +156,9 @@ def give_name(temporary: Path, published: Path, replace: bool = True) -> None:
 
 
 def exchange(new: Path, old: Path) -> None:
-    """Swap two names in one step, so that a reader finds the old directory or the new one.
+    """Swap two directories atomically, so that a reader always finds the old one or the new one under ``old``.
 
-    File systems that cannot (NFS) take two renames: in the moment between them there is neither.
+    On file systems that have no atomic swap (NFS) renames take its place; for a moment between them the name is missing.
     """
     if not swap(new, old):
         aside = old.with_name(f".{old.name}.old")
@@ -164,7 +169,7 @@ def exchange(new: Path, old: Path) -> None:
 
 
 def swap(a: Path, b: Path) -> bool:
-    """Linux's renameat2 with RENAME_EXCHANGE; False where the system or the file system does not have it."""
+    """Linux's ``renameat2`` with RENAME_EXCHANGE. Returns False where the system or the file system does not support it."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
@@ -179,7 +184,7 @@ def swap(a: Path, b: Path) -> bool:
 
 
 def delete(path: Path) -> None:
-    """Delete a file, a link or a whole directory, if it is there."""
+    """Delete a file, a link or a directory with all that is in it, if it exists."""
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_dir():

@@ -1,8 +1,8 @@
-"""Hashes of the files that a merge reads and writes, computed behind it while their pages are still in memory.
+"""Hashes the files that a merge reads and writes, just behind the merge, while their pages are still in memory.
 
-A file's SHA-256 says what it is. Where a record that was made with the file says its SHA-256 and also its XXH128 (XXH3 of
-128 bits, https://xxhash.com, which runs at the speed of memory), the second is enough to see that nothing has damaged the
-file since; against who forges the file, and could as well forge its record, neither hash helps. Imports no torch.
+A file is identified by its SHA-256. Where the record that was published with a file has its SHA-256 and also its XXH128 (XXH3
+with 128 bits, https://xxhash.com, which runs at the speed of memory), checking the second is enough to show that the file is
+undamaged. Neither hash protects against forgery: who forges a file can forge its record as well. Imports no torch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from distmerge.errors import UserError
 from distmerge.files.manifest import HASH_NAMES, HASHES
 
 HEAD_START_BYTES = 3 << 29
-"""What a core hashes by SHA-256 in about a second, the time that it takes to import torch. Inputs that small stay in the page
-cache."""
+"""What one core hashes with SHA-256 in about a second, the time that importing torch takes. Inputs of this size stay in the
+page cache until the merge reads them."""
 
 PIECE_BYTES = 1 << 28
 
@@ -27,11 +27,12 @@ NAMES = {"bytes": "size"} | HASH_NAMES
 
 
 class Digests:
-    """Sizes and hashes of files.
+    """Computes sizes and hashes of files on threads of its own.
 
     Args:
-        threads: threads that hash.
-        recorded: what records say of files, ``{"bytes", "sha256"}`` and perhaps ``"xxh128"``; it must come out.
+        threads: how many threads hash.
+        recorded: the entries of files in published records, ``{"bytes", "sha256"}`` and perhaps ``"xxh128"``. A file that
+            differs from its entry is an error.
     """
 
     def __init__(self, threads: int, recorded: Mapping[Path, dict[str, Any]] | None = None):
@@ -42,7 +43,7 @@ class Digests:
         self._stop = threading.Event()
 
     def begin(self, inputs: Iterable[Path]) -> None:
-        """Hash the first of the inputs' bytes, on one thread, before anything reads them."""
+        """Start hashing the first ``HEAD_START_BYTES`` of the inputs on one thread, before the merge reads them."""
         left = HEAD_START_BYTES
         ahead: list[tuple[Follower, int]] = []
         for path in inputs:
@@ -65,7 +66,7 @@ class Digests:
                 follower.follow(min(to, stop))
 
     def advance(self, path: Path, to: int | None = None) -> None:
-        """The first ``to`` bytes of the file are final; all of them, if it is None."""
+        """Hash the file up to byte ``to``, in the background; all of it, if ``to`` is None. These bytes must be final."""
         self._waiting = [future for future in self._waiting if not future.done() or future.result()]
         self._waiting.append(self._pool.submit(self._follower(path).follow, to))
 
@@ -74,10 +75,10 @@ class Digests:
         self._pool.shutdown(cancel_futures=True)
 
     def finish(self) -> dict[Path, dict[str, Any]]:
-        """Size and SHA-256 of every file named so far.
+        """Hash the rest of every file named so far. Returns size and SHA-256 of each.
 
         Raises:
-            UserError: naming the first file that is not what its record says.
+            UserError: naming the first file that differs from its record.
         """
         for path in self._followers:
             self.advance(path)
@@ -91,12 +92,12 @@ class Digests:
         said = self._recorded.get(path, found)
         for key, value in found.items():
             if said.get(key) != value:
-                raise UserError(f"{path} does not have the {NAMES[key]} that the record beside it says; nothing was published")
+                raise UserError(f"{path} does not have the {NAMES[key]} in the record beside it; nothing was published")
         return {"bytes": said["bytes"], "sha256": said["sha256"]}
 
 
 class Follower:
-    """The hash of a file's first bytes."""
+    """The running hash of one file, from its beginning up to where it was told to follow."""
 
     def __init__(self, path: Path, kind: str):
         self._kind, self._digest, self._at, self._lock = kind, HASHES[kind](), 0, threading.Lock()

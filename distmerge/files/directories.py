@@ -1,8 +1,8 @@
-"""Directories of files that are whole or not there: written through to the disk, hashed, published by one rename.
+"""Directories that appear whole or not at all: their files are made durable and hashed, then one rename publishes them.
 
-A directory carries a manifest with every file's size and SHA-256, and a hash of itself. Checkpoints, blocks of the window,
-published steps and the final model are all published here, by :func:`publish`. The files of a checkpoint are hashed on the
-way to the disk, so that a disk that tore or changed one is found out when it is read.
+Each directory carries a manifest with the size and SHA-256 of every file, and a hash of the manifest itself. Checkpoints,
+blocks of a window, published steps and the final model are all published by :func:`publish`. The files of a checkpoint are
+hashed while they are written, so that reading them detects a write that was torn or corrupted.
 """
 
 from __future__ import annotations
@@ -22,15 +22,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from distmerge.errors import UserError
-from distmerge.files.atomic import DurableFile, delete, give_name, make_directory, replace_name, sync_directory, sync_file
+from distmerge.files.atomic import (
+    DurableFile,
+    delete,
+    give_name,
+    make_directory,
+    rename_file,
+    sync_directory,
+    sync_file,
+)
 from distmerge.files.header import encode_header
 from distmerge.files.manifest import HASH_NAMES, HASHES, MANIFEST, as_json, entry_of, read_manifest, sealed
 from distmerge.files.sources import NAMES
 
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:
-    """Write a file through to the disk; its manifest entry. Its name gives its format: .safetensors (a dict of tensors),
-    .pt (torch) or .json."""
+    """Write a new file durably, in the format of its suffix: .safetensors (a dict of tensors), .pt (torch) or .json.
+
+    Returns:
+        its entry in a manifest.
+    """
     with DurableFile(path) as file:
         match path.suffix:
             case ".safetensors":
@@ -45,7 +56,7 @@ def write_file(path: Path, content: Any) -> dict[str, Any]:
 
 
 def write_tensors(file: DurableFile, tensors: dict[str, Tensor]) -> None:
-    """The safetensors format, tensor by tensor, without a copy of the whole."""
+    """Write the safetensors format tensor by tensor, so that only one of them is copied at a time."""
     header, _ = encode_header({name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()})
     file.write(header)
     for tensor in tensors.values():
@@ -53,14 +64,15 @@ def write_tensors(file: DurableFile, tensors: dict[str, Tensor]) -> None:
 
 
 def replace_file(path: Path, content: Any) -> None:
-    """Write a file of any of the formats so that a reader, or a crash, finds the old one or the new one."""
+    """Write a file of any of :func:`write_file`'s formats atomically: a reader finds the old content or the new."""
     temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-    delete(temporary)  # an earlier process died while it wrote it
+    delete(temporary)  # an earlier process may have died while writing it
     write_file(temporary, content)
-    replace_name(temporary, path)
+    rename_file(temporary, path)
 
 
 def read_file(path: Path) -> Any:
+    """What :func:`write_file` wrote."""
     match path.suffix:
         case ".safetensors":
             return load_file(path)
@@ -77,27 +89,33 @@ def reader(path: Path) -> Callable[[str], Any]:
 
 
 def publish(temporary: Path, published: Path, manifest: dict[str, Any], name: str = MANIFEST) -> None:
-    """Write the manifest of files that are durable, and give the directory its name. Only after this does it exist for
-    anyone; an older directory of that name is replaced."""
+    """Write the manifest of files that are durable, and give the directory its final name; before that, readers do not find
+    it. An older directory of that name is replaced.
+
+    Args:
+        name: of the manifest's file.
+    """
     write_file(temporary / name, sealed(manifest))
     give_name(temporary, published)
 
 
 def publish_directory(published: Path, about: dict[str, Any], write: Callable[[Path], None], name: str = MANIFEST) -> None:
-    """Publish what others' code writes, such as a model directory: made under a hidden name, fsynced, hashed, renamed.
+    """Publish files that other libraries' code writes, such as a model directory: written under a hidden name, fsynced,
+    hashed and renamed.
 
     Args:
-        about: what the manifest says beside the files.
-        write: fills the hidden directory, which is there and empty.
+        about: the manifest's entries besides the files.
+        write: fills the hidden directory, which exists and is empty.
+        name: of the manifest's file.
 
     Raises:
-        UserError: when the disk is full or not writable; nothing that was published before is harmed.
+        UserError: when the disk is full or not writable. What was published before stays as it was.
     """
     temporary = published.with_name(f".{published.name}")
 
     def work() -> None:
         delete(temporary)
-        if not published.parent.is_dir():  # those above it must be there: a deleted run does not come back by its parts
+        if not published.parent.is_dir():  # only this one is created: a run directory that was deleted must not reappear
             os.mkdir(published.parent)
             sync_directory(published.parent.parent)
         os.mkdir(temporary)
@@ -113,7 +131,7 @@ def publish_directory(published: Path, about: dict[str, Any], write: Callable[[P
 
 
 def seal(path: Path) -> dict[str, Any]:
-    """Manifest entries of files that others wrote into a directory, made durable."""
+    """Make all files in a directory durable, whoever wrote them. Returns their entries in a manifest."""
     entries: dict[str, Any] = {}
     for file in sorted(path.rglob("*")):
         sync_file(file)
@@ -126,9 +144,9 @@ def verify(path: Path, part: int = 0, parts: int = 1, name: str = MANIFEST, kind
     """What is wrong with a published directory, or None.
 
     Args:
-        parts: only every parts-th file is hashed, from ``part`` on.
-        name: of the manifest.
-        kind: of hash, one of ``HASHES``; where the manifest does not have it, its SHA-256.
+        part, parts: only every ``parts``-th file is checked, from number ``part`` on; ranks share the work this way.
+        name: of the manifest's file.
+        kind: the hash to check, one of ``HASHES``; SHA-256 where the manifest does not have it.
     """
     try:
         manifest = read_manifest(path, name)
@@ -144,11 +162,11 @@ def verify(path: Path, part: int = 0, parts: int = 1, name: str = MANIFEST, kind
 
 
 def damage(file: Path, entry: dict[str, Any], manifest: str, kind: str = "sha256") -> str | None:
-    """What is wrong with a file of which a manifest has an entry."""
+    """What is wrong with a file, by its entry in a manifest; None if nothing is."""
     try:
         size = file.stat().st_size
         if size != entry["bytes"]:
-            return f"has {size} bytes, {manifest} says {entry['bytes']}"
+            return f"has {size} bytes, but {manifest} says {entry['bytes']}"
         kind = kind if kind in entry else "sha256"
         return None if hash_file(file, kind) == entry[kind] else f"does not have the {HASH_NAMES[kind]} that {manifest} says"
     except FileNotFoundError:
@@ -163,21 +181,21 @@ def published_directories(root: Path, prefix: str) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a published directory. Renamed first: a half-deleted one must not look like a damaged one."""
+    """Delete a published directory. It is renamed first, so that one deleted halfway does not look damaged."""
     doomed = path.with_name(f".doomed-{path.name}")
     os.rename(path, doomed)
     delete(doomed)
 
 
 def clear_leftovers(root: Path) -> None:
-    """Make a directory of published ones, without what an interrupted job left in it."""
+    """Create the directory ``root``, or delete the hidden leftovers of an interrupted job from it."""
     make_directory(root)
     for leftover in root.glob(".*"):
         delete(leftover)
 
 
 def set_aside(path: Path, why: str) -> Path:
-    """Take a directory out of the published ones under the name ``NAME.why``."""
+    """Rename a published directory to ``NAME.why``, so that it no longer counts as published. Returns its new path."""
     aside = path.with_name(f"{path.name}.{why}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(path, aside)
@@ -186,7 +204,11 @@ def set_aside(path: Path, why: str) -> Path:
 
 
 def guarded(path: Path, work: Callable[[], Any]) -> Any:
-    """``work()``, with a disk that is full or not writable as the user's error."""
+    """Return ``work()``, turning errors of a disk that is full or not writable into the user's error.
+
+    Args:
+        path: what the error names where the cause names no file.
+    """
     try:
         return work()
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -195,12 +217,12 @@ def guarded(path: Path, work: Callable[[], Any]) -> Any:
         file = next((cause.filename for cause in causes if cause.filename), path)
         hint = "free some space or take another run_dir"
         if any(isinstance(cause, FileNotFoundError) for cause in causes):
-            hint = "it or its directory was deleted or moved while a run used it; put it back or take another run_dir"
+            hint = "it or its directory was deleted or moved while a run used it; restore it or take another run_dir"
         raise UserError(f"cannot write {file}: {reason}; {hint}, and start again") from error
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from: torch wraps a full disk in errors of its own."""
+    """An error and its causes, outermost first: torch wraps the error of a full disk in errors of its own."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause

@@ -1,7 +1,7 @@
-"""Fingerprints of files: sizes, names and a sample of their bytes, so that even terabytes cost a second.
+"""Fingerprints of files: their names, sizes and a hash of sampled blocks, so that even terabytes take only about a second.
 
-They tell a file that was exchanged, cut, or grown from the one that a run began with. They do not prove that no byte differs:
-what lies between the sampled blocks may.
+They detect that a file was replaced, truncated or extended since a run began. They do not prove that every byte is the same,
+since the bytes between the sampled blocks are not read.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import xxhash
 
 BLOCK_BYTES = 64 << 10
 BLOCKS = 16
-"""Of each file, at fixed positions, the first and the last bytes among them; a file that is no longer is read whole."""
+"""Blocks sampled from each file, at fixed positions that include its first and last bytes. Shorter files are read whole."""
 
 BUDGET_BLOCKS = 4096
-"""Of all files together, 256 MiB: of more than 256 files each gives fewer blocks, beyond 4096 only every n-th gives one."""
+"""Blocks sampled from all files together, 256 MiB. With more than 256 files each gives fewer blocks; with more than 4096 only
+every n-th file gives one."""
 
 
 def fingerprints(files: Mapping[str, Path]) -> dict[str, list[Any]]:
-    """``[bytes, sample]`` of every file by its name; the sample is None where the budget did not reach.
+    """``[bytes, sample]`` of every file, by its name; the sample is None for the files that the budget leaves out.
 
     Raises:
         OSError: for a file that cannot be read.
@@ -37,7 +38,7 @@ def fingerprints(files: Mapping[str, Path]) -> dict[str, list[Any]]:
 
 
 def sample(path: Path, blocks: int) -> str:
-    """A hash of blocks that are spread evenly over a file."""
+    """A hash, in hexadecimal, of ``blocks`` blocks spread evenly over a file."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -51,7 +52,7 @@ def sample(path: Path, blocks: int) -> str:
 
 
 def differences(then: Mapping[str, list[Any]], now: Mapping[str, list[Any]]) -> list[str]:
-    """What has changed between two fingerprints of a set of files, in words, a phrase a file."""
+    """What has changed between two fingerprints of a set of files: one phrase for each file that differs."""
     said = [f"{name} is gone" for name in then if name not in now]
     said += [f"{name} is new" for name in now if name not in then]
     same_set = not said
@@ -59,6 +60,6 @@ def differences(then: Mapping[str, list[Any]], now: Mapping[str, list[Any]]) -> 
         (size, old), (size_now, new) = then[name], now[name]
         if size != size_now:
             said.append(f"{name} has {size_now:,} bytes and had {size:,}")
-        elif same_set and old != new:  # the samples of another number of files lie elsewhere
+        elif same_set and old != new:  # the sampled positions depend on the number of files
             said.append(f"{name} has other content")
     return said

@@ -1,7 +1,7 @@
-"""The header of a safetensors file, read so that no file, however it is made, costs memory or time. Imports no torch.
+"""Reads and writes headers of safetensors files. A malicious file cannot make reading slow or take much memory.
 
 Format: eight bytes (the header's length, little-endian), the header (JSON: name -> dtype, shape, data_offsets), the data.
-https://huggingface.co/docs/safetensors
+https://huggingface.co/docs/safetensors. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ ITEM_BYTES = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 HEADER_LIMIT_BYTES = 4 << 20
-"""Some 30,000 tensors. JSON grows about twentyfold when it is parsed, so this bounds what a crafted header can cost."""
+"""Enough for some 30,000 tensors. Parsed JSON takes about 20 times its size; the limit bounds what a crafted header costs."""
 
 NAME_LIMIT = 1024
 DIMENSIONS_LIMIT = 16
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: its dtype (safetensors' name), shape, and where its bytes lie, counted from the file's start."""
+    """A tensor in a file: its dtype (safetensors' name), shape and byte range, counted from the beginning of the file."""
 
     file: Path
     dtype: str
@@ -44,22 +44,24 @@ class Stored(NamedTuple):
 
 
 class Header(NamedTuple):
+    """The tensors of a file, by name and in the order of their data, and the header's ``__metadata__``."""
+
     tensors: dict[str, Stored]
     metadata: dict[str, str]
 
 
 class Duplicate(ValueError):
-    """A name that stands twice in one JSON object."""
+    """A key that occurs twice in one JSON object."""
 
 
 def read_header(path: Path) -> Header:
-    """Every tensor in a safetensors file, in the order of its data.
+    """Read the header of a safetensors file.
 
     Raises:
-        UserError: when the file is truncated, or anything in the header is not as the format says.
+        UserError: when the file cannot be read, is truncated, or its header violates the format.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for ever
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
             raise UserError(f"{path} must be a regular file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -68,7 +70,9 @@ def read_header(path: Path) -> Header:
                 raise UserError(f"{path} is truncated: a safetensors file has at least 8 bytes, got {size}")
             length = struct.unpack("<Q", prefix)[0]
             if length > size - 8:
-                raise UserError(f"{path} is truncated or no safetensors file: its header says {length} bytes, it has {size}")
+                raise UserError(
+                    f"{path} is truncated or not a safetensors file: the header must have <= {size - 8} bytes, got {length}"
+                )
             if length > HEADER_LIMIT_BYTES:
                 raise UserError(f"{path}: the header must have <= {HEADER_LIMIT_BYTES} bytes, got {length}")
             raw = file.read(length)
@@ -78,8 +82,15 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(path: Path, raw: bytes, size: int) -> Header:
-    """The header's bytes, checked against the size of the file."""
-    # Containers cost most when parsed; a tensor has three.
+    """Parse the header's bytes and check that its tensors fill the file exactly, without gaps or overlaps.
+
+    Args:
+        size: of the whole file, in bytes.
+
+    Raises:
+        UserError: where they do not, or an entry violates the format.
+    """
+    # Objects and lists cost most when parsed. A tensor's entry has three, so a header with more holds something else.
     if raw.count(b"[") + raw.count(b"{") > 3 * raw.count(b'"dtype"') + 2:
         raise UserError(f"{path}: the header is not a table of tensors")
     try:
@@ -94,18 +105,19 @@ def parse_header(path: Path, raw: bytes, size: int) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: the header's __metadata__ must be a table of strings")
     data = len(raw) + 8
-    entries = sorted(((name, checked(path, name, entry, data, size)) for name, entry in table.items()), key=place)
+    entries = sorted(((name, checked(path, name, entry, data, size)) for name, entry in table.items()), key=position)
     at = data
     for name, entry in entries:
         if entry.start != at:
             raise UserError(f"{path}: the data of {shown(name)} must start at byte {at - data}, got {entry.start - data}")
         at = entry.stop
     if at != size:
-        raise UserError(f"{path}: the tensors end at byte {at}, the file at {size}")
+        raise UserError(f"{path}: the tensors end at byte {at}, but the file ends at byte {size}")
     return Header(dict(entries), metadata)
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a JSON object as a dict; :class:`Duplicate` when a key occurs twice, of which json would keep the last."""
     table = dict(pairs)
     if len(table) < len(pairs):
         seen: set[str] = set()
@@ -114,12 +126,17 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def checked(path: Path, name: str, entry: Any, data: int, size: int) -> Stored:
-    """One entry of the header, if all of it makes sense."""
+    """One entry of the header, after a check of every field.
+
+    Args:
+        data: where the data begins, in bytes from the file's start.
+        size: of the whole file, in bytes.
+    """
     where = f"{path}: {shown(name)}"
     if len(name) > NAME_LIMIT or not name.isprintable() or not name:
         raise UserError(f"{path}: a tensor's name must be 1 to {NAME_LIMIT} printable characters, got {shown(name)}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise UserError(f"{where} must have dtype, shape and data_offsets alone")
+        raise UserError(f"{where} must have the keys dtype, shape and data_offsets and no others")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise UserError(f"{where}: dtype must be one of {', '.join(ITEM_BYTES)}, got {shown(dtype)}")
@@ -136,7 +153,8 @@ def whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
-def place(item: tuple[str, Stored]) -> tuple[int, int, str]:
+def position(item: tuple[str, Stored]) -> tuple[int, int, str]:
+    """The sort key of an entry: where its data lies."""
     return item[1].start, item[1].stop, item[0]
 
 
@@ -149,7 +167,14 @@ def shown(value: Any) -> str:
 def encode_header(
     tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None = None
 ) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a file that holds ``tensors`` (name -> dtype, shape) end to end, and where each one's data starts."""
+    """The header of a file that holds ``tensors`` one after another.
+
+    Args:
+        tensors: dtype and shape by name, in the order of their data.
+
+    Returns:
+        all bytes before the data, and the offset from the file's start of each tensor's data, by name.
+    """
     table: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     at = 0
     offsets: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""The shards of a model that is about to be written: which tensor lies where. Imports no torch."""
+"""Plans the shards of a model that is about to be written: which tensor goes where. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ METADATA = {"format": "pt"}
 
 
 class Shard(NamedTuple):
-    """A file to be written: its name, its first bytes, where each tensor's data starts, and its size."""
+    """A file to be written: its name, its header, the offset of each tensor's data in it, and its size in bytes."""
 
     name: str
     header: bytes
@@ -22,10 +22,10 @@ class Shard(NamedTuple):
 
 
 def lay_out(tensors: dict[str, tuple[str, tuple[int, ...]]], shard_bytes: int) -> list[Shard]:
-    """Shards of at most ``shard_bytes`` of data (a larger tensor has one to itself), in the order of ``tensors``.
+    """Split tensors into shards of at most ``shard_bytes`` of data, in their order; a larger tensor gets a shard of its own.
 
     Args:
-        tensors: name -> dtype, shape.
+        tensors: dtype (safetensors' name) and shape by name.
     """
     groups: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
     filled = 0
@@ -49,7 +49,7 @@ def shard(tensors: dict[str, tuple[str, tuple[int, ...]]], index: int, count: in
 
 
 def index_of(shards: list[Shard]) -> dict[str, bytes]:
-    """The index file, {} where one shard is all."""
+    """The content of the index file by its name; {} where there is only one shard, which needs no index."""
     if len(shards) == 1:
         return {}
     total = sum(part.bytes - len(part.header) for part in shards)

@@ -1,4 +1,4 @@
-"""Records of one JSON object a line, such as metrics.jsonl: only ever added to, and sound again after any crash."""
+"""Append-only records with one JSON object per line (JSON Lines), such as metrics.jsonl, which recover from any crash."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from distmerge.files.atomic import sync, sync_directory, write_all
 
 
 class Lines:
-    """A record that is open for more lines.
+    """A record that is open for appending.
 
-    What a crash left at its end is cut off: a line that was torn, bytes that are no text, a block of zeros that a disk
-    allocated and never filled.
+    Opening it cuts off what a crash left at its end: a torn line, bytes that are not text, a block of zeros that the file
+    system allocated and never filled.
 
     Args:
-        keep_bytes: of what is there, at most this much is kept; all of it, if it is None.
+        keep_bytes: keep at most this many bytes of an existing record; all of them, if None.
 
     Attributes:
-        cut_bytes: of the part to be kept, how much was no sound line.
+        bytes: the length of the record.
+        cut_bytes: how many of the bytes to be kept were cut off as damaged.
 
     Raises:
         OSError: naming the file.
@@ -32,7 +33,7 @@ class Lines:
         self.path = path
         new = not path.exists()
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        self._closed = weakref.finalize(self, close, self.descriptor)  # a run that failed holds no file
+        self._closed = weakref.finalize(self, close, self.descriptor)  # also closes it after a run that failed
         kept = path.read_bytes()[:keep_bytes]
         self.bytes = sound_end(kept)
         self.cut_bytes = len(kept) - self.bytes
@@ -41,19 +42,19 @@ class Lines:
             sync_directory(path.parent)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line. It is the operating system's now; :meth:`sync` waits for the disk."""
-        os.stat(self.path)  # a file that was deleted would take every line, and nobody would ever read them
+        """Write a line to the operating system's cache; :meth:`sync` waits for the disk."""
+        os.stat(self.path)  # raises if the file was deleted: writing would succeed, and the lines would be lost
         written = (json.dumps(line) + "\n").encode()
         write_all(self.descriptor, memoryview(written), self.path)
         self.bytes += len(written)
 
     def sync(self) -> int:
-        """The length of the record, all of which the disk has."""
+        """Wait until the whole record is on the disk. Returns its length in bytes."""
         sync(self.descriptor, self.path)
         return self.bytes
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """The lines so far. One in the middle that is damaged is passed by: what follows it is as good as ever."""
+        """The lines so far. A damaged line in the middle is skipped: those after it are still valid."""
         for line in self.path.read_bytes().split(b"\n"):
             if (found := parsed(line)) is not None:
                 yield found
@@ -67,7 +68,7 @@ def close(descriptor: int) -> None:
 
 
 def sound_end(data: bytes) -> int:
-    """Where the last whole, legible line of a record ends."""
+    """The offset at which the last complete, valid line of a record ends."""
     end = data.rfind(b"\n") + 1
     while end:
         start = data.rfind(b"\n", 0, end - 1) + 1
@@ -78,7 +79,7 @@ def sound_end(data: bytes) -> int:
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
-    """What a line says; None if it is no JSON object."""
+    """A line's JSON object; None if it is not one."""
     try:
         found = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):

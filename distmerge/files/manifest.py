@@ -1,4 +1,4 @@
-"""Records that are published with files: what each file is, and a hash of the record itself. Imports no torch."""
+"""Manifests published with files: the size and hashes of each file, and a hash of the manifest itself. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HASH_NAMES = {"sha256": "SHA-256", "xxh128": "XXH128"}
 
 
 def entry_of(path: Path) -> dict[str, Any]:
-    """What a record says of a file: its size and both hashes."""
+    """A file's entry in a manifest: its size and both hashes."""
     digests = {kind: new() for kind, new in HASHES.items()}
     size = 0
     with open(path, "rb") as file:
@@ -28,20 +28,20 @@ def entry_of(path: Path) -> dict[str, Any]:
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with a hash of itself."""
+    """The manifest with a hash of itself added to it."""
     return record | {"sha256": hash_of(record)}
 
 
 def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any]:
-    """A directory's record, which carries a hash of itself.
+    """Read a directory's manifest and check the hash of itself that it carries, which the result no longer holds.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError, AttributeError: where it is not as it was written.
+        OSError, ValueError, KeyError, TypeError, AttributeError: when it is damaged.
     """
     written = (path / name).read_bytes()
     manifest = json.loads(written)
     if written != as_json(manifest):
-        raise ValueError("it is not as it was written")
+        raise ValueError("it was changed after it was written")
     stored = manifest.pop("sha256")
     if hash_of(manifest) != stored:
         raise ValueError("its own SHA-256 does not match")
@@ -49,8 +49,10 @@ def read_manifest(path: Path, name: str = MANIFEST) -> dict[str, Any]:
 
 
 def as_json(content: Any) -> bytes:
+    """The one form in which JSON files are published."""
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def hash_of(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""What a model directory is: safetensors shards and their index, config.json, a tokenizer. Imports no torch.
+"""Opens model directories: safetensors shards and their index, config.json, a tokenizer. Imports no torch.
 
-Names and shapes are all that is known of an architecture.
+Only the names and shapes of the tensors are read; no code knows their architecture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distmerge.files.manifest import MANIFEST, read_manifest
 
 INDEX = "model.safetensors.index.json"
 RECORDS = ("block.json", MANIFEST)
-"""What a run publishes beside a model: a block's record, or the manifest of a step or of the final model."""
+"""Records that a run publishes beside a model: a block's, or the manifest of a published step or of the final model."""
 
 JSON_LIMIT_BYTES = 64 << 20
 TOKENIZER_FILES = (
@@ -35,12 +35,12 @@ class Model:
 
     Attributes:
         reference: what the user wrote; errors name the model by it.
-        path: its directory, or its one file.
-        tensors: all that its files hold, by name, in file order.
-        config: config.json, {} without one.
-        factors: what a LoRA adapter changes of the tensors, by the tensor's name.
-        recorded: size and hashes of its files, by name, where the run that published it says them.
-        adapter: the directory of the adapter, where there is one: its training is recorded there.
+        path: its directory, or its only file.
+        tensors: every tensor in its files, by name, in file order.
+        config: config.json; {} without one.
+        factors: what a LoRA adapter changes in each tensor, by the tensor's name; {} without an adapter.
+        recorded: size and hashes of its files, by the file's name, where the run that published it recorded them.
+        adapter: the adapter's directory, where there is one; the record of its training lies there.
     """
 
     reference: str
@@ -62,15 +62,18 @@ class Model:
         return self.path if self.path.is_dir() else self.path.parent
 
     def carried(self, names: tuple[str, ...]) -> dict[str, bytes]:
-        """The content of those of ``names`` that lie beside the weights."""
+        """The content of those files among ``names`` that lie beside the weights."""
         return carried(self.directory, names)
 
 
 def open_model(reference: str, allow_pickle: bool = False) -> Model:
-    """The model that a directory, a .safetensors file or a hub id names.
+    """Open the model that a directory, a .safetensors file or a hub id names.
+
+    Args:
+        allow_pickle: read PyTorch's pickled checkpoints as well.
 
     Raises:
-        UserError: when there is none, or any of its headers or its index is not sound.
+        UserError: when there is none, or one of its headers or its index is malformed.
     """
     path = locate(reference)
     if path.is_file():
@@ -83,10 +86,10 @@ def open_model(reference: str, allow_pickle: bool = False) -> Model:
 
 
 def carried(directory: Path, names: tuple[str, ...]) -> dict[str, bytes]:
-    """The content of those of ``names`` that lie in a model's directory, to be published with a merge of it.
+    """The content of those files among ``names`` that lie in a model's directory, to be published with a merge of it.
 
     Raises:
-        UserError: for one that is a link to somewhere else, which the model's author may have aimed at a file of the reader's.
+        UserError: for a link that leads out of the directory: a model's author could aim it at a private file of the user's.
     """
     found = {name: directory / name for name in names if (directory / name).is_file()}
     for path in found.values():
@@ -95,21 +98,21 @@ def carried(directory: Path, names: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def check_inside(directory: Path, path: Path) -> None:
-    """Refuse a file of a model that is a link out of its directory; the hub's cache links snapshots to blobs beside them."""
+    """Refuse a link that leads out of the model's directory. The hub's cache is an exception: its snapshots link to blobs."""
     root = directory.resolve()
     roots = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
     real = path.resolve()
     if not any(real.is_relative_to(place) for place in roots):
         raise UserError(
-            f"{path} is a link out of the model's directory, to {real}; it is not copied: put the file itself there"
+            f"{path} is a link out of the model's directory, to {real}, and is not copied; put the file itself there"
         )
 
 
 def read_recorded(path: Path) -> dict[str, dict[str, Any]]:
-    """What a run's record says of the files of a model that it published, by name; {} where there is no record.
+    """Sizes and hashes of a model's files, by name, from the record that a run published with them; {} without a record.
 
     Raises:
-        UserError: where the record is not as it was written.
+        UserError: when the record is damaged.
     """
     name = next((name for name in RECORDS if (path / name).exists()), None)
     if name is None:
@@ -121,12 +124,16 @@ def read_recorded(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def recorded_files(models: Iterable[Model]) -> dict[Path, dict[str, Any]]:
-    """What records say of the files of several models."""
+    """Recorded sizes and hashes of the files of several models, by path."""
     return {file: model.recorded[file.name] for model in models for file in model.files if file.name in model.recorded}
 
 
 def locate(reference: str) -> Path:
-    """The directory or file on this machine; hub ids (``org/name`` or ``org/name@revision``) through the hub's cache."""
+    """The local directory or file of a model. Hub ids (``org/name`` or ``org/name@revision``) are downloaded to its cache.
+
+    Raises:
+        UserError: when it does not exist here or the hub does not have it.
+    """
     path = Path(reference).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
         return path
@@ -146,22 +153,24 @@ def locate_on_hub(reference: str) -> Path:
         found = snapshot_download(name, revision=revision or None, allow_patterns=wanted)
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{reference} is no directory here, and the hub does not give it: {reason}") from None
+        raise UserError(f"{reference} is not a directory here, and cannot be downloaded from the hub: {reason}") from None
     return Path(found)
 
 
 def read_shards(path: Path, allow_pickle: bool) -> dict[str, Stored]:
-    """All tensors of a directory: one safetensors file, several with an index, or pickles where they are allowed."""
+    """All tensors of a directory, which has one safetensors file, several with an index, or pickles where they are allowed."""
     if (path / INDEX).exists():
         return read_index(path)
     found = sorted(file for file in path.glob("*.safetensors") if file.name != "adapter_model.safetensors")
     if len(found) == 1:
         return read_header(found[0]).tensors
     if found:
-        raise UserError(f"{path} holds {len(found)} safetensors files and no {INDEX} to say which are the model")
+        raise UserError(f"{path} holds {len(found)} safetensors files, but no {INDEX} that says which are the model's")
     pickles = sorted([*path.glob("pytorch_model*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
     if pickles and not allow_pickle:
-        raise UserError(f"{path} holds pickles ({pickles[0].name}), which can run code when read; allow them by --allow-pickle")
+        raise UserError(
+            f"{path} holds pickles ({pickles[0].name}), which can run code when read; allow them with --allow-pickle"
+        )
     if pickles:
         from distmerge.files.pickles import as_stored
 
@@ -170,7 +179,7 @@ def read_shards(path: Path, allow_pickle: bool) -> dict[str, Stored]:
 
 
 def read_index(path: Path) -> dict[str, Stored]:
-    """Every tensor that the index names, from the shard that it names; both must agree exactly."""
+    """Every tensor that the index lists, from the shard that it names. The index and the shards must agree exactly."""
     weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path / INDEX} must have a weight_map of names to files")
@@ -186,16 +195,20 @@ def read_index(path: Path) -> dict[str, Stored]:
         raise UserError(f"{path}: two shards hold a tensor of the same name")
     for name in held.keys() | weight_map.keys():
         if held.get(name) != weight_map.get(name):
-            where = weight_map.get(name, "nowhere")
-            raise UserError(f"{path / INDEX} says that {shown(name)} is in {where}, it is in {held.get(name, 'none')}")
+            listed, found = weight_map.get(name, "no shard"), held.get(name, "no shard")
+            raise UserError(f"{path / INDEX} says that {shown(name)} is in {listed}, but it is in {found}")
     return {name: entry for shard in sorted(headers) for name, entry in headers[shard].items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON table."""
+    """Read a JSON object of at most ``JSON_LIMIT_BYTES``.
+
+    Raises:
+        UserError: when the file is not one, is larger, or cannot be read.
+    """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
             raise UserError(f"{path} must be a regular file")
         if status.st_size > JSON_LIMIT_BYTES:
             raise UserError(f"{path} must have <= {JSON_LIMIT_BYTES} bytes, got {status.st_size}")
@@ -207,5 +220,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise UserError(f"{path} is not valid JSON") from None
     if not isinstance(table, dict):
-        raise UserError(f"{path} must be a JSON table")
+        raise UserError(f"{path} must be a JSON object")
     return table

@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all: made under a hidden name, resumed there, hashed, published by rename."""
+"""An output directory that appears whole or not at all: it is written, and resumed, under a hidden name and then renamed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,17 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROF
 
 
 class Output:
-    """The directory ``out`` while it is being made, as ``.NAME.merging`` beside it.
+    """The directory ``out`` while it is being written, as ``.NAME.merging`` beside it.
 
-    A journal there says what is finished; it is trusted only if it was written by a merge with the same ``identity``.
+    A journal in it lists the finished tensors, so that an interrupted merge can resume. It is trusted only if a merge with the
+    same ``identity`` wrote it.
+
+    Attributes:
+        done: the note of each tensor that an earlier, interrupted merge finished, by the tensor's name.
+        files: the open descriptor of each shard, by the shard's name.
+
+    Raises:
+        UserError: when ``out`` exists, another merge is writing it, or the disk is full or not writable.
     """
 
     def __init__(self, out: Path, identity: str, shards: list[Shard]):
@@ -55,20 +63,24 @@ class Output:
             self.files = {part.name: os.open(self.path / part.name, os.O_RDWR) for part in shards}
 
     def write(self, shard: Shard, offset: int, data: memoryview) -> None:
-        """Put ``data`` at its place; threads may write at once."""
+        """Write ``data`` at a byte offset of the shard's file. Several threads may write at the same time."""
         with disk_errors(self.path / shard.name):
             while data:
                 written = os.pwrite(self.files[shard.name], data, offset)
                 data, offset = data[written:], offset + written
 
     def finish(self, name: str, note: Any = None) -> None:
-        """Tensor ``name`` is written; ``note`` comes back after an interruption. Now and then it is also made durable."""
+        """Record that the tensor ``name`` is written. Every few seconds the data and the journal are made durable.
+
+        Args:
+            note: kept in the journal; a merge that resumes finds it in ``done``.
+        """
         self._pending.append(json.dumps({"tensor": name, "note": note}))
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
 
     def flush(self) -> None:
-        """Let the disk begin with what is written so far, while the merge goes on: the last sync has less to wait for."""
+        """Start writing back to disk, in the background, what is written so far: the final sync then has less to wait for."""
         if self._flushing is not None and self._flushing.done():
             self._flushing = self._flushing.result()
         if self._flushing is None:
@@ -80,7 +92,7 @@ class Output:
                 os.fdatasync(descriptor)
 
     def sync(self) -> None:
-        """Data first, then the journal that vouches for it."""
+        """Make the data durable, and only then the journal lines that say it is finished."""
         self._flush()
         with disk_errors(self.path), open(self.path / JOURNAL, "a") as file:
             file.write("".join(line + "\n" for line in self._pending))
@@ -90,12 +102,12 @@ class Output:
         self._synced = time.monotonic()
 
     def publish(self, extra: dict[str, bytes]) -> None:
-        """Write the small files, make everything durable, and give the directory its name."""
+        """Write the small files ``extra`` (content by name), make everything durable and give the directory its final name."""
         self._flusher.shutdown()
         self.sync()
         with disk_errors(self.path):
             for name, content in extra.items():
-                delete(self.path / name)  # an interrupted merge may have got this far
+                delete(self.path / name)  # an interrupted merge may have written it already
                 write_bytes(self.path / name, content)
             for descriptor in self.files.values():
                 os.close(descriptor)
@@ -103,18 +115,18 @@ class Output:
             refuse_existing(self.out)
         with disk_errors(self.out, published=self.out):
             give_name(self.path, self.out, replace=False)
-            (self.out / LOCK).unlink()  # not before: whoever takes the lock clears the directory
+            (self.out / LOCK).unlink()  # only now: another process that takes the lock clears the directory
             sync_directory(self.out)
         self._lock.close()
 
     def discard(self) -> None:
-        """Leave nothing behind: what is wrong must be mended first, and then all is done anew."""
+        """Delete the hidden directory, after an error that the user must fix before the merge is started from scratch."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _take_lock(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Not the same file if it was published or discarded, and a third merge has begun, in between.
+            # It is another file if, in between, that merge was published or discarded and a third one began.
             held = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / LOCK))
         except OSError:
             held = False
@@ -125,7 +137,7 @@ class Output:
             refuse_existing(self.out)
 
     def _resume(self, identity: str) -> bool:
-        """Whether the journal is of this very merge; then ``done`` holds what it vouches for."""
+        """Read the journal into ``done``. Returns whether there is one, it is of this merge and all shards have their size."""
         try:
             first, *lines = (self.path / JOURNAL).read_text().splitlines()
             if json.loads(first) != {"identity": identity}:
@@ -137,7 +149,7 @@ class Output:
         for line in lines:
             try:
                 entry = json.loads(line)
-            except ValueError:  # the last line, when the machine stopped in the midst of it
+            except ValueError:  # the last line, torn when the machine stopped while it was written
                 break
             self.done[entry["tensor"]] = entry["note"]
         return True
@@ -148,7 +160,7 @@ class Output:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for part in self.shards:
             with disk_errors(self.path / part.name), open(self.path / part.name, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, part.bytes)  # a disk too small says so now
+                os.posix_fallocate(file.fileno(), 0, part.bytes)  # fails now if the disk is too small
                 file.write(part.header)
         with open(self.path / JOURNAL, "w") as file:
             file.write(json.dumps({"identity": identity}) + "\n")
@@ -163,12 +175,16 @@ def refuse_existing(out: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path, published: Path | None = None) -> Iterator[None]:
-    """A disk that is full or not writable is the user's error; ``published`` may have got its name before it."""
+    """Turn errors of a disk that is full or not writable into the user's error.
+
+    Args:
+        published: the output directory, when it may have its final name already at the time of the error.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in (*DISK_ERRORS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG):
             raise
         named = published is not None and published.exists()
-        state = "it is whole, but for a file lock" if named else "nothing was published"
+        state = "the model is complete, but a file named lock was left in it" if named else "nothing was published"
         raise UserError(f"cannot write {error.filename or path}: {error.strerror}; {state}") from None

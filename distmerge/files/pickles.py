@@ -1,4 +1,4 @@
-"""PyTorch's pickled checkpoints, read with weights_only and mapped: where each tensor lies in its file, nothing is loaded."""
+"""Finds where each tensor lies in PyTorch's pickled checkpoints, which are memory-mapped with weights_only and not loaded."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from distmerge.files.sources import NAMES
 
 
 def as_stored(files: list[Path]) -> dict[str, Stored]:
-    """Every tensor in ``files``, as a place in its file.
+    """Every tensor in ``files`` as a byte range of its file, by name.
 
     Raises:
-        UserError: for files that are not zip checkpoints of contiguous tensors.
+        UserError: for a file that is not a zip checkpoint of contiguous tensors, or a name that two files hold.
     """
     found: dict[str, Stored] = {}
     for path in files:
         try:
             table: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises many kinds for a bad file
+        except Exception as error:  # torch raises many kinds of errors for a bad file
             raise UserError(f"cannot read {path} with weights_only: {str(error).strip().splitlines()[0][:120]}") from None
         for name, tensor in table.items() if isinstance(table, dict) else [("", None)]:
             if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_contiguous():
-                raise UserError(f"{path} must be a table of contiguous tensors, got {name!r}")
-            if name in found or tensor.dtype not in NAMES:
-                raise UserError(f"{path}: {name} is held twice or has the dtype {tensor.dtype}")
+                raise UserError(f"{path} must be a dict of contiguous tensors by name, got {name!r}")
+            if name in found:
+                raise UserError(f"{path} holds {name}, which {found[name].file} holds as well")
+            if tensor.dtype not in NAMES:
+                raise UserError(f"{path}: {name} has the dtype {tensor.dtype}, which is not supported")
             size = tensor.numel() * tensor.element_size()
             start = offset_in(path, tensor.data_ptr()) if size else 0
             found[name] = Stored(path, NAMES[tensor.dtype], tuple(tensor.shape), start, start + size)
@@ -37,7 +39,7 @@ def as_stored(files: list[Path]) -> dict[str, Stored]:
 
 
 def offset_in(path: Path, address: int) -> int:
-    """Where in its file a mapped byte lies, from the kernel's list of this process's maps."""
+    """The offset in its file of a mapped address, from the kernel's list of this process's memory maps."""
     real = os.path.realpath(path)
     with open("/proc/self/maps") as maps:
         for line in maps:

@@ -1,4 +1,4 @@
-"""A stream's jobs into a directory that appears when it is whole, with the hashes of all that was read and written."""
+"""Merges a stream's jobs into a model directory that appears only when it is complete, and hashes all inputs and outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from distmerge.files.stream import Job, Stream
 
 
 class Report(NamedTuple):
-    """Attributes: every tensor's note by the observer; hashes of the outputs, by name, and of the inputs, by path."""
+    """What is known of a merge once all its tensors are written.
+
+    Attributes:
+        notes: the observer's note of each tensor, by the tensor's name.
+        outputs: size and SHA-256 of each shard, by file name.
+        inputs: size and SHA-256 of each input file, by path.
+    """
 
     notes: dict[str, Any]
     outputs: dict[str, dict[str, Any]]
@@ -33,41 +39,50 @@ def write_model(
     close: Callable[[Report], dict[str, bytes]],
     digests: Digests,
 ) -> Report:
-    """Merge all jobs into the directory ``out``, which appears when it is whole.
+    """Merge all jobs into the directory ``out``, which appears only when it is complete.
 
     Args:
-        identity: what the bytes depend on; an interrupted merge of the same identity is resumed.
-        close: makes the small files, once all hashes are known.
-        digests: hash all that is read and written; they may have begun with the inputs.
+        identity: a digest of all that the output's bytes depend on. An interrupted merge of the same identity is resumed.
+        shard_bytes: the largest amount of data in one shard.
+        close: returns the small files to publish, content by name, once all hashes are known.
+        digests: hashes everything that is read and written; it may have begun with the inputs already.
+
+    Raises:
+        UserError: when ``out`` exists, an input is damaged, or the disk is full or not writable. Nothing is left behind.
     """
     refuse_existing(out)
     jobs = {job.name: job for job in stream.jobs}
     shards = lay_out({job.name: (job.dtype, job.shape) for job in stream.jobs}, shard_bytes)
-    home = {name: shard for shard in shards for name in shard.offsets}
+    shard_of = {name: shard for shard in shards for name in shard.offsets}
     output = Output(out, identity, shards)
     try:
-        return into(output, stream, jobs, home, close, digests)
+        return write_into(output, stream, jobs, shard_of, close, digests)
     except UserError:
         output.discard()
         raise
 
 
-def into(
+def write_into(
     output: Output,
     stream: Stream,
     jobs: dict[str, Job],
-    home: dict[str, Shard],
+    shard_of: dict[str, Shard],
     close: Callable[[Report], dict[str, bytes]],
     digests: Digests,
 ) -> Report:
-    """The same, once the output is open. ``home`` is the shard of each job."""
+    """Merge the jobs that an interrupted merge has not finished into the open output, and publish it.
+
+    Args:
+        jobs, shard_of: by the tensor's name.
+    """
     shards = output.shards
-    stream.look()
+    stream.run_survey()
     notes = dict(output.done)
 
     def write(job: Job, offset: int, elements: Tensor) -> None:
-        at = home[job.name].offsets[job.name] + offset * elements.element_size()
-        output.write(home[job.name], at, elements.contiguous().view(torch.uint8).numpy().data)
+        shard = shard_of[job.name]
+        at = shard.offsets[job.name] + offset * elements.element_size()
+        output.write(shard, at, elements.contiguous().view(torch.uint8).numpy().data)
 
     ordered = [jobs[name] for shard in shards for name in shard.offsets]
     for batch in stream.batches(ordered):
@@ -78,7 +93,7 @@ def into(
                 notes[job.name] = found.get(job.name)
                 output.finish(job.name, notes[job.name])
             output.flush()
-        follow(digests, output, home, batch)
+        hash_batch(digests, output, shard_of, batch)
     hashes = digests.finish()
     ours = {part.name: hashes.pop(output.path / part.name) for part in shards}
     report = Report(notes, ours, {str(path): entry for path, entry in hashes.items()})
@@ -86,11 +101,11 @@ def into(
     return report
 
 
-def follow(digests: Digests, output: Output, home: dict[str, Shard], batch: list[Job]) -> None:
-    """Let the hashes catch up with what a batch has read and written. Inputs are final; only their pages may be gone."""
+def hash_batch(digests: Digests, output: Output, shard_of: dict[str, Shard], batch: list[Job]) -> None:
+    """Hash the files up to where a batch has read and written them, while those pages are still in memory."""
     ends: dict[Path, int] = {}
     for job in batch:
-        shard = home[job.name]
+        shard = shard_of[job.name]
         stop = shard.offsets[job.name] + job.numel * DTYPES[job.dtype].itemsize
         ends[output.path / shard.name] = max(ends.get(output.path / shard.name, 0), stop)
         for source in job.sources:

@@ -1,4 +1,4 @@
-"""From the arithmetic's dtype to the stored one: to the nearest, or stochastically."""
+"""Rounds merged values from the arithmetic's dtype to the stored one: to nearest, or stochastically."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from distmerge.rules.random_masks import key_of, upper
 
 
 class Rounding:
-    """To the nearest value of the dtype; with a ``seed``, up or down with the odds that make the mean exact.
+    """Rounds to the nearest value of a dtype; with a ``seed``, stochastically, so that the expected value is exact.
 
-    Stochastic rounding keeps in the mean what nearest rounding loses of small deltas. It is for bfloat16, whose bits are
-    the upper half of float32's; its random bits are a function of the seed, the tensor and the offset.
+    Nearest rounding drops deltas smaller than half a unit in the last place; stochastic rounding keeps them on average. It is
+    used only from float32 to bfloat16, whose bits are the upper half of float32's: a random number below 2^16 is added to the
+    bits, and the lower half is cut off. The random numbers are a function of the seed, the tensor's name and the offset.
     """
 
     def __init__(self, seed: int | None = None):
         self.seed = seed
 
     def to(self, dtype: torch.dtype, values: Tensor, name: str, start: int) -> Tensor:
-        """``values [n]`` of the tensor ``name`` from offset ``start`` on, rounded."""
+        """``values [n]``, which are the elements of the tensor ``name`` from offset ``start`` on, in ``dtype``."""
         if self.seed is None or dtype != torch.bfloat16 or values.dtype != torch.float32:
             return values.to(dtype)
         drawn = upper(key_of("rounding", self.seed, name), start, values.numel())
         noise = torch.from_numpy(drawn.astype(np.int32)).to(values.device)
         bits = values.view(torch.int32)
-        # Exponent all ones is NaN or infinity: adding to it would change its kind.
+        # An exponent of all ones is NaN or infinity; an addition could turn one into the other.
         finite = (bits & 0x7F800000) != 0x7F800000
         raised = torch.where(finite, bits + noise, bits)
         return (raised & -0x10000).view(torch.float32).to(dtype)

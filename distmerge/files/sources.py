@@ -1,4 +1,4 @@
-"""Where a tensor's elements come from: a memory-mapped file, or rows put together from one."""
+"""Sources of a tensor's elements: a memory-mapped file, a tensor in memory, or another source rounded to a dtype."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Source(Protocol):
-    """A tensor that can be read piece by piece."""
+    """A tensor that is read piece by piece."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -31,16 +31,17 @@ class Source(Protocol):
 
     @property
     def stored(self) -> tuple[Stored, ...]:
-        """The tensors on disk that it reads."""
+        """The tensors on disk that it is computed from."""
         ...
 
     def read(self, start: int, stop: int) -> Tensor:
-        """``[stop - start]`` elements of the flattened tensor; never written to."""
+        """Elements ``start`` to ``stop`` of the flattened tensor, ``[stop - start]``. The caller must not write to them."""
         ...
 
 
 class Maps:
-    """The memory maps of the files that a merge reads, opened once each. Mapped pages are the page cache's, not ours."""
+    """The memory maps of the files that a merge reads, each opened once. Mapped pages belong to the page cache, so that the
+    kernel can drop them when memory is short."""
 
     def __init__(self) -> None:
         self._open: dict[Path, mmap.mmap] = {}
@@ -48,14 +49,14 @@ class Maps:
     def of(self, path: Path) -> mmap.mmap:
         if path not in self._open:
             with open(path, "rb") as file:
-                # A private map counts as writable, which torch wants, and costs nothing as long as nobody writes.
+                # A private map is writable, as torch.frombuffer wants it, and costs no memory unless somebody writes to it.
                 mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             self._open[path] = mapped
         return self._open[path]
 
 
 class OnDisk:
-    """A tensor of a file. Reading gives views of the map, no copies."""
+    """A tensor in a file. Reading gives views of the memory map, without copies."""
 
     def __init__(self, entry: Stored, maps: Maps):
         self.shape, self.dtype, self.stored = entry.shape, DTYPES[entry.dtype], (entry,)
@@ -66,14 +67,14 @@ class OnDisk:
         at, count = self.stored[0].start + start * size, stop - start
         if count == 0:
             return torch.empty(0, dtype=self.dtype)
-        if at % size:  # the format allows it, vector loads do not like it
+        if at % size:  # the format allows unaligned data, but torch's vectorised loads expect aligned addresses
             raw = np.frombuffer(self._buffer, dtype=np.uint8, count=count * size, offset=at).copy()
             return torch.from_numpy(raw).view(self.dtype)
         return torch.frombuffer(self._buffer, dtype=self.dtype, count=count, offset=at)
 
 
 class InMemory:
-    """A tensor that has no file."""
+    """A tensor that is in memory and has no file."""
 
     stored = ()
 

@@ -1,7 +1,8 @@
-"""A rule over model files, chunk by chunk: nothing is ever in memory as a whole.
+"""Applies a merge rule to model files chunk by chunk, so that no model is ever in memory as a whole.
 
-Jobs are taken in the order of their output. A batch of them passes over its blocks as often as its rules ask to, and is
-written; threads share the blocks. What a job's bytes are depends on nothing but the job.
+Jobs, one per tensor, are taken in batches in the order of the output. A rule makes as many passes over a batch's blocks as it
+needs, then the batch is written; threads share the blocks. The bytes of a job's output depend on the job alone, not on the
+batch, the chunk size or the number of threads.
 """
 
 from __future__ import annotations
@@ -23,18 +24,20 @@ from distmerge.files.sources import DTYPES, Source
 from distmerge.rules.protocol import BLOCK, Block, Measured, Rule, Tally, spans
 
 BATCH_BLOCKS = 128
-"""Jobs are taken together until they have this many blocks: enough for all threads, few enough to be still in cache."""
+"""Jobs are batched until they have this many blocks: enough for all threads, and few enough to stay in the page cache."""
 
 CUDA_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor of the output: where its inputs come from, the rule that merges them, and how it is stored.
+    """One tensor of the output: its inputs, the rule that merges them, and the dtype in which it is stored.
 
     Attributes:
         dtype: safetensors' name of the output's dtype.
-        origin: what an observer takes task vectors from where the rule has no base.
+        members: the tensors that are merged, each of the output's shape.
+        base: what the rule's task vectors start from; None for rules without task vectors.
+        origin: what an observer's task vectors start from where the rule has no base.
     """
 
     name: str
@@ -55,35 +58,41 @@ class Job:
 
 
 class Survey(Protocol):
-    """What must be known of the whole model before any of it is merged (a global threshold)."""
+    """Measures the whole model before any tensor is merged, for instance to find a global threshold."""
 
     def measure(self, job: Job, block: Block) -> Measured: ...
 
     def settle(self, tally: Tally) -> bool:
-        """After a pass: whether all is known. If not, another one follows."""
+        """End a pass over all jobs. Returns False if another pass is needed."""
         ...
 
 
 class Observer(Protocol):
-    """Somebody who looks at each block as it is merged, and reports on each tensor."""
+    """Measures each block as it is merged, and makes a note of each tensor (statistics for the merge's report)."""
 
     def measure(self, job: Job, block: Block, merged: Tensor, written: Tensor) -> Measured:
-        """``block.base`` is the job's origin where it has no base."""
+        """Measure one block.
+
+        Args:
+            block: its ``base`` is the job's origin where the job has no base.
+            merged: the rule's result ``[n]``, in the arithmetic's dtype.
+            written: the same, rounded to the stored dtype.
+        """
         ...
 
     def settle(self, job: Job, tally: Tally) -> Any:
-        """What is known of one tensor, as JSON."""
+        """The note of one tensor, a JSON value, from what its blocks measured."""
         ...
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a merge runs; none of it changes a byte, but for ``device``.
+    """How a merge runs. Only ``device`` can change the bytes of the output.
 
     Attributes:
-        threads: threads that merge.
+        threads: how many threads merge.
         chunk: elements that a thread takes at a time, rounded up to whole blocks.
-        device: where the arithmetic is done.
+        device: where the arithmetic is done: "cpu", or a CUDA device as torch names it.
     """
 
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
@@ -96,7 +105,7 @@ class Settings:
 
 
 class Stream:
-    """Jobs on threads. Use as a context manager."""
+    """Runs jobs on threads, which exist while it is entered as a context manager."""
 
     def __init__(self, jobs: list[Job], settings: Settings, survey: Survey | None = None, observer: Observer | None = None):
         self.jobs, self.settings, self.survey, self.observer = jobs, settings, survey, observer
@@ -112,8 +121,8 @@ class Stream:
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def look(self) -> None:
-        """The survey's passes over all jobs."""
+    def run_survey(self) -> None:
+        """Run the survey's passes over all jobs, as many as it needs."""
         settled = self.survey is None
         while not settled:
             assert self.survey is not None
@@ -134,6 +143,7 @@ class Stream:
         self._run(task, batch)
 
     def batches(self, jobs: list[Job]) -> Iterator[list[Job]]:
+        """The jobs in groups of about ``BATCH_BLOCKS`` blocks; a larger job is a batch of its own."""
         batch: list[Job] = []
         filled = 0
         for job in jobs:
@@ -146,7 +156,14 @@ class Stream:
             yield batch
 
     def merge(self, batch: list[Job], write: Callable[[Job, int, Tensor], None]) -> dict[str, Any]:
-        """Merge the jobs; ``write(job, offset, elements)`` gets each block. Returns the observer's notes."""
+        """Merge the jobs of one batch.
+
+        Args:
+            write: called with the job, the offset in the flattened tensor and the block's rounded elements, from any thread.
+
+        Returns:
+            the observer's note of each job, by the tensor's name; {} without an observer.
+        """
         states: dict[str, Any] = {job.name: None for job in batch}
         for step in range(max(job.rule.passes for job in batch)):
             asked = [job for job in batch if step < job.rule.passes and job.numel]  # an empty tensor has nothing to measure
@@ -175,7 +192,10 @@ class Stream:
         return self.observer.measure(job, block, merged, rounded)
 
     def _blame(self, job: Job, block: Block, rounded: Tensor) -> None:
-        """Say which input holds a value that is not finite, or that the output would: a sum may also overflow harmlessly."""
+        """Raise an error that names the input with a NaN or infinity, or says that the output overflows.
+
+        It may find neither: the sum by which the caller checks can overflow although all values are finite.
+        """
         for source, values in zip(job.sources, (*block.members, block.base), strict=False):
             if values is not None and not bool(torch.isfinite(values).all()):
                 files = ", ".join(str(entry.file) for entry in source.stored)
@@ -184,6 +204,7 @@ class Stream:
             raise UserError(f"{job.name} would hold NaN or infinity in the output: it overflows {str(rounded.dtype)[6:]}")
 
     def _tallied(self, jobs: list[Job], measure: Callable[[Job, Block], Measured]) -> dict[str, Tally]:
+        """Measure every block of the jobs. Returns what each job's blocks measured, by the tensor's name."""
         tallies = {job.name: Tally() for job in jobs}
         lock = threading.Lock()
 
@@ -197,7 +218,7 @@ class Stream:
         return tallies
 
     def _run(self, task: Callable[[Job, range], None], jobs: list[Job]) -> None:
-        """Every chunk of every job, on the threads; the first error ends it."""
+        """Run ``task`` for every chunk of every job on the threads. The first error cancels the rest and is raised."""
         futures = [self._pool.submit(self._guarded, task, job, part) for job in jobs for part in self.chunks(job)]
         try:
             for future in futures:
@@ -213,16 +234,18 @@ class Stream:
                 task(job, part)
 
     def chunks(self, job: Job) -> Iterator[range]:
-        """Runs of the job's blocks."""
+        """The job's blocks, by index, in chunks for the threads."""
         count = len(self.spans(job))
         size = -(-self.settings.chunk // self.settings.block)
         for first in range(0, count, size):
             yield range(first, min(first + size, count))
 
     def spans(self, job: Job) -> list[tuple[int, int]]:
+        """Start and stop of each of the job's blocks, in elements of the flattened tensor."""
         return list(spans(job.numel, job.rule.unit, self.settings.block))
 
     def blocks(self, job: Job, part: range) -> Iterator[Block]:
+        """Read the blocks with the indices ``part`` onto the device."""
         device = self.settings.device
         cuts = self.spans(job)
         for index in part:
@@ -233,16 +256,16 @@ class Stream:
 
 
 def wide(values: Tensor) -> torch.dtype:
-    """A dtype in which a sum of the values does not overflow just because there are many."""
+    """A dtype in which the values' sum does not overflow merely because there are many of them."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 def check_device(device: str) -> None:
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device must be cpu on this machine: no CUDA device is present, got {device}")
+        raise UserError(f"--device must be cpu on this machine, where no CUDA device is present, got {device}")
 
 
 def in_memory(stream: Stream, keep: Callable[[Job, int, Tensor], None]) -> dict[str, Any]:
-    """Merge all jobs and hand every block to ``keep`` instead of a file. Returns the observer's notes."""
-    stream.look()
+    """Merge all jobs and pass every block to ``keep`` instead of writing a file. Returns the observer's notes."""
+    stream.run_survey()
     return {name: note for batch in stream.batches(stream.jobs) for name, note in stream.merge(batch, keep).items()}

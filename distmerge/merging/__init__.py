@@ -1,1 +1,1 @@
-"""Merging models on disk or in memory: recipes, what they pair, and their execution."""
+"""Merging models on disk or in memory: recipes, the pairing of their tensors, and their execution."""

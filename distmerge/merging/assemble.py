@@ -1,4 +1,7 @@
-"""A recipe as flags or the Python API give it: a method's name, models and parameters, or a file. Imports no torch."""
+"""Builds a recipe from what the flags or the Python API give: a method's name, models and parameters, or a file.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +22,27 @@ RECIPE_BYTES = 1 << 20
 """The largest number of characters in a recipe."""
 
 Factor = float | str
-"""A model's weight, or omega: a number, or one as it was written on the command line."""
+"""A model's weight, or omega: a number, or its text from the command line."""
 
 Models = Sequence[str | Path | tuple[str | Path, Factor]] | Mapping[str, Factor]
-"""Models to be merged, in order, each perhaps with its weight (for wise_ft and ptm: its omega)."""
+"""Models to be merged, in order, each with its weight (for wise_ft and ptm: its omega) where one is given."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """A model that is to be merged. Attributes: its directory or hub id; its weight, where one was given."""
+    """A model to be merged.
+
+    Attributes:
+        model: its directory or hub id.
+        factor: its weight or omega; None where none was given.
+    """
 
     model: str
     factor: Factor | None = None
 
 
 def named(models: Models) -> list[Named]:
-    """The models, however they were given, as a list of ``Named``."""
+    """Models in any of the forms that the Python API accepts, as a list of ``Named``."""
     if isinstance(models, Mapping):
         return [Named(str(model), factor) for model, factor in models.items()]
     return [Named(str(item[0]), item[1]) if isinstance(item, tuple) else Named(str(item)) for item in models]
@@ -47,7 +55,7 @@ def recipe_of(
     """The recipe that merges whole models by a method.
 
     Args:
-        parameters: of the method, and its variants, by the names of the TOML notation.
+        parameters: the method's parameters and variants, by the names of the TOML notation.
 
     Raises:
         UserError: for an unknown key, or a weight where the method takes none.
@@ -55,14 +63,16 @@ def recipe_of(
     table: dict[str, Any] = {"method": method, "base": base, "general": general, "compat": options.compat}
     table |= {"seed": options.seed, "dtype": options.dtype, "out_dtype": options.out_dtype, "tokenizer": options.tokenizer}
     table |= dict(parameters)
-    own = catalogue.entry(method).parameters if catalogue.is_known(method) else ("weight",)  # auto and cat are no rules
+    # "auto" and the methods that make adapters are not rules of the catalogue.
+    own = catalogue.entry(method).parameters if catalogue.is_known(method) else ("weight",)
     factor = "omega" if "omega" in own else "weight"
     table["model"] = [model_table(method, item, factor, factor in own) for item in models]
     return recipe_toml.from_table({key: value for key, value in table.items() if value is not None}, "")
 
 
 def model_table(method: str, item: Named, factor: str, takes: bool) -> dict[str, Any]:
-    """One [[model]] of the TOML notation; a weight that is not given is 1, an omega is left to be computed.
+    """One [[model]] of the TOML notation. A weight that is not given is 1; an omega that is not given is left out, to be
+    computed later.
 
     Args:
         takes: whether the method has the ``factor`` at all.
@@ -74,10 +84,13 @@ def model_table(method: str, item: Named, factor: str, takes: bool) -> dict[str,
 
 
 def check_parameters(given: Mapping[str, Setting], method: str | None = None) -> dict[str, Setting]:
-    """Parameters and variants as Python's keywords give them: ``lambda_`` is lambda.
+    """Check parameters and variants given as keyword arguments in Python, where lambda is written ``lambda_``.
 
     Args:
-        method: whose parameters they are. One of an installed package brings its own along.
+        method: whose parameters they are. Naming it loads a rule of an installed package, which can add parameters.
+
+    Returns:
+        them, by the names of the TOML notation.
 
     Raises:
         UserError: naming the first that no method has.
@@ -92,10 +105,10 @@ def check_parameters(given: Mapping[str, Setting], method: str | None = None) ->
 
 
 def check_grid(parameter: str, values: Sequence[float]) -> None:
-    """Refuse a grid that is not over a number that methods have, or is empty, or not finite.
+    """Check the grid of a sweep: it must have values, all finite, of a numeric parameter.
 
     Raises:
-        UserError: saying what a grid is.
+        UserError: saying what a grid must be.
     """
     known = parameter in PARAMETERS and PARAMETERS[parameter].holds is not None
     if not known or not values or not all(math.isfinite(value) for value in values):
@@ -104,13 +117,13 @@ def check_grid(parameter: str, values: Sequence[float]) -> None:
 
 
 def recipe_in_file(path: str, parameters: Mapping[str, Setting], options: MergeOptions) -> Recipe:
-    """The recipe in a file, with what may be changed of it: compat, seed, dtypes and variants; nothing else.
+    """The recipe in a file. Only its compat, seed, dtypes and variants can be overridden.
 
     Args:
-        parameters: variants. Parameters and the tokenizer must be written in the file instead.
+        parameters: variants that override the file's. Parameters and the tokenizer must be written in the file instead.
 
     Raises:
-        UserError: where the file cannot be read or is no recipe, or for anything that belongs into it.
+        UserError: when the file cannot be read or is not a recipe, or for an option that must be written in the file.
     """
     recipe = read_recipe(path)
     for key in [*(key for key in PARAMETERS if key not in VARIANTS), "tokenizer"]:
@@ -130,10 +143,10 @@ def recipe_in_file(path: str, parameters: Mapping[str, Setting], options: MergeO
 
 
 def read_recipe(path: str) -> Recipe:
-    """The recipe in a file; its suffix gives the notation.
+    """Read the recipe in a file, whose suffix gives the notation.
 
     Raises:
-        UserError: where it cannot be read or understood.
+        UserError: when it cannot be read, or is not a valid recipe.
     """
     if not path.endswith((".yaml", ".yml", ".toml")):
         raise UserError(f"a recipe must be a .yaml, .yml or .toml file, got {path}")
@@ -143,5 +156,5 @@ def read_recipe(path: str) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from None
     if len(text) > RECIPE_BYTES:
-        raise UserError(f"a recipe must have at most {RECIPE_BYTES} characters, {path} has more")
+        raise UserError(f"a recipe must have at most {RECIPE_BYTES} characters, but {path} has more")
     return recipe_toml.parse(text) if path.endswith(".toml") else recipe_mergekit.parse(text)

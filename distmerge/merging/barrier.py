@@ -1,4 +1,4 @@
-"""How models relate by their losses: the barrier between two of them, and how far apart their predictions are."""
+"""Compares models by their losses on text: the loss barrier between two of them, and the KL divergence of their predictions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ from distmerge.model import check_fits, load_model, load_tokenizer
 from distmerge.rules.torch_typed import from_numpy
 
 STEPS = (0.25, 0.5, 0.75)
+"""Where the barrier is measured on the line between two models: the share of the second one."""
+
 TEXT = "files"
-"""The name of the one text on which everything is measured."""
+"""The name of the only text on which everything is measured."""
 
 
 def on_data(models: list[str], files: list[str], sequence_length: int, sequences: int) -> OnText:
-    """Barriers ``max_a L(a) - lerp(L0, L1)`` along the line, and KL divergences, between each pair of experts.
+    """Losses of experts, and the barrier and KL divergence of each pair of them.
+
+    The barrier is ``max_a L(a) - ((1 - a) L(0) + a L(1))``, at least 0, where ``L(a)`` is the loss at share ``a`` of the
+    straight line between two experts. Source: https://arxiv.org/abs/1912.05671
 
     Args:
-        models: the base, whose tokenizer is taken, and the experts. Pairs are indices into the experts.
+        models: directories of the base, whose tokenizer is used, and of the experts. Pairs are indices into the experts.
+        files: globs of the text.
     """
     texts = texts_of({TEXT: files}, tokenizer_of(models[0]), sequence_length, sequences, "--files")
     experts = [load_model(path) for path in models[1:]]
@@ -45,7 +51,7 @@ def on_data(models: list[str], files: list[str], sequence_length: int, sequences
 
 @torch.no_grad()
 def divergence(one: torch.nn.Module, two: torch.nn.Module, text: Any) -> float:
-    """The mean of KL(one | two) and KL(two | one) over the tokens, nats."""
+    """The mean of KL(one | two) and KL(two | one) per token, in nats."""
     total, tokens = 0.0, 0
     for at in range(0, len(text), 8):
         batch = from_numpy(np.asarray(text[at : at + 8]["input_ids"], dtype=np.int64))

@@ -1,4 +1,4 @@
-"""Diagnosing models: the passes over them behind ``diagnosis.py``, for ``diagnose`` and for the method "auto"."""
+"""Runs the passes over models that a diagnosis needs, for ``distmerge diagnose`` and for the method "auto"."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from distmerge.rules.similarity import overlap
 from distmerge.theta.layers import place_of
 
 RANK = 8
+"""How many leading singular directions of a task vector are compared."""
 
 
 def diagnose_models(references: list[str], base: str, options: DiagnoseOptions) -> Diagnosis:
     """Diagnose models that were trained from ``base``.
 
     Raises:
-        UserError: for fewer than two models, one that is named twice, or anything wrong with them or the text.
+        UserError: for fewer than two models, a model that is named twice, or anything wrong with the models or the text.
     """
     if len(references) < 2:
-        raise UserError(f"distmerge diagnose needs at least two models beside --base, got {len(references)}")
+        raise UserError(f"distmerge diagnose needs at least two models besides --base, got {len(references)}")
     for index, model in enumerate(references):
         if model in (base, *references[:index]):
-            raise UserError(f"distmerge diagnose takes each model once, and not its base, got {model} again")
+            raise UserError(f"distmerge diagnose takes each model once, and not the base itself, got {model} again")
     recipe = mean_of(base, references)
     models = open_all(recipe, options.allow_pickle)
     report = diagnose_recipe(recipe, models, settings_of(options), subspaces=True)
@@ -52,18 +53,22 @@ def diagnose_models(references: list[str], base: str, options: DiagnoseOptions) 
 def directory_of(model: Model) -> str:
     """The directory from which a whole model can be loaded."""
     if model.factors:
-        raise UserError(f"--files needs whole models, {model.reference} is an adapter: merge it with its base first")
+        raise UserError(f"--files needs whole models, but {model.reference} is an adapter; merge it with its base first")
     return str(model.directory)
 
 
 def mean_of(base: str, models: list[str]) -> Recipe:
-    """The plain mean of the task vectors, which is the merge that a diagnosis examines."""
+    """The recipe for the plain mean of the task vectors, which is the merge that a diagnosis examines."""
     entries = tuple(Entry(model, {"weight": 1 / len(models)}) for model in models)
     return Recipe(method="task_arithmetic", slices=(Slice(entries),), base=base)
 
 
 def diagnose_recipe(recipe: Recipe, models: dict[str, Model], settings: Settings, subspaces: bool = False) -> Diagnosis:
-    """The diagnosis of a recipe's models, from one pass over them; with ``subspaces``, three more."""
+    """The diagnosis of a recipe's models, from one pass over them.
+
+    Args:
+        subspaces: compare the leading subspaces of the task vectors as well, with several more passes over each matrix.
+    """
     check_structure(recipe)
     pairings = pair(recipe, models)
     maps = Maps()
@@ -76,7 +81,8 @@ def diagnose_recipe(recipe: Recipe, models: dict[str, Model], settings: Settings
 
 
 def overlaps(pairing: Pairing, maps: Maps) -> list[SubspaceOverlap]:
-    """For a matrix in a layer: how much the leading ``RANK`` left singular directions of each pair of task vectors share."""
+    """For a matrix in a layer, the overlap of the leading ``RANK`` left singular directions of each pair of task vectors; for
+    other tensors, and small matrices, []."""
     if len(pairing.shape) != 2 or min(pairing.shape) < 2 * RANK or place_of(pairing.name) is None or pairing.base is None:
         return []
     base = open_source(pairing.base, maps)

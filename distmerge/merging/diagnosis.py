@@ -1,4 +1,5 @@
-"""A diagnosis: how the task vectors relate, and what follows for merging them. It is made before or during a merge."""
+"""A diagnosis of models: how similar their task vectors are, and which method to merge them by. It is made before or during a
+merge."""
 
 from __future__ import annotations
 
@@ -15,25 +16,25 @@ from distmerge.rules.protocol import Block, Measured, Tally
 from distmerge.rules.torch_typed import to_list
 from distmerge.theta.layers import in_block, place_of
 
-ALIKE = 0.9
+SIMILAR = 0.9
 """Above this mean cosine a plain average is recommended."""
 
-SPREAD_OUT = 0.5
-"""|x|_1^2 / (n |x|_2^2): 2/pi for a normal distribution, less where few elements carry the vector."""
+CONCENTRATED = 0.5
+"""Below this concentration ``|x|_1^2 / (n |x|_2^2)`` few elements carry the task vectors; a normal distribution has 2/pi."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of some tensors together, of M models.
+    """Statistics of the task vectors of M models over a group of tensors.
 
     Attributes:
         cosines: ``[M][M]``, between the task vectors.
         norms: ``[M]``, of the task vectors.
-        conflict_count: the share of elements with members of both signs, of those where any is not 0.
-        conflict_mass: the share of mass that cancels, ``1 - |sum| / sum||``.
+        conflict_count: the share of elements in which the models disagree about the sign, among those where any is not 0.
+        conflict_mass: the share of the mass that cancels in the sum: ``1 - sum_i |sum_m x_mi| / sum_i sum_m |x_mi|``.
         concentration: ``[M]``, ``|x|_1^2 / (n |x|_2^2)``: 2/pi for a normal distribution, less where few elements carry x.
-        lost_to_rounding: the norm of the rounding to the output's dtype over that of the merged task vector.
-        each_lost_to_rounding: ``[M]``, that of each member, were it stored in the output's dtype, over its task vector's.
+        lost_to_rounding: the norm of the error of rounding to the output's dtype, relative to that of the merged task vector.
+        each_lost_to_rounding: ``[M]``, the same for each model, if it were stored in the output's dtype.
     """
 
     cosines: list[list[float]]
@@ -47,7 +48,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A method, its parameters, and the reasons for it, each a sentence."""
+    """A recommended method, its parameters, and the reasons for it, one sentence each."""
 
     method: str
     parameters: dict[str, float]
@@ -56,9 +57,12 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class SubspaceOverlap:
-    """How much the leading left singular directions of two models' task vectors share, from 0 to 1.
+    """The overlap of the leading left singular subspaces of two models' task vectors.
 
-    Attributes: the tensor's name; the pair, as indices into the models; the overlap.
+    Attributes:
+        tensor: its name.
+        pair: indices into the models.
+        overlap: from 0 (orthogonal) to 1 (the same subspace).
     """
 
     tensor: str
@@ -68,7 +72,7 @@ class SubspaceOverlap:
 
 @dataclass(frozen=True)
 class AdapterSimilarity:
-    """Norms ``[M]`` of adapters' changes and cosines ``[M][M]`` between them, from their factors alone."""
+    """Norms ``[M]`` of adapters' weight changes and cosines ``[M][M]`` between them, computed from their factors alone."""
 
     norms: list[float]
     cosines: list[list[float]]
@@ -76,7 +80,12 @@ class AdapterSimilarity:
 
 @dataclass(frozen=True)
 class PairFigure:
-    """A figure of two models. Attributes: the pair, as indices into the models; the value, in nats."""
+    """A number about two models.
+
+    Attributes:
+        pair: indices into the models.
+        value: in nats per token.
+    """
 
     pair: tuple[int, int]
     value: float
@@ -84,12 +93,12 @@ class PairFigure:
 
 @dataclass(frozen=True)
 class OnText:
-    """What text says of the models.
+    """What was measured on text.
 
     Attributes:
-        losses: of each model, nats per token.
-        barriers: how far the loss rises above the straight line between two models' losses, on the way between them.
-        divergences: the mean of KL(one | two) and KL(two | one) of two models' predictions over the tokens.
+        losses: of each model, in nats per token.
+        barriers: for each pair, how far the loss along the line between the models rises above the line between their losses.
+        divergences: for each pair, the mean of KL(one | two) and KL(two | one) of their predictions, per token.
     """
 
     losses: list[float]
@@ -99,18 +108,18 @@ class OnText:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found out about models that are to be merged.
+    """A diagnosis of models that are to be merged.
 
     Attributes:
-        origin: what the task vectors start from.
+        origin: the model that the task vectors start from.
         models: the members, in order.
-        whole: over all tensors.
+        whole: statistics over all tensors.
         layers: over each layer, by its name.
-        kinds: over the same tensor of all layers, by its name with a star for the layer.
-        recommendation: None without a base, or for one model alone.
-        subspaces: of each matrix and pair; None where they were not asked for.
-        adapters: where all models are plain LoRA adapters.
-        on_text: where there was text to measure on.
+        kinds: over the same tensor of all layers, by its name with a star in place of the layer's index.
+        recommendation: None without a base, or for a single model.
+        subspaces: for each matrix and pair; None where they were not asked for.
+        adapters: None unless all models are plain LoRA adapters.
+        on_text: None where no text was given.
     """
 
     origin: str
@@ -124,7 +133,7 @@ class Diagnosis:
     on_text: OnText | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The diagnosis as JSON has it; what was not asked for is left out."""
+        """The diagnosis as a JSON object, without what was not asked for."""
         found = asdict(self)
         on_text: dict[str, Any] = found.pop("on_text") or {}
         return {key: value for key, value in found.items() if value is not None or key == "recommendation"} | on_text
@@ -134,7 +143,7 @@ class Diagnosis:
 
 
 class Similarity:
-    """An observer of task vectors. Looks only at floating point tensors that have a base, or an origin in place of one."""
+    """The observer that measures task vectors, in floating point tensors that have a base or an origin."""
 
     def measure(self, job: Job, block: Block, merged: Tensor, written: Tensor) -> Measured:
         if block.base is None or not merged.is_floating_point():
@@ -155,17 +164,17 @@ class Similarity:
 
 
 Note = dict[str, Any]
-"""What ``Similarity`` settled for a tensor: sums that add up over tensors, as JSON."""
+"""What ``Similarity`` noted of a tensor: sums that can be added over tensors, as JSON."""
 
 
 def summarise(notes: dict[str, Note | None], models: list[str], origin: str, based: bool = True) -> Diagnosis:
-    """The diagnosis: over all tensors, over each layer, over each kind of tensor.
+    """The diagnosis from the notes on each tensor: over all tensors, over each layer, over each kind of tensor.
 
     Args:
-        notes: what ``Similarity`` settled for each tensor; None where it saw nothing.
+        notes: what ``Similarity`` noted of each tensor; None where it measured nothing.
         models: the members, in order.
-        origin: what their task vectors start from.
-        based: whether that is what they were trained from; without a base nothing can be recommended.
+        origin: the model that their task vectors start from.
+        based: whether they were trained from that model; without a base nothing can be recommended.
     """
     seen = {name: note for name, note in notes.items() if note is not None}
     layers: dict[str, list[Note]] = {}
@@ -187,7 +196,7 @@ def summarise(notes: dict[str, Note | None], models: list[str], origin: str, bas
 
 
 def added(notes: list[Note]) -> Figures:
-    """The figures of several tensors together."""
+    """The statistics of several tensors together, from the sums in their notes."""
     sums = {key: np.sum([np.asarray(note[key], dtype=np.float64) for note in notes], axis=0) for key in notes[0]}
     gram, mass = sums["gram"], sums["mass"]
     norms = np.sqrt(np.maximum(np.diagonal(gram), 0))
@@ -208,33 +217,34 @@ def added(notes: list[Note]) -> Figures:
 
 
 def recommend(whole: Figures) -> Recommendation:
-    """A method and the reasons for it. The rule of thumb: above a correlation of 0.9 average, below mind the conflicts."""
+    """Recommend a method by a rule of thumb: the plain mean for task vectors with a mean cosine above 0.9, else a method that
+    resolves sign conflicts, which is TIES if few elements carry the task vectors and DARE-TIES if not."""
     cosines = np.asarray(whole.cosines)
     pairs = cosines[np.triu_indices(len(cosines), 1)]
-    alike = float(pairs.mean()) if len(pairs) else 1.0
-    said = f"the mean cosine between task vectors is {alike:.3f}"
-    if alike > ALIKE:
-        reasons = [f"{said}, above {ALIKE}: they point the same way, and averaging loses nothing"]
+    mean_cosine = float(pairs.mean()) if len(pairs) else 1.0
+    found = f"the mean cosine between task vectors is {mean_cosine:.3f}"
+    if mean_cosine > SIMILAR:
+        reasons = [f"{found}, above {SIMILAR}: they point in the same direction, and averaging loses little"]
         return Recommendation("mean", {}, reasons)
-    reasons = [f"{said}, not above {ALIKE}: a plain average would shrink what they do not share"]
+    reasons = [f"{found}, not above {SIMILAR}: a plain average would shrink what they do not share"]
     reasons.append(
-        f"{whole.conflict_count:.0%} of the elements have both signs, {whole.conflict_mass:.0%} of the mass cancels: "
-        "the signs are elected"
+        f"the signs conflict in {whole.conflict_count:.0%} of the elements, and {whole.conflict_mass:.0%} of the mass cancels: "
+        "one sign is elected for each element"
     )
-    spread = float(np.mean(whole.concentration))
-    if spread < SPREAD_OUT:
+    concentration = float(np.mean(whole.concentration))
+    if concentration < CONCENTRATED:
         reasons.append(
-            f"few elements carry the task vectors (concentration {spread:.2f}, normal 0.64): the small ones are trimmed"
+            f"few elements carry the task vectors (concentration {concentration:.2f}, normal 0.64): small ones are trimmed"
         )
         return Recommendation("ties", {"density": 0.2}, reasons)
     reasons.append(
-        f"no few elements carry the task vectors (concentration {spread:.2f}, normal 0.64): elements are dropped at random"
+        f"many elements carry the task vectors (concentration {concentration:.2f}, normal 0.64): elements are dropped at random"
     )
     return Recommendation("dare_ties", {"density": 0.5}, reasons)
 
 
 def table(report: Diagnosis) -> str:
-    """The diagnosis for a terminal."""
+    """The diagnosis as text for a terminal."""
     whole = report.whole
     names = [f"[{index}] {model}" for index, model in enumerate(report.models)]
     lines = [*names, "", "cosines between task vectors:"]
@@ -242,7 +252,7 @@ def table(report: Diagnosis) -> str:
     lines += [
         "norms: " + "  ".join(f"{value:.4g}" for value in whole.norms),
         f"sign conflict: {whole.conflict_count:.1%} of the elements, {whole.conflict_mass:.1%} of the mass",
-        f"lost to the output's rounding: {whole.lost_to_rounding:.1%} of the mean task vector",
+        f"lost to rounding to the output's dtype: {whole.lost_to_rounding:.1%} of the mean task vector",
     ]
     if report.subspaces is not None:
         mean = np.mean([entry.overlap for entry in report.subspaces]) if report.subspaces else 0.0

@@ -1,4 +1,4 @@
-"""Runs a recipe that is known to be sound: its jobs and threads, the report and the record."""
+"""Runs a recipe after all its checks: merges its tensors on threads, and writes the report and the record."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ from distmerge.rules import catalogue
 
 
 def execute(prepared: PreparedMerge, out: Path, options: MergeOptions, digests: Digests) -> MergeResult:
-    """Merge what is prepared into ``out``; ``digests`` have begun with the inputs."""
+    """Run a prepared merge into the directory ``out``.
+
+    Args:
+        digests: hashes inputs and outputs; it has begun with the inputs already.
+    """
     started = time.monotonic()
     recipe, pairings, small = prepared.recipe, prepared.pairings, prepared.small
     settings = settings_of(options)
@@ -61,20 +65,20 @@ def execute(prepared: PreparedMerge, out: Path, options: MergeOptions, digests: 
 
 
 def roles(pairing: Pairing) -> tuple[list[str], str, bool]:
-    """The models whose task vectors a report looks at, the one that they start from, and whether it is their base."""
+    """The models whose task vectors a report measures, the model that these start from, and whether that is their base."""
     origin, members = pairing.base or pairing.origin, [item.model for item in pairing.members]
     return (members, origin.model, True) if origin else (members[1:], members[0], False)
 
 
 def settings_of(options: StreamOptions) -> Settings:
-    """The threads and device of a stream. torch's own threads are turned off, since the stream's share the work."""
+    """The stream's settings. Also turns off torch's own threads, since the stream's threads share the work."""
     check_device(options.device)
     torch.set_num_threads(1)
     return Settings(options.thread_count, options.chunk, options.device)
 
 
 def survey_of(recipe: Recipe, pairings: list[Pairing]) -> ThresholdSurvey | None:
-    """The survey that finds a global trim's thresholds before the merge; None if the recipe needs none."""
+    """The survey that finds the thresholds of a global trim before the merge; None if the recipe needs none."""
     form = catalogue.variants(recipe.method, recipe.compat, recipe.variants)
     if catalogue.entry(recipe.method).sparsify != "magnitude" or form["trim"] != "global":
         return None

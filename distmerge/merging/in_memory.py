@@ -1,4 +1,4 @@
-"""Merges in memory: models as flat vectors, the catalogue's rules on all of theta at once."""
+"""Merges in memory: models are flat vectors, and the catalogue's rules run on all parameters as one tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distmerge.merging.diagnose import mean_of
 from distmerge.merging.diagnosis import summarise
 from distmerge.merging.jobs import open_source
 from distmerge.merging.models import open_all
-from distmerge.merging.pairing import take
+from distmerge.merging.pairing import input_of
 from distmerge.rules import catalogue, similarity
 from distmerge.rules.mean import WeightedMean
 from distmerge.rules.protocol import Tally, Target, run, spans
@@ -22,14 +22,16 @@ from distmerge.rules.protocol import Tally, Target, run, spans
 def merge(
     method: str, base: Tensor, members: list[Tensor], scale: float | list[float] = 1.0, density: float = 0.2, seed: int = 0
 ) -> Tensor:
-    """``[n]``: the merge of models ``[n]`` each, trained from ``base [n]``, by a rule of the catalogue in its paper's form.
+    """The merge ``[n]`` of models trained from ``base [n]``, by a rule of the catalogue in its paper's form.
 
-    All of theta is one tensor, so a trim is of the whole model. ``scale`` is lambda, by which the merged task vector is
-    multiplied, or omega, for rules that have it: then there may be one for each member beside the general model.
+    All parameters are one tensor here, so that trimming takes the largest elements of the whole model.
 
     Args:
-        method: a name in the catalogue. Where it has a general model, as ptm, that is the first member.
-        density: share of each task vector that rules keep which thin them.
+        method: a name in the catalogue. For a method with a general model, such as ptm, that is the first member.
+        members: models ``[n]`` each.
+        scale: lambda, by which the merged task vector is multiplied; or omega, for rules that have it, also one for each
+            member other than the general model.
+        density: the share of each task vector that sparsifying rules keep.
         seed: of random masks.
     """
     name, entry = catalogue.canonical(method), catalogue.entry(method)
@@ -39,7 +41,7 @@ def merge(
         omegas = scale if isinstance(scale, list) else [scale] * skills
         each = [{"omega": omega} for omega in [*[0.0] * (len(members) - skills), *omegas]]
         scale = 1.0
-    assert not isinstance(scale, list), "only omegas are each member's own"
+    assert not isinstance(scale, list), "only omegas can differ between members"
     if entry.linear and entry.base == "none":
         # The mean of models is the base plus the mean of their task vectors.
         name, each = "task_arithmetic", [{"weight": 1 / len(members)} for _ in members]
@@ -54,27 +56,28 @@ def merge(
 
 
 def line(one: Tensor, two: Tensor, share: float) -> Tensor:
-    """``(1 - share) one + share two``: linear interpolation, and WiSE-FT from a model to its finetuned self."""
+    """``(1 - share) one + share two``: linear interpolation. From a model to a finetuned version of it, this is WiSE-FT
+    (https://arxiv.org/abs/2109.01903)."""
     return run(WeightedMean([1 - share, share]), [one, two])
 
 
 def read_model(reference: str, base: str) -> dict[str, Tensor]:
-    """A model's tensors in float32, an adapter on ``base`` added in.
+    """A model's tensors in float32, by name. An adapter is applied to ``base``.
 
     Raises:
-        UserError: when there is none.
+        UserError: when there is no such model, or an adapter does not fit.
     """
     models = open_all(mean_of(base, [reference]), allow_pickle=False)
     maps, model = Maps(), models[reference]
     found: dict[str, Tensor] = {}
     for name, stored in model.tensors.items():
-        source = open_source(take(model, name), maps)
+        source = open_source(input_of(model, name), maps)
         found[name] = source.read(0, stored.numel).view(source.shape).float()
     return found
 
 
 def diagnose(base: Tensor, members: list[Tensor], names: list[str]) -> dict[str, Any]:
-    """Cosines, norms, conflicts and the recommendation of ``distmerge diagnose``, for vectors."""
+    """The statistics and the recommendation of ``distmerge diagnose``, for vectors ``[n]``."""
     tally = Tally()
     for index, (start, stop) in enumerate(spans(base.numel(), 1)):
         tally.add(index, similarity.measure(torch.stack([member[start:stop] - base[start:stop] for member in members])))
@@ -86,21 +89,24 @@ def diagnose(base: Tensor, members: list[Tensor], names: list[str]) -> dict[str,
 
 
 CANDIDATES = {"mean": 1.0, "ties": 0.2, "dare_ties": 0.5}
-"""The methods that the rule of correlation can recommend, and the density with which each is tried."""
+"""The methods that a diagnosis can recommend, and the density with which each is tried."""
 
 LAMBDAS = (0.3, 0.5, 0.7, 1.0)
+"""Scales with which task arithmetic is tried."""
 
 
 def compare(
     base: Tensor, members: list[Tensor], names: list[str], score: Callable[[Tensor], float], seed: int
 ) -> dict[str, Any]:
-    """The methods that the rule of correlation chooses among, and task arithmetic at several lambdas, each measured.
+    """Score every method that a diagnosis can recommend, and task arithmetic with several lambdas.
 
     Args:
+        names: of the members.
         score: of a merged vector; lower is better.
 
     Returns:
-        ``chosen`` by the rule, ``best`` of its candidates and ``best_of_all``, the ``cosine`` it went by, the ``scores``.
+        the method that the diagnosis has ``chosen``, the ``best`` of its candidates and ``best_of_all``, the mean ``cosine``
+        that the choice was made by, and the ``scores``.
     """
     whole = diagnose(base, members, names)
     scores = {name: score(merge(name, base, members, 1.0, density, seed)) for name, density in CANDIDATES.items()}

@@ -1,4 +1,4 @@
-"""From pairings to jobs: each tensor's sources, and the catalogue's rule for it in the form that the recipe has."""
+"""Turns pairings into jobs: opens each tensor's sources, and builds the catalogue's rule for it as the recipe asks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from distmerge.rules.protocol import Target
 def build(
     recipe: Recipe, pairings: list[Pairing], maps: Maps, thresholds: list[int], alignment: Alignment | None = None
 ) -> list[Job]:
-    """The jobs of a recipe.
+    """The jobs of a recipe, one for each pairing.
 
     Args:
-        thresholds: filled in by a survey where the trim is global.
-        alignment: of the rows that are tokens, where the recipe chooses a tokenizer.
+        thresholds: of a global trim; a survey fills this list before the merge.
+        alignment: puts rows that are tokens into the output's order, where the recipe chooses a tokenizer.
     """
     form = catalogue.variants(recipe.method, recipe.compat, recipe.variants)
     return [job(recipe, form, pairing, maps, thresholds, alignment) for pairing in pairings]
@@ -57,7 +57,8 @@ def job(
 
 
 def observed(job: Job, pairing: Pairing, maps: Maps) -> Job:
-    """The job with an origin for a report: the recipe's base, though the method has no use for it, or else the first member."""
+    """The job with an origin for a report, where it has no base: the recipe's base, which the method does not use, or else the
+    first member."""
     if job.base is not None or job.shape != pairing.shape:
         return job
     if pairing.origin is None:
@@ -66,7 +67,7 @@ def observed(job: Job, pairing: Pairing, maps: Maps) -> Job:
 
 
 def open_source(item: Input, maps: Maps) -> Source:
-    """The input's tensor, with its adapter."""
+    """The input's tensor, with its adapter applied."""
     base = OnDisk(item.stored, maps)
     if item.factors is None:
         return base
@@ -74,7 +75,8 @@ def open_source(item: Input, maps: Maps) -> Source:
 
 
 def arithmetic(form: dict[str, str], inputs: list[Source]) -> torch.dtype:
-    """The dtype in which a tensor is merged: its own ("input"), or float32, float64 where an input is that."""
+    """The dtype in which a tensor is merged: float64 where an input is float64; else its own with arithmetic = "input", or
+    float32."""
     if any(source.dtype == torch.float64 for source in inputs):
         return torch.float64
     return inputs[0].dtype if form["arithmetic"] == "input" else torch.float32

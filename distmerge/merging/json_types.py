@@ -1,18 +1,18 @@
-"""Values as JSON, YAML and TOML give them, and the two questions that are asked before one is taken apart."""
+"""Types for values read from JSON, YAML and TOML, and type guards for tables and lists."""
 
 from __future__ import annotations
 
 from typing import Any, TypeGuard
 
 Json = Any
-"""A value that was read, of which nothing is known yet."""
+"""A value that was read and not yet checked."""
 
 
 def is_table(value: Json) -> TypeGuard[dict[str, Any]]:
-    """Whether it is a table. YAML's keys need not be strings: whoever takes them for names says which names it knows."""
+    """Whether it is a table. Keys may be of any type in YAML, so that callers must check them against the names they know."""
     return isinstance(value, dict)
 
 
 def is_list(value: Json) -> TypeGuard[list[Any]]:
-    """Whether it is a list, of whatever."""
+    """Whether it is a list; its items can be of any type."""
     return isinstance(value, list)

@@ -1,4 +1,4 @@
-"""The models that a recipe names, opened: directories, others' checkpoints, and adapters that stand for a base with them on."""
+"""Opens the models that a recipe names: directories, other trainers' checkpoints, and LoRA adapters applied to their base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from distmerge.merging.recipe import Recipe
 
 
 def open_all(recipe: Recipe, allow_pickle: bool) -> dict[str, Model]:
-    """Every model of the recipe. An adapter stands for its base with it on: "BASE+ADAPTER", or ADAPTER on the recipe's base."""
+    """Open every model of the recipe, by its reference.
+
+    The reference "BASE+ADAPTER" means BASE with the adapter applied; an adapter alone is applied to the recipe's base.
+
+    Raises:
+        UserError: when a model is missing or malformed, or an adapter has no base or does not fit it.
+    """
     models: dict[str, Model] = {}
     for reference in recipe.references:
         whole, plus, adapter = reference.rpartition("+")
@@ -30,7 +36,7 @@ def open_all(recipe: Recipe, allow_pickle: bool) -> dict[str, Model]:
 
 
 def open_any(reference: str, allow_pickle: bool) -> Model:
-    """A model's directory or hub id, or a DCP or DeepSpeed checkpoint, which is converted beside it."""
+    """Open a model's directory or hub id, or a DCP or DeepSpeed checkpoint, which is converted in a directory beside it."""
     path = Path(reference).expanduser()
     if path.is_dir() and is_foreign(path):
         return replace(open_model(str(as_safetensors(path, allow_pickle))), reference=reference)
@@ -39,5 +45,5 @@ def open_any(reference: str, allow_pickle: bool) -> Model:
 
 def adapted(base: Model, reference: str, adapter: Path) -> Model:
     if not is_adapter(adapter):
-        raise UserError(f"{adapter} is no LoRA adapter: it has no adapter_config.json")
+        raise UserError(f"{adapter} is not a LoRA adapter: it has no adapter_config.json")
     return replace(with_adapter(base, reference, read_adapter(adapter)), adapter=adapter)

@@ -1,4 +1,4 @@
-"""How much of each skill ``ptm`` adds where the recipe does not say: |D| / |G|, the ratio of the tokens of two trainings.
+"""The default omega of ``ptm``, by which it adds a skill's task vector: |D| / |G|, the ratio of two models' training tokens.
 
 Imports no torch.
 """
@@ -16,10 +16,13 @@ from distmerge.rules import catalogue
 
 
 def with_omegas(recipe: Recipe, models: dict[str, Model]) -> tuple[Recipe, tuple[str, ...]]:
-    """For ptm, an omega for every skill that has none.
+    """Fill in the omega of every skill of a ptm recipe that has none.
 
     Returns:
-        the recipe with them, and for each a line that says how it came about.
+        the recipe with all omegas, and for each that was filled in a line that says how it was computed.
+
+    Raises:
+        UserError: when a model's training tokens are not recorded.
     """
     if catalogue.entry(recipe.method).first != "general" or "omega" in recipe.parameters:
         return recipe, ()
@@ -39,17 +42,20 @@ def with_omegas(recipe: Recipe, models: dict[str, Model]) -> tuple[Recipe, tuple
 
 
 def omega_of(skill: Model, general: Model) -> tuple[float, str]:
-    """The skill's omega by its training tokens and the general model's, and a line that says which numbers these are."""
+    """The skill's omega from its own training tokens and the general model's, and a line that says how it was computed."""
     d, g = (trained_tokens(model.adapter or model.directory, skill.reference) for model in (skill, general))
     said = f"omega of {skill.reference}: {d} / {g} training tokens = {d / g:.4g}"
-    return token_ratio(d, g), said + (", taken as 1" if d > g else "")
+    return token_ratio(d, g), said + (", limited to 1" if d > g else "")
 
 
 def trained_tokens(directory: Path, skill: str) -> int:
     """How many tokens the model in a directory was trained on.
 
+    Args:
+        skill: the model whose omega is wanted; the error names it.
+
     Raises:
-        UserError: when it does not say.
+        UserError: when training.json is missing or has no number of tokens.
     """
     path = directory / "training.json"
     try:
@@ -57,12 +63,12 @@ def trained_tokens(directory: Path, skill: str) -> int:
     except (OSError, ValueError, KeyError, TypeError):
         tokens = None
     if type(tokens) is not int or tokens <= 0:
-        raise UserError(f"omega must be given for {skill}: {path} does not say the tokens of its training")
+        raise UserError(f"omega must be given for {skill}: {path} does not say on how many tokens it was trained")
     return tokens
 
 
 def token_ratio(skill: int, general: int) -> float:
-    """|D| / |G|, the skill's training tokens over the general model's, at most 1: omega where there is no validation set.
+    """|D| / |G|, the skill's training tokens over the general model's, at most 1: an omega chosen without a validation set.
 
     Source: Merge to Learn, https://arxiv.org/abs/2410.12937
     """

@@ -1,6 +1,6 @@
-"""The options of merging, diagnosing and sweeping, as the command line and the Python API give them. Imports no torch.
+"""The options of merging, diagnosing and sweeping, for the command line and the Python API. Imports no torch.
 
-An option that is out of bounds is refused when the options are made, by the name of its flag.
+Constructing options that are out of bounds raises an error that names the flag.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from distmerge.errors import UserError
 from distmerge.merging.recipe import SHARD_SIZE
 
 CHUNK = 1 << 20
-"""Elements that a thread takes at a time, unless another number is given."""
+"""The default number of elements that a thread takes at a time."""
 
 Compat = Literal["paper", "mergekit"]
 
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How models are read and computed with. None of these options but ``device`` changes a byte of the output.
+    """How models are read and computed with. Only ``device`` can change the bytes of the output.
 
     Attributes:
-        threads: threads that share the work; None for as many as the process may use cores.
+        threads: how many threads share the work; None for one for each core that the process may use.
         chunk: elements that a thread takes at a time, from 1 to 2^40.
         device: where the arithmetic is done, "cpu" or "cuda".
-        allow_pickle: whether .bin files, DCP and DeepSpeed checkpoints are read, which are pickles (of weights only).
+        allow_pickle: read pickles as well: .bin files (weights only), DCP and DeepSpeed checkpoints.
     """
 
     threads: int | None = None
@@ -46,17 +46,17 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class MergeOptions(StreamOptions):
-    """The options of a merge beside its models, its method and the method's parameters.
+    """The options of a merge other than its models, its method and the method's parameters.
 
     Attributes:
         compat: whose form of the method is computed; None for the recipe's own choice (mergekit in YAML, else paper).
         seed: of random masks; None for the recipe's own, or 0.
-        dtype: the inputs are rounded to it first: "float64", "float32", "float16" or "bfloat16"; None leaves them as they are.
-        out_dtype: of the output; None for ``dtype``, or else each tensor's own.
-        tokenizer: "base", "union" or a model of the recipe, whose tokens the output has; not with a recipe in a file.
+        dtype: round the inputs to it first: "float64", "float32", "float16" or "bfloat16"; None leaves them as they are.
+        out_dtype: the output's dtype; None for ``dtype`` if that is given, else each tensor's own.
+        tokenizer: "base", "union" or a model of the recipe, whose tokens the output gets; not with a recipe in a file.
         shard_size: the largest file of the output, such as "500MB".
-        stochastic: the seed with which values are rounded to bfloat16 stochastically; None rounds to the nearest.
-        report: whether the inputs are diagnosed in the same pass, into report.json beside the model.
+        stochastic: round to bfloat16 stochastically, with this seed; None rounds to nearest.
+        report: diagnose the inputs in the same pass, and write report.json beside the model.
         rank: of the adapter that the methods svd and extract make.
     """
 
@@ -76,8 +76,8 @@ class TextOptions:
     """The amount of text on which a loss is measured.
 
     Attributes:
-        sequence_length: tokens of a sequence, at least 2.
-        sequences: how many are drawn from each text, at least 1.
+        sequence_length: tokens per sequence, at least 2.
+        sequences: how many sequences are drawn from each text, at least 1.
     """
 
     sequence_length: int = 128
@@ -88,7 +88,7 @@ class TextOptions:
 
 
 def check_text(sequence_length: int | None, sequences: int | None) -> None:
-    """Refuse an amount of text that nothing can be measured on.
+    """Refuse an amount of text that is too small to measure a loss on.
 
     Raises:
         UserError: naming the flag.
@@ -103,8 +103,8 @@ class DiagnoseOptions(StreamOptions):
     """The options of a diagnosis.
 
     Attributes:
-        files: globs of text on which losses, loss barriers and KL divergences are measured; none leaves them out.
-        text: how much of it.
+        files: globs of text on which losses, loss barriers and KL divergences are measured; () leaves these out.
+        text: how much text.
     """
 
     files: tuple[str, ...] = ()
@@ -113,6 +113,6 @@ class DiagnoseOptions(StreamOptions):
 
 @dataclass(frozen=True)
 class SweepOptions(MergeOptions):
-    """The options of a sweep: those of a merge, and how much text each point is judged on."""
+    """The options of a sweep: those of a merge, and the amount of text that each point is evaluated on."""
 
     text: TextOptions = field(default_factory=TextOptions)

@@ -1,4 +1,4 @@
-"""A diagnosis as pictures: a heat map of the cosines and a profile over the layers."""
+"""Plots of a diagnosis: a heat map of the cosines and a profile over the layers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ def draw(report: Diagnosis, out: Path) -> None:
 
 
 def figures(report: Diagnosis) -> dict[str, Figure]:
+    """The plots, by name."""
     return {"cosines": heat_map(report), "layers": profile(report)}
 
 
 def heat_map(report: Diagnosis) -> Figure:
+    """The cosines between the task vectors, as a matrix of colours."""
     cosines = np.asarray(report.whole.cosines)
     labels = [Path(model).name for model in report.models]
     figure = Figure(figsize=(2 + 0.8 * len(labels), 1.5 + 0.8 * len(labels)), layout="constrained")
@@ -41,7 +43,7 @@ def heat_map(report: Diagnosis) -> Figure:
 
 
 def profile(report: Diagnosis) -> Figure:
-    """Mean cosine, sign conflict and norms, layer by layer."""
+    """The mean cosine, the sign conflicts and the norms over the layers."""
     layers = list(report.layers.values())
     figure = Figure(figsize=(8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
@@ -60,7 +62,7 @@ def profile(report: Diagnosis) -> Figure:
 
 
 def to_tensorboard(report: Diagnosis, out: Path) -> None:
-    """The figures and, layer by layer, the scalars."""
+    """Write the plots, and each layer's scalars with the layer as the step, into a TensorBoard directory ``out``."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = cast(Any, SummaryWriter(str(out)))

@@ -1,4 +1,4 @@
-"""Every step of a merge that can fail early, done before torch is imported: pairs, configuration, small files."""
+"""The steps of a merge that need no torch, done first so that errors come early: pairing, configuration, small files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True)
 class PreparedMerge:
-    """A merge of which all that can be known to fail has been checked, without torch.
+    """A merge that has passed every check that is possible without torch.
 
     Attributes:
-        pairings: which tensors make which.
-        small: the files beside the tensors, by name.
+        models: by reference.
+        pairings: every output tensor with its inputs.
+        small: the contents of the small files beside the tensors, by name.
+        shard_bytes: the largest amount of data in one shard.
         identity: a hash of all that the output's bytes depend on.
     """
 
@@ -35,21 +37,25 @@ class PreparedMerge:
 
 
 def prepare(recipe: Recipe, models: dict[str, Model], shard_bytes: int, options: MergeOptions) -> PreparedMerge:
-    """Pair the tensors, and make the files beside them."""
+    """Pair the recipe's tensors, and make the small files beside them.
+
+    Raises:
+        UserError: when the models, or the recipe's parameters, do not fit together.
+    """
     pairings = pair(recipe, models)
     config = out_config(recipe, models)
     if recipe.sliced and config:
-        from distmerge.merging.stacking import prove, restacked
+        from distmerge.merging.stacking import check_loads, restacked
 
         config = restacked(recipe, models, config)
-        prove(config, pairings)
+        check_loads(config, pairings)
     small = small_files(recipe, models, config)
     more = {"shards": shard_bytes, "stochastic": options.stochastic, "report": options.report}
     return PreparedMerge(recipe, models, pairings, small, shard_bytes, identity(recipe, models, more))
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500MB" or "1000"."""
+    """The number of bytes in a text such as "5GB", "500MB" or "1000"."""
     match = SIZE.fullmatch(text.strip())
     size = int(float(match[1]) * UNITS[(match[2] or "B").upper()]) if match else 0
     if size < 1:

@@ -1,6 +1,6 @@
-"""mergekit's YAML, read as it is. What is not supported is refused by its name, never passed over.
+"""Reads mergekit's YAML recipes unchanged. Keys that are not supported are an error that names them; none is ignored.
 
-Format: https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md and its README.
+Format: https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md and mergekit's README.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ KEYS = (
     "chat_template",
 )  # fmt: skip
 REFUSED = {
-    "modules": "models of several modules are not supported; merge each module's directory apart",
+    "modules": "models of several modules are not supported; merge each module's directory separately",
     "name": "several recipes in one file are not supported; write one file each",
 }
 
 
 def parse(text: str) -> Recipe:
-    """The recipe in mergekit's YAML.
+    """The recipe in a text of mergekit's YAML.
 
     Raises:
-        UserError: for anything that is not understood.
+        UserError: when it is not valid YAML, or for the first key or value that is not supported.
     """
     import yaml
 
@@ -40,10 +40,11 @@ def parse(text: str) -> Recipe:
     try:
         return from_table(documents[0] if documents else None, text)
     except RecursionError:
-        raise UserError("the recipe refers to itself") from None
+        raise UserError("the recipe must not refer to itself by YAML aliases") from None
 
 
 def from_table(table: Any, text: str) -> Recipe:
+    """The recipe in the parsed YAML document ``table``, whose text is ``text``."""
     known(table, "recipe", KEYS)
     if not isinstance(table.get("merge_method"), str):
         raise UserError(f"merge_method must be the name of a method, got {table.get('merge_method')!r}")
@@ -68,13 +69,15 @@ def from_table(table: Any, text: str) -> Recipe:
 
 
 def listed(table: dict[str, Any], key: str) -> Iterable[tuple[int, Json]]:
+    """The items of the list at ``key``, which must have some, with their indices."""
     value = table[key]
     if not is_list(value) or not value:
-        raise UserError(f"{key} must be a list, got {value!r}"[:200])
+        raise UserError(f"{key} must be a list that is not empty, got {value!r}"[:200])
     return enumerate(value)
 
 
 def known(table: Json, where: str, keys: tuple[str, ...]) -> None:
+    """Refuse a value that is not a table, or has a key that is not among ``keys``."""
     if not is_table(table):
         raise UserError(f"{where} must be a table, got {str(table)[:80]!r}")
     for key in table:
@@ -85,6 +88,7 @@ def known(table: Json, where: str, keys: tuple[str, ...]) -> None:
 
 
 def entry(item: Any, where: str, sliced: bool) -> Entry:
+    """One of ``models`` or, ``sliced``, of the ``sources`` of a slice."""
     known(item, where, ("model", "parameters", "layer_range") if sliced else ("model", "parameters"))
     parameters = check_parameters(f"{where}.parameters", item.get("parameters"))
     model = reference(item.get("model"), f"{where}.model")
@@ -93,8 +97,8 @@ def entry(item: Any, where: str, sliced: bool) -> Entry:
 
 
 def layer_range(value: Json, where: str) -> tuple[int, int]:
-    sound = is_list(value) and len(value) == 2 and all(type(item) is int for item in value)
-    if not sound or not 0 <= value[0] < value[1]:
+    whole = is_list(value) and len(value) == 2 and all(type(item) is int for item in value)
+    if not whole or not 0 <= value[0] < value[1]:
         raise UserError(f"{where}.layer_range must be [first, stop] with 0 <= first < stop, got {value!r}")
     return value[0], value[1]
 
@@ -105,13 +109,17 @@ def read_slice(item: Any, where: str) -> Slice:
         raise UserError(f"{where}.sources must be a list of models and layer ranges, got nothing")
     entries = tuple(entry(source, f"{where}.sources[{i}]", True) for i, source in listed(item, "sources"))
     if len({layers[1] - layers[0] for layers in (source.layers for source in entries) if layers}) > 1:
-        raise UserError(f"{where}: all sources must have the same number of layers")
+        raise UserError(f"{where}: the layer_range of all sources must have the same number of layers")
     base = reference(item.get("base_model"), f"{where}.base_model", optional=True)
     return Slice(entries, base, check_parameters(f"{where}.parameters", item.get("parameters")))
 
 
 def reference(value: Any, where: str, optional: bool = False) -> str | None:
-    """A model's reference: a string, or mergekit's table of model.path, model.revision and lora.path."""
+    """A model's reference, which is a string, or mergekit's table of model.path, model.revision and lora.path.
+
+    Args:
+        optional: return None for None, instead of an error.
+    """
     if value is None and optional:
         return None
     if is_table(value):
@@ -124,6 +132,7 @@ def reference(value: Any, where: str, optional: bool = False) -> str | None:
 
 
 def located(value: Any, where: str) -> str | None:
+    """``path@revision`` of mergekit's table of path and revision; any other value as it is."""
     if not is_table(value):
         return value
     known(value, where, ("path", "revision"))
@@ -131,6 +140,7 @@ def located(value: Any, where: str) -> str | None:
 
 
 def read_tokenizer(table: dict[str, Any]) -> Tokenizer | None:
+    """What ``tokenizer_source`` or the section ``tokenizer`` chooses; None without either."""
     if table.get("tokenizer_source") is not None:
         source = reference(table["tokenizer_source"], "tokenizer_source")
         assert source is not None
@@ -140,9 +150,9 @@ def read_tokenizer(table: dict[str, Any]) -> Tokenizer | None:
         return None
     known(section, "tokenizer", ("source", "pad_to_multiple_of", "tokens"))
     if section.get("tokens"):
-        raise UserError("tokenizer.tokens is not supported: embeddings of single tokens cannot be chosen")
+        raise UserError("tokenizer.tokens is not supported: the embeddings of single tokens cannot be chosen")
     if (section.get("pad_to_multiple_of") or 1) != 1:
-        raise UserError("tokenizer.pad_to_multiple_of is not supported: the vocabulary is as large as its tokens")
+        raise UserError("tokenizer.pad_to_multiple_of is not supported: the vocabulary has one row for each token")
     source = reference(section.get("source", "union"), "tokenizer.source")
     assert source is not None
     return Tokenizer(source)

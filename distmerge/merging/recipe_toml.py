@@ -1,10 +1,10 @@
-"""distmerge's own recipe, in TOML.
+"""Reads distmerge's own recipes, in TOML. For example:
 
 method = "ties"
 base = "models/base"
 density = 0.5                    # any parameter: a value, a list (over the layers), or [{filter = "mlp", value = 1}, ...]
-trim = "tensor"                  # a variant; what is unset follows from compat
-plugins = ["my_module"]          # modules that make rules of your own, see distmerge.rules.custom
+trim = "tensor"                  # a variant; those that are not set follow from compat
+plugins = ["my_module"]          # modules that define rules of your own, see distmerge.rules.custom
 [[model]]
 path = "models/code"
 weight = 0.5
@@ -28,10 +28,10 @@ KEYS = (
 
 
 def parse(text: str) -> Recipe:
-    """The recipe in TOML.
+    """The recipe in a text of TOML.
 
     Raises:
-        UserError: for anything that is not understood.
+        UserError: when it is not valid TOML, or for the first key or value that is not supported.
     """
     try:
         table = tomllib.loads(text)
@@ -41,16 +41,21 @@ def parse(text: str) -> Recipe:
 
 
 def from_table(table: dict[str, Any], text: str) -> Recipe:
+    """The recipe in a table of the notation's keys.
+
+    Args:
+        text: as the user wrote it; "" where the table was made from flags.
+    """
     plugins = table.get("plugins", [])
     if not is_list(plugins) or not all(isinstance(module, str) for module in plugins):
         raise UserError(f"plugins must be a list of modules, got {plugins!r}")
     load_plugins(plugins)
     method = table.get("method")
     if isinstance(method, str):
-        catalogue.is_known(method)  # a rule of an installed package brings its own parameters along
+        catalogue.is_known(method)  # loads a rule of an installed package, which can add parameters
     for key in table:
         if key not in (*KEYS, *PARAMETERS, *VARIANTS):
-            raise UserError(f"{key} is not a known key of a recipe; known: {', '.join((*KEYS, *PARAMETERS, *VARIANTS))}")
+            raise UserError(f"{key} is not a key of a recipe; known: {', '.join((*KEYS, *PARAMETERS, *VARIANTS))}")
     models = table.get("model")
     if not is_list(models) or not models or not all(is_table(item) for item in models):
         raise UserError("a recipe must have at least one [[model]] with a path")
@@ -75,6 +80,7 @@ def from_table(table: dict[str, Any], text: str) -> Recipe:
 
 
 def read_model(item: dict[str, Any], index: int) -> Entry:
+    """The ``index``-th [[model]]."""
     where = f"model[{index}]"
     for key in item:
         if key not in ("path", *PARAMETERS):

@@ -1,4 +1,4 @@
-"""What a merged model records about itself (merge.json, the model card, config.json), and the check that it is unchanged.
+"""The records in a merged model's directory (merge.json, the model card, config.json), and the check that it is unchanged.
 
 Imports no torch.
 """
@@ -19,15 +19,15 @@ from distmerge.merging.recipe import Recipe
 from distmerge.rules import catalogue
 
 Hashes = dict[str, dict[str, Any]]
-"""Files by name or path: "bytes", "sha256" and perhaps "xxh128" of each."""
+"""By file name or path, each file's "bytes", "sha256" and perhaps "xxh128"."""
 
 FORM = 3
-"""Raised whenever the same recipe gives other bytes than before (its masks, the order of its sums): an interrupted merge of
-another form is begun anew."""
+"""The version of the arithmetic, raised whenever a recipe gives other bytes than before (random masks, the order of sums). A
+merge that was interrupted with another version starts from scratch."""
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON: all that the output's bytes depend on, beside the inputs."""
+    """The recipe as a JSON object: all that the output's bytes depend on, other than the inputs."""
     return {
         "method": recipe.method,
         "compat": recipe.compat,
@@ -54,7 +54,8 @@ def describe(recipe: Recipe) -> dict[str, Any]:
 
 
 def identity(recipe: Recipe, models: dict[str, Model], more: dict[str, Any]) -> str:
-    """A hash of all that the output depends on. Inputs are identified by path, size and modification time."""
+    """A hash of all that the output depends on, with ``more`` beside the recipe. Inputs are identified by path, size and
+    modification time."""
     files = sorted({file for model in models.values() for file in model.files})
     stats = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     text = json.dumps([FORM, describe(recipe), more, stats], sort_keys=True, default=str)
@@ -62,7 +63,7 @@ def identity(recipe: Recipe, models: dict[str, Model], more: dict[str, Any]) -> 
 
 
 def small_files(recipe: Recipe, models: dict[str, Model], config: dict[str, Any]) -> dict[str, bytes]:
-    """config.json, the generation config and the tokenizer, from the base or else the first model."""
+    """The contents, by name, of config.json, the generation config and the tokenizer's files, from the recipe's donor."""
     donor = models[recipe.donor]
     found = donor.carried(("generation_config.json",))
     if config:
@@ -76,7 +77,7 @@ def small_files(recipe: Recipe, models: dict[str, Model], config: dict[str, Any]
 
 
 def out_config(recipe: Recipe, models: dict[str, Model]) -> dict[str, Any]:
-    """The donor's configuration, with the output's dtype; {} without one."""
+    """The donor's configuration with the output's dtype; {} where the donor has none."""
     out, dtype = dict(models[recipe.donor].config), recipe.out_dtype or recipe.dtype
     if out and dtype is not None:
         out["dtype" if "dtype" in out else "torch_dtype"] = dtype
@@ -84,7 +85,7 @@ def out_config(recipe: Recipe, models: dict[str, Model]) -> dict[str, Any]:
 
 
 def chat_template(recipe: Recipe, models: dict[str, Model]) -> str | None:
-    """The template that the recipe asks for: its own text, or "auto", what most of the models have."""
+    """The chat template that the recipe asks for: its own text or, with "auto", the one that most of the models have."""
     asked = recipe.chat_template
     if asked is None:
         return None
@@ -97,6 +98,7 @@ def chat_template(recipe: Recipe, models: dict[str, Model]) -> str | None:
 
 
 def own_template(model: Model) -> str | None:
+    """A model's chat template, from chat_template.jinja or tokenizer_config.json."""
     if text := model.carried(("chat_template.jinja",)).get("chat_template.jinja"):
         return text.decode().strip()
     path = model.directory / "tokenizer_config.json"
@@ -110,7 +112,7 @@ def record(recipe: Recipe, outputs: Hashes, inputs: Hashes) -> dict[str, Any]:
 
 
 def card(recipe: Recipe, name: str) -> bytes:
-    """README.md in the hub's format: what was merged, how, and the recipe."""
+    """The model card, README.md in the hub's format: what was merged, how, and the recipe."""
     models = recipe.references
     head = ["---", "library_name: transformers", "tags:", "- merge", "- distmerge"]
     hub = [model for model in models if not model.startswith((".", "/", "~")) and model.count("/") == 1]
@@ -135,20 +137,25 @@ def as_json(value: Any) -> bytes:
 
 @dataclass(frozen=True)
 class VerifiedModel:
-    """A merged model whose files are what its merge.json says. Attributes: its directory, and how many files it has."""
+    """A merged model whose files all match its merge.json.
+
+    Attributes:
+        path: its directory.
+        files: how many files were verified.
+    """
 
     path: Path
     files: int
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.files} files are what {RECORD} says"
+        return f"{self.path}: {self.files} files match {RECORD}"
 
 
 def verify_merged(path: Path) -> VerifiedModel:
     """Hash every file of a merged model and compare it with the record.
 
     Raises:
-        UserError: naming the first file that is not what merge.json says.
+        UserError: naming the first file that is missing or does not match merge.json.
     """
     if not (path / RECORD).is_file():
         raise UserError(f"{path} has no {RECORD}, so there is nothing to verify")
@@ -162,5 +169,5 @@ def verify_merged(path: Path) -> VerifiedModel:
         with open(file, "rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         if digest != entry.get("sha256"):
-            raise UserError(f"{path}: {name} does not have the SHA-256 that {RECORD} says")
+            raise UserError(f"{path}: {name} does not have the SHA-256 in {RECORD}")
     return VerifiedModel(path, len(outputs))

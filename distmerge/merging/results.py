@@ -1,4 +1,4 @@
-"""What a merge gives back. Imports no torch."""
+"""The result of a merge. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class MergeResult:
 
     Attributes:
         out: its directory.
-        method: by which it was merged: what "auto" chose, where that was asked for.
+        method: by which it was merged; for "auto" the method that was chosen.
         kind: whether it is a whole model or a LoRA adapter.
-        tensors: how many the model has; for an adapter, how many weights it changes.
-        bytes: of the files that hold the tensors.
-        seconds: that merging and writing took.
-        outputs: size and hashes of each file that holds tensors, by its name.
-        inputs: the same of each file that was read, by its path.
-        report: the diagnosis of the inputs, where the options asked for it.
-        notes: what was decided on the way, such as the method that "auto" chose and why; lines of text.
+        tensors: how many tensors the model has; for an adapter, how many weights it changes.
+        bytes: the total size of the files with tensors.
+        seconds: how long merging and writing took.
+        outputs: size and hashes of each file with tensors, by its name.
+        inputs: size and hashes of each file that was read, by its path.
+        report: the diagnosis of the inputs, if the options asked for it.
+        notes: lines about what was decided, such as the method that "auto" chose and why.
     """
 
     out: Path
@@ -41,7 +41,7 @@ class MergeResult:
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as JSON has it."""
+        """The result as a JSON object."""
         return {
             "out": str(self.out),
             "method": self.method,

@@ -1,4 +1,4 @@
-"""The thresholds of a global trim: the k-th largest magnitude of each task vector over the whole model."""
+"""Finds the thresholds of a global trim: the k-th largest magnitude of each task vector over the whole model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ from distmerge.rules.threshold import COARSE, LOW_BITS, histogram, locate, patte
 from distmerge.rules.torch_typed import to_list
 
 SAMPLE = 64
-"""The sample that precedes the pass reads the first one in so many elements of every block."""
+"""The sample that precedes the full pass reads the first 1/SAMPLE of the elements of every block."""
 
 WINDOW = 3
-"""How many bins of the coarse histogram, each 0.8% wide, the pass counts exactly."""
+"""How many bins of the coarse histogram, each 0.8% wide, the full pass counts exactly."""
 
 
 class ThresholdSurvey:
-    """Finds the thresholds. A sample tells roughly where each lies; one pass over all tensors then counts exactly in a window
-    around that place. If one lies outside its window, two more passes follow: a full histogram, then the right window.
+    """Finds the threshold of each member in two passes, or rarely four.
+
+    A sample shows roughly where each threshold lies; one pass over all tensors then counts exactly in a window around that
+    place. If a threshold lies outside its window, two more passes follow: a histogram of all elements, then the right window.
+
+    Args:
+        density: the share of its elements that each member keeps.
 
     Attributes:
-        thresholds: bit patterns, one for each member; filled in when they are known.
+        thresholds: as bit patterns, one for each member; filled in by the last pass.
     """
 
     def __init__(self, density: list[float]):
@@ -38,11 +43,15 @@ class ThresholdSurvey:
 
     @classmethod
     def of(cls, pairings: list[Pairing]) -> ThresholdSurvey:
-        """For the floating point tensors of a plan, whose members must have one density each."""
+        """The survey for the floating point tensors of a merge.
+
+        Raises:
+            UserError: when a member's density is not the same for all of them.
+        """
         floats = [pairing for pairing in pairings if pairing.members[0].stored.dtype in FLOATS]
         found = {tuple(one["density"] for one in pairing.each) for pairing in floats}
         if len(found) != 1:
-            raise UserError('trim = "global" takes one density for each model; a gradient or filter needs trim = "tensor"')
+            raise UserError('trim = "global" takes one density for each model; gradients and filters need trim = "tensor"')
         return cls(list(found.pop()))
 
     def measure(self, job: Job, block: Block) -> Measured:
@@ -61,7 +70,7 @@ class ThresholdSurvey:
         return patterns(deltas(block, torch.float32)[1], torch.float32)
 
     def settle(self, tally: Tally) -> bool:
-        """Whether the thresholds are known; if not, another pass is needed."""
+        """End a pass. Returns whether the thresholds are known; if not, another pass is needed."""
         counts = tally.added["counts"]
         if self._lows is None:
             bins = [locate(row, self._rank(one, int(row.sum()))).bits for row, one in zip(counts, self.density, strict=True)]

@@ -1,7 +1,7 @@
-"""A sweep judges merges by the loss on each named skill, along a grid of a parameter or for a greedy soup. It writes nothing.
+"""Sweeps: merges along a grid of a parameter, or for a greedy soup, are judged by their loss on each skill. Nothing is written.
 
-Greedy soup, https://arxiv.org/abs/2203.05482: starting from the best model, each next one is kept if the mean loss does not
-rise.
+A greedy soup (https://arxiv.org/abs/2203.05482) takes the models in the order of their own losses, best first, and keeps each
+one if the mean loss of the soup does not rise with it.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ from distmerge.rules import catalogue
 SOUP = "greedy_soup"
 
 Skills = Mapping[str, Sequence[str]]
-"""Globs of the text of each skill, by its name; the first one stands for the general ability."""
+"""Globs of each skill's text, by the skill's name; the first one stands for the general ability."""
 
 
 class RecipeJudge(Judge):
-    """The loss of merged models, which are built in memory inside one model of the same shape.
+    """Measures the loss of merged models, which are written into one model in memory.
 
-    Task vectors are computed once, for the first of the recipes that ask for them, and kept in float32.
+    Task vectors are computed once, for the first recipe that needs them, and kept in float32.
+
+    Args:
+        donor: the model whose configuration and tokenizer are used.
     """
 
     def __init__(self, donor: str, skills: Skills, options: SweepOptions):
@@ -56,7 +59,7 @@ class RecipeJudge(Judge):
         self._bases: dict[str, Tensor] = {}
 
     def put(self, recipe: Recipe) -> None:
-        """Merge the recipe into the model. All recipes of one judge have the same base and members, in one order."""
+        """Merge the recipe into the model. All recipes of one judge must have the same base and members, in the same order."""
         check_structure(recipe)
         models = open_all(recipe, self.allow_pickle)
         recipe, _ = with_omegas(recipe, models)
@@ -69,7 +72,7 @@ class RecipeJudge(Judge):
 
         def keep(job: Job, offset: int, elements: Tensor) -> None:
             if job.name not in self.places:
-                raise UserError(f"{job.name} is no tensor of the model that {recipe.donor}'s config.json describes")
+                raise UserError(f"{job.name} is not a tensor of the model that {recipe.donor}'s config.json describes")
             stop = offset + elements.numel()
             if job.name in vectors:
                 elements = (elements + self._bases[job.name][offset:stop]).to(dtypes[job.name])
@@ -79,7 +82,7 @@ class RecipeJudge(Judge):
             in_memory(stream, keep)
 
     def from_vectors(self, job: Job) -> Job:
-        """The job on task vectors in memory and a base of zeros."""
+        """The same job on the task vectors in memory, with a base of zeros."""
         assert job.base is not None
         if job.name not in self._vectors:
             base = self._bases[job.name] = job.base.read(0, job.numel).float()
@@ -89,20 +92,20 @@ class RecipeJudge(Judge):
 
 
 def has_vectors(job: Job) -> bool:
-    """Whether a tensor has task vectors that can be kept in float32 without loss of more than rounding."""
+    """Whether a tensor has task vectors that can be kept in float32: it is floating point and its base is not float64."""
     return job.dtype in FLOATS and job.base is not None and job.base.dtype != torch.float64
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One merge that was judged.
+    """One merge of a sweep.
 
     Attributes:
-        name: what sets it apart, such as "lambda = 0.5".
-        losses: on each skill, nats per token.
-        kept: whether it may be the best; of a greedy soup, whether the model stayed in.
+        name: what distinguishes it, such as "lambda = 0.5".
+        losses: on each skill, in nats per token.
+        kept: whether it can be the best; of a greedy soup, whether the model that was added stayed in.
         mean: of the losses.
-        recipe: what makes its model.
+        recipe: by which its model can be written.
     """
 
     name: str
@@ -113,7 +116,7 @@ class SweepPoint:
 
     @property
     def height(self) -> float:
-        """The mean loss for comparisons: one that is not a number is never the best."""
+        """The mean loss for comparisons. One that is not finite counts as infinite, and is never the best."""
         return self.mean if math.isfinite(self.mean) else math.inf
 
     def as_dict(self) -> dict[str, Any]:
@@ -122,11 +125,11 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All that was tried, and the best of it: the lowest mean loss of what was kept.
+    """The points of a sweep.
 
     Attributes:
         points: in the order in which they were tried.
-        merged: the best one's model, where it was written.
+        merged: the model of the best point, if it was written.
     """
 
     points: tuple[SweepPoint, ...]
@@ -134,10 +137,11 @@ class SweepResult:
 
     @property
     def best(self) -> SweepPoint:
+        """The point with the lowest mean loss among those that were kept."""
         return min((point for point in self.points if point.kept), key=lambda point: point.height)
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as JSON has it."""
+        """The result as a JSON object."""
         return {"points": [point.as_dict() for point in self.points], "best": self.best.name}
 
     def __str__(self) -> str:
@@ -153,11 +157,11 @@ class SweepResult:
 
 
 Grid = tuple[str, Sequence[float]]
-"""A parameter, and the values that are tried for it."""
+"""A parameter's name, and the values to try."""
 
 
 def sweep_recipe(recipe: Recipe, grid: Grid | None, skills: Skills, options: SweepOptions) -> SweepResult:
-    """Judge a recipe at each value of a grid; or, where its method is "greedy_soup", its models one after another.
+    """Judge a recipe at each value of a grid or, if its method is "greedy_soup", build a soup of its models.
 
     Raises:
         UserError: for anything wrong with the recipe, the models or the text.
@@ -170,7 +174,7 @@ def sweep_recipe(recipe: Recipe, grid: Grid | None, skills: Skills, options: Swe
 
 
 def sweep_grid(recipe: Recipe, parameter: str, values: Sequence[float], skills: Skills, options: SweepOptions) -> SweepResult:
-    """A point for each value of a parameter of the recipe."""
+    """One point for each value of a parameter of the recipe."""
     recipes = [replace(recipe, parameters=recipe.parameters | {parameter: value}) for value in values]
     judge = RecipeJudge(recipe.donor, skills, options)
     points: list[SweepPoint] = []
@@ -181,7 +185,7 @@ def sweep_grid(recipe: Recipe, parameter: str, values: Sequence[float], skills: 
 
 
 def greedy_soup(recipe: Recipe, skills: Skills, options: SweepOptions) -> SweepResult:
-    """A point for each of the recipe's models that was tried, in the order of their own losses."""
+    """One point for each of the recipe's models, in the order of their own losses: the soup so far with that model added."""
     entries = [Entry(entry.model, {"weight": 1.0}) for entry in recipe.slices[0].entries]
     judge = RecipeJudge(entries[0].model, skills, options)
 
@@ -212,7 +216,7 @@ def mean_of(losses: dict[str, float]) -> float:
 
 
 def draw_pareto(result: SweepResult, out: Path) -> None:
-    """Write pareto.png into ``out``: the loss on the first skill, the general one, against the mean of the others."""
+    """Write pareto.png into ``out``: the mean loss on the other skills over the loss on the first, the general ability."""
     from matplotlib.figure import Figure
 
     out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""One vocabulary for models that have several: the rows of embeddings put in the order of the output's tokenizer.
+"""Aligns models with different vocabularies: the rows of their embeddings are put in the order of the output's tokenizer.
 
-Where a model lacks a token, its row is the base's, if the base has it; else the mean over the models that have it; 0 if none
-has. This is mergekit's rule for ``tokenizer_source``.
+Where a model lacks a token, its row is the base's, if the base has the token; else the mean over the models that have it; 0 if
+none has. This is mergekit's rule for ``tokenizer_source``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from distmerge.merging.recipe import Recipe
 
 
 class Alignment:
-    """The output's tokenizer, and where each of its tokens lies in each model.
+    """The output's tokenizer, and the row of each of its tokens in each model.
 
     Attributes:
-        size: tokens of the output.
-        rows: model -> ``[size]`` int64, the token's row there, -1 for none.
-        files: the tokenizer's files.
+        size: the number of rows of the output's embeddings.
+        rows: for each model, ``[size]`` int64: the token's row in the model, -1 for none.
+        files: the contents of the tokenizer's files, by name.
+
+    Raises:
+        UserError: when the recipe's tokenizer is not one of its models, or a model's tokenizer cannot be loaded or changed.
     """
 
     def __init__(self, recipe: Recipe, models: dict[str, Model]):
@@ -37,7 +40,7 @@ class Alignment:
             raise UserError(f"tokenizer_source must be base, union or a model of the recipe, got {source}")
         origin = source if source in models else recipe.donor
         chosen, self.base = tokenizers[origin], recipe.donor
-        # This is read before the chosen tokenizer is changed: a model's own tokenizer says which tokens it has a row for.
+        # Before the chosen tokenizer is changed, since a model's tokenizer tells which tokens the model has rows for.
         own = {name: own_tokens(tokenizers[name], models[name]) for name in models}
         strip(chosen, models[origin], own[origin])
         if source == "union":
@@ -54,7 +57,7 @@ class Alignment:
 
 
 class Aligned:
-    """One model's embedding in the output's order; rows that it lacks come from the others."""
+    """One model's embedding, with its rows in the output's order. Rows that it lacks come from the other models."""
 
     def __init__(self, alignment: Alignment, models: list[str], sources: list[Source], own: int):
         source = sources[own]
@@ -89,7 +92,7 @@ class Aligned:
 
 
 def load(model: Model) -> Any:
-    """Load the tokenizer beside a model's weights, without running any code from there."""
+    """Load the tokenizer beside a model's weights, without running any code from its directory."""
     from distmerge.model import load_tokenizer
 
     for name in TOKENIZER_FILES:
@@ -102,17 +105,17 @@ def load(model: Model) -> Any:
 
 
 def own_tokens(tokenizer: Any, model: Model) -> dict[str, int]:
-    """The tokens that the model has a row for; a tokenizer may name more, beyond the model's vocabulary."""
+    """The tokens that the model has a row for, with its index; a tokenizer may have more than config.json's vocab_size."""
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     rows = int(model.config.get("vocab_size", 0))
     return {token: index for token, index in vocabulary.items() if index < rows}
 
 
 def strip(tokenizer: Any, model: Model, own: dict[str, int]) -> None:
-    """Take tokens out of the tokenizer that the model has no row for: the output would have none for them either.
+    """Remove the tokens that the model has no row for from the tokenizer: the output would not have rows for them either.
 
     Raises:
-        UserError: when they cannot be taken out of this kind of tokenizer.
+        UserError: when they cannot be removed from this kind of tokenizer.
     """
     beyond = tokenizer.get_vocab().keys() - own.keys()
     if not beyond:
@@ -122,8 +125,8 @@ def strip(tokenizer: Any, model: Model, own: dict[str, int]) -> None:
     model_part: dict[str, Any] = table.get("model", {})
     if model_part.get("type") != "BPE" and not (table and beyond <= added):
         raise UserError(
-            f"the tokenizer of {model.reference} has tokens that the model has no row for, such as {min(beyond)!r}, and is not "
-            "a BPE that could do without"
+            f"the tokenizer of {model.reference} has tokens that the model has no row for, such as {min(beyond)!r}, and they "
+            "can only be removed from a BPE tokenizer"
         )
     table["added_tokens"] = [token for token in table["added_tokens"] if token["content"] not in beyond]
     if model_part.get("type") == "BPE":
@@ -134,13 +137,18 @@ def strip(tokenizer: Any, model: Model, own: dict[str, int]) -> None:
 
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(table))
     for role, token in tokenizer.special_tokens_map.items():
-        if token in beyond:  # it would be added again when the tokenizer is loaded
+        if token in beyond:  # loading the tokenizer would add it again
             setattr(tokenizer, role, None)
 
 
 def extend(tokenizer: Any, others: list[Any], owned: list[dict[str, int]]) -> None:
-    """Add what tokenizers know beyond this one and their models have rows for (``owned``): plain tokens first, then added ones
-    with the settings of the first tokenizer that has them. The order is mergekit's."""
+    """Add other tokenizers' tokens that this one lacks, if their models have rows for them.
+
+    Plain tokens come first, then added ones, with the settings of the first tokenizer that has them; this is mergekit's order.
+
+    Args:
+        owned: for each of the other tokenizers, the tokens that its model has rows for.
+    """
     added: dict[str, Any] = {}
     for other, own in zip(others, owned, strict=True):
         for index, token in other.added_tokens_decoder.items():
@@ -155,7 +163,7 @@ def extend(tokenizer: Any, others: list[Any], owned: list[dict[str, int]]) -> No
 
 
 def places(vocabulary: dict[str, int], size: int, own: dict[str, int]) -> Tensor:
-    """``[size]``: the row of each output token in the model, -1 for none."""
+    """``[size]`` int64: for each row of the output, the row of the same token in the model; -1 for none."""
     found = torch.full((size,), -1, dtype=torch.int64)
     for token, index in vocabulary.items():
         found[index] = own.get(token, -1)
@@ -163,6 +171,7 @@ def places(vocabulary: dict[str, int], size: int, own: dict[str, int]) -> Tensor
 
 
 def files_of(tokenizer: Any) -> dict[str, bytes]:
+    """The contents of the files that transformers saves a tokenizer in, by name."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         return {path.name: path.read_bytes() for path in Path(scratch).iterdir() if path.is_file()}

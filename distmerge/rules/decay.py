@@ -1,8 +1,8 @@
-"""Decay curves: what share of its peak is left of a learning rate, or of an update's weight in a merge, at a point of a decay.
+"""Decay curves, for learning rate schedules and for the merge weights of a window (:mod:`distmerge.windows.curves`).
 
-A decay is a function d of x in [0, 1], the share of the decay that is over, with d(0) = 1 and never increasing. The schedules
-of learning rates and the merge weights of a window (:mod:`distmerge.windows.curves`) take their curves from here. The curve
-``1-sqrt`` is from https://arxiv.org/abs/2405.18392.
+A curve is a non-increasing function d with d(0) = 1. Its argument x, from 0 to 1, is the share of the decay that is over; d(x)
+is the share of the peak learning rate, or of an update's weight in a merge, that is left. The curve ``1-sqrt`` is from
+https://arxiv.org/abs/2405.18392.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ DECAYS: dict[str, Decay] = {
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
     "1-sqrt": lambda x: 1 - math.sqrt(x),
 }
-"""The curves that have a name; all end at 0."""
+"""The curves by name; all of them end at 0."""
 
 
 def with_floor(decay: Decay, floor: float) -> Decay:
-    """The same curve, ending at ``floor`` where it would end at 0: ``floor + (1 - floor) d(x)``."""
+    """The curve scaled so that it ends at ``floor`` instead of 0: ``floor + (1 - floor) d(x)``."""
     return lambda x: floor + (1 - floor) * decay(x)
 
 
 class Table:
-    """A decay through points (x, d), with straight lines between them; after the last point d stays.
+    """A curve through the points (x, d), linear between them and constant after the last one.
 
     Attributes:
         x, d: ``[n]`` float64 each.

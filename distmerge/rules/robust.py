@@ -1,6 +1,7 @@
-"""Coordinate-wise estimates that a minority of bad members cannot move far: the median and the trimmed mean.
+"""Robust coordinate-wise aggregation: the median and the trimmed mean, which a minority of bad members cannot move far.
 
-Source: Yin et al. 2018, https://arxiv.org/abs/1803.01498. A NaN in any member gives NaN, since minima and maxima pass it on.
+Source: Yin et al. 2018, https://arxiv.org/abs/1803.01498. A NaN in any member gives NaN, since torch's minimum and maximum
+propagate it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from torch import Tensor
 from distmerge.rules.protocol import Block, Rule, deltas, onto, wide
 
 PIECE = 1 << 14
-"""Elements that are sorted at a time: those of 8 members stay in a core's cache."""
+"""Elements sorted at a time. With 8 members they stay in a core's cache."""
 
 
 class Comparator(NamedTuple):
-    """One step of a sorting network: rows ``low`` and ``high`` get the smaller and the larger of their elements.
+    """One comparator of a sorting network: row ``low`` gets the smaller and row ``high`` the larger of their elements.
 
-    ``lower`` and ``upper`` say which of the two somebody still reads.
+    Attributes:
+        lower, upper: whether the row ``low``, or ``high``, is read afterwards; otherwise it need not be computed.
     """
 
     low: int
@@ -31,10 +33,12 @@ class Comparator(NamedTuple):
 
 @functools.cache
 def network(members: int, first: int, stop: int) -> tuple[Comparator, ...]:
-    """The comparators that put the ranks ``first`` to ``stop`` of so many members into their rows; other rows are undefined.
+    """The comparators that put the elements of ranks ``first`` to ``stop - 1`` among ``members`` values into the rows of these
+    numbers. Other rows hold undefined values afterwards.
 
     Batcher's odd-even merge sort (https://doi.org/10.1145/1468075.1468121), without the comparators that these ranks do not
-    depend on.
+    depend on. For example, the median of 3 members, rank 1, needs all three: (0, 1), (0, 2) with only the larger element
+    kept, and (1, 2) with only the smaller one kept.
     """
     pairs: list[tuple[int, int]] = []
     p = 1
@@ -57,13 +61,13 @@ def network(members: int, first: int, stop: int) -> tuple[Comparator, ...]:
 
 
 class RankMean(Rule):
-    """The mean of those elements that are neither among the ``cut`` smallest nor among the ``cut`` largest."""
+    """The mean of the elements that are neither among the ``cut`` smallest nor among the ``cut`` largest."""
 
     def __init__(self, dtype: torch.dtype = torch.float32):
         self.dtype = dtype
 
     def cut(self, members: int) -> int:
-        """How many of so many members are left out at either end."""
+        """How many members out of ``members`` are left out at each end."""
         raise NotImplementedError
 
     def merge(self, block: Block, state: Any) -> Tensor:
@@ -93,16 +97,16 @@ class RankMean(Rule):
 
 
 class Median(RankMean):
-    """The median of each coordinate; of an even number of members the mean of the middle two. All members weigh the same."""
+    """The median of each coordinate; with an even number of members, the mean of the middle two. Weights are not used."""
 
     def cut(self, members: int) -> int:
         return (members - 1) // 2
 
 
 class TrimmedMean(RankMean):
-    """The mean of each coordinate without the ``trim`` share of the members at either end; all members weigh the same.
+    """The mean of each coordinate without the ``trim`` share of the members at each end. Weights are not used.
 
-    Of three members or more at least one is left out at either end, and at least one stays.
+    With three members or more, at least one is left out at each end, and at least one stays.
     """
 
     def __init__(self, trim: float, dtype: torch.dtype = torch.float32):

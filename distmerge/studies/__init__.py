@@ -1,1 +1,1 @@
-"""Experiments on merging that the command line can run. Nothing imports this package."""
+"""Experiments on merging that the command line can run. No other package depends on this one."""

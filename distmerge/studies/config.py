@@ -13,66 +13,68 @@ from distmerge.config import toml
 from distmerge.config.train import Model, Optimizer, Schedule, Section, Train, TrainConfig
 from distmerge.errors import UserError
 
-TAKEN = ("general", "other")
-"""Names of texts that are no skills."""
+RESERVED = ("general", "other")
+"""Names of texts that a skill cannot have."""
 
 
 class Steps(Section):
+    """Steps of each training run."""
+
     base: int = Field(default=500, ge=1)
-    """Of pretraining; none where model.path is a base."""
+    """Pretraining of the base; not used where model.path is a base."""
     general: int = Field(default=500, ge=1)
     """From the base, on the general text: |G| in steps."""
     skill: int = Field(default=200, ge=1)
-    """On a skill's text: |D| in steps, for the expert as for continued finetuning."""
+    """On a skill's text: |D| in steps, both for the expert and for continued finetuning."""
 
 
 class PtmConfig(Section):
     """The whole experiment. Only out and [model] have no default."""
 
     out: str
-    """Where everything lies. Started again, what is finished is not done again."""
+    """The directory of all runs and results. An experiment that is started again skips what it has finished."""
     seeds: list[int] = Field(default=[0], min_length=1)
-    """Each is a whole experiment of its own, from the base on."""
+    """Each seed is a complete experiment of its own, beginning with the base."""
     processes: int = Field(default=1, ge=1)
-    """Seeds that run at the same time."""
+    """How many seeds run at the same time."""
     ranks: int = Field(default=1, ge=1)
     """Ranks of each training run, data-parallel."""
     general: list[str] = Field(default=[])
-    """Text files, as globs, of the general ability. By default the standard library's prose."""
+    """Globs of text files of the general ability. By default the standard library's prose."""
     other_general: list[str] = Field(default=[])
-    """Other general text, for replay. By default the standard library's prose, where general is given; else none."""
+    """Globs of other general text, for replay. By default the standard library's prose if general is given, else none."""
     skills: dict[str, list[str]] = Field(default={})
-    """Text files, as globs, by the skill's name. [] is the standard library's text of that name: code, headers, arithmetic
+    """Globs of text files by the skill's name. [] means the standard library's text of that name: code, headers, arithmetic
     or prose; by default the first three, where this machine has them."""
     characters: int = Field(default=2_000_000, ge=300_000)
-    """Of each text at most. It is cut into pieces of 65,536, of which training needs two."""
+    """The largest number of characters of each text. It is cut into pieces of 65,536, of which training needs two."""
     pretraining: Literal["all", "general"] = "all"
-    """What the base learns: a part of general and of every skill, or of general alone, so that skills are new to it."""
+    """What the base is pretrained on: parts of general and of every skill, or of general only, so that skills are new to it."""
     steps: Steps = Steps()
     omegas: list[float] = Field(default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0], min_length=2)
-    """Of the sweeps; 0 is the general model itself."""
+    """The omegas of the sweeps, ascending. 0, the general model itself, is always included."""
     replay: list[float] = Field(default=[0.25, 0.5])
-    """Shares of general text that continued finetuning mixes in."""
+    """Shares of general text that continued finetuning mixes in, each in a run of its own."""
     shorter: list[float] = Field(default=[0.25, 0.5])
-    """Shares of the skill's steps after which continued finetuning ends in runs of their own, their schedule as much shorter:
-    what it has forgotten when it knows as much of the skill as PTM does."""
+    """Continued finetuning is also run for these shares of the skill's steps, with schedules shortened to match. This shows
+    what it has forgotten by the time it knows as much of the skill as PTM does."""
     eval_sequences: int = Field(default=256, ge=1)
-    """Test sequences of each text."""
+    """Test sequences drawn from each text."""
     sequence_length: int = Field(default=128, ge=2)
     """Tokens per sequence."""
     tokenizer: str = "bytes"
-    """bytes, or a tokenizer's directory or hub id."""
+    """The word bytes, or a tokenizer's directory or hub id."""
     model: Model
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
     finetune_lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the runs that start from a model; by default optimizer.lr."""
+    """The peak learning rate of runs that start from a trained model; by default optimizer.lr."""
     schedule: Schedule = Schedule()
 
     @model_validator(mode="after")
     def sound(self) -> PtmConfig:
         if any(later <= earlier for earlier, later in pairwise([0.0, *self.omegas])):
-            raise UserError(f"omegas must be > 0 and ascend, got {self.omegas}")
+            raise UserError(f"omegas must be > 0 and ascending, got {self.omegas}")
         if any(not 0 < share < 1 for share in self.replay):
             raise UserError(f"replay must be shares between 0 and 1, got {self.replay}")
         if any(not 0 < share < 1 for share in self.shorter) or len({f"{share:g}" for share in self.shorter}) < len(
@@ -82,19 +84,25 @@ class PtmConfig(Section):
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds must differ, got {self.seeds}")
         for name in self.skills:
-            if name in TAKEN or not re.fullmatch(r"[\w.-]+", name):
-                raise UserError(f"skills must have a word as a name, other than {' and '.join(TAKEN)}, got {name!r}")
+            if name in RESERVED or not re.fullmatch(r"[\w.-]+", name):
+                raise UserError(f"skills must have a word as a name, other than {' and '.join(RESERVED)}, got {name!r}")
         return self
 
     def steps_of(self, share: float) -> int:
-        """Of a shorter run of continued finetuning."""
+        """The steps of a shorter run of continued finetuning."""
         return max(1, round(share * self.steps.skill))
 
     def run(
         self, seed: int, name: str, steps: int, files: list[str], start: str | None, share: float = 1.0, **more: Any
     ) -> TrainConfig:
-        """The configuration of one training run: ``OUT/seed-N/NAME``, from the model ``start``, or from scratch; ``share`` is
-        by how much its schedule's warmup and decay are shortened."""
+        """The configuration of one training run, in ``OUT/seed-N/NAME``.
+
+        Args:
+            files: of the training text.
+            start: the model that it starts from; None trains from scratch.
+            share: the factor by which the schedule's warmup and decay are shortened.
+            more: sections that are added; keys of ``data`` are added to that section.
+        """
         folder = Path(self.out) / f"seed-{seed}"
         table: dict[str, Any] = {key: getattr(self, key).model_dump() for key in ("train", "optimizer", "schedule")}
         table |= {
@@ -118,7 +126,12 @@ class PtmConfig(Section):
 
 
 class Texts(NamedTuple):
-    """Files of each text by part. ``skills`` by name; ``other`` is general text beside the general model's."""
+    """The files of each text, by part: "pretraining", "train" and "test".
+
+    Attributes:
+        skills: by the skill's name.
+        other: general text that the general model does not train on; None without any.
+    """
 
     general: dict[str, str]
     skills: dict[str, dict[str, str]]
@@ -126,11 +139,20 @@ class Texts(NamedTuple):
 
     @property
     def tests(self) -> dict[str, str]:
+        """The test file of each text, by the skill's name or "general"."""
         return {"general": self.general["test"]} | {name: parts["test"] for name, parts in self.skills.items()}
 
 
 class Runs(NamedTuple):
-    """Directories of models that one seed's runs left. By skill where there is one for each."""
+    """The directories of the models that one seed's runs trained.
+
+    Attributes:
+        experts: trained from the base, by skill.
+        finetuned: trained from the general model, by skill.
+        shorter: the same with fewer steps, by skill and share of the steps.
+        replayed: the same with general text mixed in, by skill and a label of the share and the text.
+        retrained: trained from the base on general and skill text together, by skill.
+    """
 
     base: str
     general: str
@@ -145,7 +167,8 @@ def read(path: str, overrides: dict[str, Any]) -> PtmConfig:
     """The configuration in a TOML file, with ``overrides`` in place of its own keys.
 
     Raises:
-        UserError: also for what only a training run would refuse, which may come hours later.
+        UserError: naming the key. The training runs' configurations are checked as well, since they would otherwise fail hours
+            later.
     """
     config = toml.validate_as(PtmConfig, toml.read_table(path) | overrides)
     for steps in (config.steps.base, config.steps.general, config.steps.skill):

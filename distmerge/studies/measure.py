@@ -1,4 +1,4 @@
-"""What ``distmerge ptm`` measures on one seed's models: losses of merges and of other arms, on test texts."""
+"""The measurements of ``distmerge ptm`` on one seed's models: losses of merges and of all other arms on test texts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCH = 32
 
 
 class Bench:
-    """One model in memory, into which vectors are put to be judged."""
+    """One model in memory, which evaluates parameter vectors on the test texts."""
 
     def __init__(self, config: PtmConfig, texts: Texts, base: str):
         self.origin = base
@@ -34,15 +34,21 @@ class Bench:
         self.judge = Judge(model, tests, BATCH)
 
     def vector(self, directory: str) -> Tensor:
+        """The parameters of a model in a directory, ``[n]``."""
         return self.theta.of(read_model(directory, self.origin))
 
     def losses(self, theta: Tensor, names: list[str] | None = None) -> dict[str, float]:
-        """The loss on the named test texts, by default all; nats per token."""
+        """The loss of the model with parameters ``theta [n]`` on the named test texts, by default all, in nats per token."""
         return self.judge.losses_of(self.theta.holding(theta), names)
 
 
 def measure(config: PtmConfig, seed: int, texts: Texts, runs: Runs) -> dict[str, Any]:
-    """All arms of a seed, as points with losses and costs; the merges of several skills; the merges for the method rule."""
+    """Measure all models and merges of a seed.
+
+    Returns:
+        JSON: ``points``, one for each arm, skill and omega; ``omega``, |D| / |G| by skill; ``several``, merges of several
+        skills; ``rule``, merges that test how well a diagnosis recommends a method.
+    """
     torch.manual_seed(seed)
     bench = Bench(config, texts, runs.base)
     base, general = bench.vector(runs.base), bench.vector(runs.general)
@@ -76,21 +82,22 @@ def measure(config: PtmConfig, seed: int, texts: Texts, runs: Runs) -> dict[str,
 
 
 def point(arm: str, skill: str | None, losses: dict[str, float], run: str | None, omega: float | None = None) -> dict[str, Any]:
-    """One measured model. ``tokens`` and ``steps`` are those that its arm trains beyond the base or the general model."""
+    """One measured model. ``tokens`` and ``steps`` are those of its arm's training from the base or the general model on, which
+    the run directory ``run`` records; None for an arm without training."""
     cost = json.loads((Path(run) / "training.json").read_text()) if run else {"tokens": 0, "steps": 0}
     found = {"arm": arm, "skill": skill, "losses": losses, "tokens": cost["tokens"], "steps": cost["steps"]}
     return found if omega is None else found | {"omega": omega}
 
 
 def omega_by_tokens(runs: Runs, name: str) -> float:
-    """|D| / |G|, at most 1."""
+    """|D| / |G| of a skill, at most 1."""
     d, g = (trained_tokens(Path(path), name) for path in (runs.experts[name], runs.general))
     return token_ratio(d, g)
 
 
 def several(bench: Bench, runs: Runs, base: Tensor, general: Tensor, experts: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Skills added to the general model one, two and three at a time, each by its own |D| / |G|. ``interference`` of a skill
-    is by how much its loss is above that with this skill alone."""
+    """Merge one, two and three skills at a time into the general model, each with its own |D| / |G|. The ``interference`` of a
+    skill is the rise of its loss over the merge with this skill alone."""
     found: list[dict[str, Any]] = []
     alone: dict[str, float] = {}
     for count in (1, 2, 3):
@@ -108,8 +115,8 @@ def several(bench: Bench, runs: Runs, base: Tensor, general: Tensor, experts: di
 
 
 def rule(bench: Bench, base: Tensor, experts: dict[str, Tensor], seed: int) -> list[dict[str, Any]]:
-    """Experts merged with each other, without the general model, by each method that the rule of correlation can recommend and
-    by task arithmetic: what it recommends against what is best."""
+    """Merge experts with each other, without the general model, by every method that a diagnosis can recommend and by task
+    arithmetic, to compare the recommended method with the best one."""
     found = []
     for count in range(2, len(experts) + 1):
         for names in itertools.combinations(experts, count):

@@ -1,8 +1,10 @@
-"""``distmerge ptm``: the experiment of parallel-train-then-merge, from a base to a report.
+"""``distmerge ptm``: the parallel-train-then-merge (PTM) experiment, from pretraining a base to a report.
 
-base -> general; base -> one expert a skill; general -> each skill (continued finetuning, CFT), also for fewer steps, and with
-general text replayed; base -> general and skill together (retraining, RT). Then merges of them are measured on test texts that
-no run has seen. Each run is an ordinary training run in a directory of its own; what is finished is not run again.
+The runs of each seed train these models, each in a directory of its own; finished runs are not repeated:
+- from the base: the general model, and one expert for each skill;
+- from the general model: each skill (continued finetuning, CFT), also with fewer steps and with general text replayed;
+- from the base: general and skill text together (retraining, RT).
+Then merges of them are measured on test texts that no run has seen.
 
 Source: Merge to Learn, https://arxiv.org/abs/2410.12937; WiSE-FT, https://arxiv.org/abs/2109.01903
 """
@@ -26,11 +28,18 @@ from distmerge.studies.config import PtmConfig, Runs, Texts
 from distmerge.studies.texts import KINDS, kinds_here, of_files, write_parts
 
 Trainer = Callable[[TrainConfig, int], None]
-"""Trains a run to its end with so many ranks."""
+"""Trains a run to its end, with the given number of ranks."""
 
 
 def experiment(config: PtmConfig, train: Trainer) -> dict[str, Any]:
-    """Run what has not been run, measure, and write ``OUT/results.json`` and ``OUT/report.html``."""
+    """Train what is not finished yet, measure, and write ``OUT/results.json`` and ``OUT/report.html``.
+
+    Returns:
+        the content of results.json.
+
+    Raises:
+        UserError: when texts are missing, or ``OUT`` holds another experiment.
+    """
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     texts = prepare_texts(config, out / "texts")
@@ -50,12 +59,16 @@ def experiment(config: PtmConfig, train: Trainer) -> dict[str, Any]:
 
 
 def prepare_texts(config: PtmConfig, folder: Path) -> Texts:
-    """Every text in its parts, on disk."""
+    """Write every text's parts into ``folder``.
+
+    Raises:
+        UserError: naming the text that is missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = config.skills or {name: [] for name in ("code", "headers", "arithmetic")}
     for name, patterns in wanted.items():
         if not patterns and name not in KINDS:
-            raise UserError(f"config.skills.{name} must be files, or its name one of {', '.join(KINDS)}, got none")
+            raise UserError(f"config.skills.{name} must have files, or be named one of {', '.join(KINDS)}, got no files")
     kinds = kinds_here({*(name for name, patterns in wanted.items() if not patterns), "prose"})
     skills: dict[str, str] = {}
     for name, patterns in wanted.items():
@@ -64,7 +77,7 @@ def prepare_texts(config: PtmConfig, folder: Path) -> Texts:
         elif name in kinds:
             skills[name] = kinds[name]
         elif config.skills:
-            raise UserError(f"config.skills.{name} must be files on this machine, whose Python lacks that text, got none")
+            raise UserError(f"config.skills.{name} must have files where Python's installation lacks that text, got none")
     if not skills:
         raise UserError("config.skills must be given where Python has no library sources, got none")
     general = of_files("config.general", config.general) if config.general else kinds.get("prose", "")
@@ -84,7 +97,7 @@ def prepare_texts(config: PtmConfig, folder: Path) -> Texts:
 
 
 def one_seed(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> dict[str, Any]:
-    """All runs of a seed, and what was measured on them; kept in ``OUT/seed-N/measured.json``."""
+    """Train and measure all models of a seed. The result is kept in ``OUT/seed-N/measured.json`` and used again."""
     folder = Path(config.out) / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "measured.json"
@@ -96,13 +109,13 @@ def one_seed(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> dict
             return kept
     terminal = sys.stderr
 
-    def told(run: TrainConfig, ranks: int) -> None:
-        print(f"{Path(run.run_dir).name} of seed {seed}: {run.steps} steps", file=terminal, flush=True)
+    def announced(run: TrainConfig, ranks: int) -> None:
+        print(f"seed {seed}: training {Path(run.run_dir).name} for {run.steps} steps", file=terminal, flush=True)
         train(run, ranks)
 
     with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        runs = train_all(config, seed, texts, told)
-    print(f"seed {seed} is trained, see {folder / 'log.txt'}; it is measured now", file=terminal, flush=True)
+        runs = train_all(config, seed, texts, announced)
+    print(f"seed {seed}: training is done, see {folder / 'log.txt'}; measuring", file=terminal, flush=True)
 
     from distmerge.studies.measure import measure  # imports torch
 
@@ -112,13 +125,17 @@ def one_seed(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> dict
 
 
 def pretraining_texts(config: PtmConfig, texts: Texts) -> list[str]:
-    """The files that the base learns."""
+    """The files that the base is pretrained on."""
     beside = list(texts.skills.values()) if config.pretraining == "all" else []
     return [parts["pretraining"] for parts in (texts.general, *beside)]
 
 
 def train_all(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> Runs:
-    """The runs of a seed, in the order in which one starts from another."""
+    """Train all models of a seed that are not finished, in an order in which each run's start exists.
+
+    Raises:
+        UserError: when a run has diverged, or was trained with another configuration.
+    """
 
     def model(name: str, steps: int, files: list[str], start: str | None, **more: Any) -> str:
         run = config.run(seed, name, steps, files, start, **more)
@@ -126,8 +143,8 @@ def train_all(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> Run
         directory.check(run)
         done = directory.finished(1)
         if done is not None and done["steps"] != run.steps:
-            said = f"{run.run_dir} was trained for {done['steps']} steps"
-            raise UserError(f"{said}, config.steps now says {run.steps}: take another out")
+            trained = f"{run.run_dir} was trained for {done['steps']} steps"
+            raise UserError(f"{trained}, but config.steps now says {run.steps}; take another out")
         if done is None:
             train(run, config.ranks)
         elif done.get("diverged"):
@@ -148,7 +165,7 @@ def train_all(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> Run
         }
         replayed[name] = {}
         for source, share in replays(config, texts):
-            # The same skill tokens as without replay: the general ones come on top.
+            # As many skill tokens as without replay; the general ones are added to them.
             more = {"data": {"replay": {"share": share, "files": [texts_of(source, texts)]}}}
             label = f"{share:g} {source}"
             run = f"replay-{name}-{source}-{share:g}"
@@ -160,12 +177,13 @@ def train_all(config: PtmConfig, seed: int, texts: Texts, train: Trainer) -> Run
 
 
 def replays(config: PtmConfig, texts: Texts) -> list[tuple[str, float]]:
-    """Source and share of each replay arm: every share from the general model's own text, the first from other text."""
+    """Source and share of each replay arm: every share with the general model's own text, the first also with other text."""
     own = [("own", share) for share in config.replay]
     return own + [("other", share) for share in config.replay[:1] if texts.other is not None]
 
 
 def texts_of(source: str, texts: Texts) -> str:
+    """The training file of a source of replay."""
     if source == "own":
         return texts.general["train"]
     assert texts.other is not None

@@ -1,4 +1,4 @@
-"""The report of ``distmerge ptm``: what the seeds say together, and one HTML file with everything in it."""
+"""The report of ``distmerge ptm``: statistics over the seeds, and one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MERGED = ("ptm", "linear", "wise-ft")
 
 
 def summarise(config: PtmConfig, measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means and standard deviations over the seeds, the knees, the interference, how often the rule was right.
+    """Means and standard deviations over the seeds, the knees, the interference, and how often a diagnosis was right.
 
     Returns:
-        JSON: ``config``, ``seeds`` (all that was measured), ``arms``, ``skills``, ``interference``, ``summary``.
+        JSON: ``config``, ``seeds`` (all measurements), ``arms``, ``skills``, ``interference``, ``summary``.
     """
     skills = list(measured[0]["omega"])
     return {
@@ -35,7 +35,7 @@ def summarise(config: PtmConfig, measured: list[dict[str, Any]]) -> dict[str, An
 
 
 def hits(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """How often the rule of correlation chose the best: of what it chooses among, and of all that was measured."""
+    """How often the method that a diagnosis recommends was the best: of those it chooses among, and of all that were tried."""
     return {
         "merges": len(entries),
         "best_of_its_own": sum(entry["chosen"] == entry["best"] for entry in entries),
@@ -50,7 +50,7 @@ def mean_and_spread(values: list[float]) -> list[float]:
 
 
 def arms_of(skill: str, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row an arm: the loss on general and skill, and the cost. The merged arms at |D| / |G|."""
+    """One row for each arm: its losses on the general text and the skill, and its cost. Merged arms are taken at |D| / |G|."""
     omega = measured[0]["omega"][skill]
     rows = []
     names = dict.fromkeys(point["arm"] for point in measured[0]["points"] if point["skill"] in (skill, None))
@@ -70,8 +70,12 @@ def arms_of(skill: str, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def interference(skills: list[str], measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """``matrix[i][j]``: by how much the loss on skill i rises when skill j is merged, too; mean over the seeds. And the pairs
-    with their diagnosis."""
+    """How skills that are merged together raise each other's losses.
+
+    Returns:
+        ``matrix[i][j]``, the rise of the loss on skill i when skill j is merged as well, mean over the seeds; and ``merges``,
+        each with its skills' rises and its diagnosis.
+    """
     matrix = np.zeros((len(skills), len(skills)))
     pairs = []
     for entry_index, entry in enumerate(measured[0]["several"]):
@@ -100,7 +104,7 @@ def interference(skills: list[str], measured: list[dict[str, Any]]) -> dict[str,
 
 
 def html(results: dict[str, Any]) -> str:
-    """One page that needs no other file: tables, and plots as PNG inside."""
+    """The report as one self-contained page, with plots embedded as PNG."""
     seeds = results["seeds"]
     skills = list(results["skills"])
     parts = [
@@ -109,19 +113,19 @@ def html(results: dict[str, Any]) -> str:
         "td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}"
         "img{max-width:100%}</style>",
         "<h1>Parallel-train-then-merge</h1>",
-        f"<p>{len(seeds)} seeds. Losses in nats per token on test text that no run has seen, mean and standard deviation over "
-        "the seeds. Tokens are those that an arm trains on beyond the base and, but for retraining, the general model.</p>",
+        f"<p>{len(seeds)} seeds. Losses are in nats per token on test text that no run has seen, mean and standard deviation "
+        "over the seeds. Tokens do not include the training of the base nor, except for retraining, of the general model.</p>",
     ]
     for skill in skills:
         rows = [row for row in results["arms"] if row["skill"] == skill]
-        parts += [f"<h2>{escape.escape(skill)}</h2>", arms_table(rows), image(pareto(skill, seeds)), said(skill, results)]
+        parts += [f"<h2>{escape.escape(skill)}</h2>", arms_table(rows), image(pareto(skill, seeds)), findings(skill, results)]
     parts += ["<h2>Cost</h2>", image(cost(results))]
     parts += [
         "<h2>Skills merged together</h2>",
         image(heat_map(results["interference"])),
         merges_table(results["interference"]),
     ]
-    parts += ["<h2>The rule of correlation</h2>", f"<p>{rule_in_words(results['summary']['rule'])}</p>"]
+    parts += ["<h2>Recommended methods</h2>", f"<p>{rule_in_words(results['summary']['rule'])}</p>"]
     return "\n".join(parts) + "\n"
 
 
@@ -158,7 +162,8 @@ def merges_table(found: dict[str, Any]) -> str:
     return table(["merged", "loss against the skill merged alone", "mean cosine", "mass in conflict", "recommended"], cells)
 
 
-def said(skill: str, results: dict[str, Any]) -> str:
+def findings(skill: str, results: dict[str, Any]) -> str:
+    """A paragraph about the curves of one skill; :func:`~distmerge.studies.curves.shape` explains the numbers."""
     found = results["skills"][skill]
     equal, equal_spread = mean_and_spread(found["equal_excess"])
     steps, above = (statistics.mean(found[key]) for key in ("equal_steps", "equal_gap"))
@@ -168,32 +173,35 @@ def said(skill: str, results: dict[str, Any]) -> str:
     omega, similar, gap, front = (statistics.mean(found[key]) for key in ("omega", "similar_omega", "similar_gap", "front"))
     knees, lack = ", ".join(f"{value:g}" for value in found["knee"]), statistics.mean(found["skill_gap"])
     return (
-        f"<p>Continued finetuning that ends with PTM's skill loss at |D| / |G| (after {steps:.0f} steps, {above:.1%} above it) "
-        f"has a general loss {equal:.3f} ± {equal_spread:.3f} above PTM's. "
-        f"Where PTM's skill loss is {gap:.1%} above that of continued finetuning's longest run (omega {similar:.2f}), its "
-        f"general loss is {excess:.3f} ± {spread:.3f} below; where the skill loss is nearest ({lack:.1%} above), "
-        f"{nearest:.3f} ± {nearest_spread:.3f}. WiSE-FT's, where its skill loss is {gap:.1%} above, is "
-        f"{wise:.3f} ± {wise_spread:.3f} below. |D| / |G| is {omega:.3g}, the knee of PTM's curve at {knees} (by seed). "
-        f"{front:.0%} of PTM's points are beaten on both losses by no point of the other two sweeps.</p>"
+        f"<p>Continued finetuning that ends nearest to PTM's skill loss at |D| / |G| ({above:.1%} above it, after {steps:.0f} "
+        f"steps) has a general loss {equal:.3f} ± {equal_spread:.3f} above PTM's. "
+        f"Where PTM's skill loss is {gap:.1%} above that of the longest run of continued finetuning (omega {similar:.2f}), its "
+        f"general loss is {excess:.3f} ± {spread:.3f} below that run's; where it is nearest ({lack:.1%} above), "
+        f"{nearest:.3f} ± {nearest_spread:.3f} below. WiSE-FT's general loss, where its skill loss is {gap:.1%} above, is "
+        f"{wise:.3f} ± {wise_spread:.3f} below. |D| / |G| is {omega:.3g}; the knee of PTM's curve is at {knees} (by seed). "
+        f"{front:.0%} of PTM's points are not beaten on both losses by any point of the other two sweeps.</p>"
     )
 
 
 def rule_in_words(rule: dict[str, Any]) -> str:
+    """A paragraph about the methods that diagnoses recommended."""
     return (
-        f"Experts merged with each other, {rule['merges']} merges: what it recommends was the best of its own three methods in "
-        f"{rule['best_of_its_own']}, the best of all that was measured, task arithmetic with a tuned lambda among them, in "
-        f"{rule['best_of_all']}. It chose {rule['chosen']}; of its three the best were {rule['best']}."
+        f"In {rule['merges']} merges of experts with each other, the method that the diagnosis recommends was the best of the "
+        f"three that it chooses among in {rule['best_of_its_own']}, and the best of all that were tried, which include task "
+        f"arithmetic with a tuned lambda, in {rule['best_of_all']}. Recommended were {rule['chosen']}; the best of the three "
+        f"were {rule['best']}."
     )
 
 
 def image(figure: Figure) -> str:
+    """A plot as an HTML element."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def pareto(skill: str, seeds: list[dict[str, Any]]) -> Figure:
-    """General loss against skill loss: the sweeps, and the arms that are trained."""
+    """Skill loss over general loss: the sweeps as curves, the trained arms as points."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for arm, marker in zip(MERGED, ("o", "s", "^"), strict=True):
@@ -205,7 +213,7 @@ def pareto(skill: str, seeds: list[dict[str, Any]]) -> Figure:
                 mean[at, 1], mean[at, 2], marker="*", markersize=16, color=drawn.get_color(), linestyle="", label="|D| / |G|"
             )
     mean = np.mean([finetuning(seed, skill) for seed in seeds], axis=0)
-    axes.plot(mean[:, 1], mean[:, 2], marker=".", linestyle=":", color="black", label="cft of more and more steps")
+    axes.plot(mean[:, 1], mean[:, 2], marker=".", linestyle=":", color="black", label="cft, increasing steps")
     names = dict.fromkeys(point["arm"] for point in seeds[0]["points"] if point["skill"] in (skill, None))
     for name in names:
         if name not in MERGED and not name.startswith(SHORTER):
@@ -219,7 +227,7 @@ def pareto(skill: str, seeds: list[dict[str, Any]]) -> Figure:
 
 
 def cost(results: dict[str, Any]) -> Figure:
-    """Training tokens of each trained arm at its full length, for the first skill."""
+    """The training tokens of each arm at its full length, for the first skill."""
     first = next(iter(results["skills"]))
     left_out = ("linear", SHORTER)
     rows = [row for row in results["arms"] if row["skill"] == first and row["tokens"] and not row["arm"].startswith(left_out)]
@@ -231,6 +239,7 @@ def cost(results: dict[str, Any]) -> Figure:
 
 
 def heat_map(found: dict[str, Any]) -> Figure:
+    """The matrix of interference."""
     matrix, skills = np.asarray(found["matrix"]), found["skills"]
     figure = Figure(figsize=(2.5 + len(skills), 1.5 + 0.8 * len(skills)), layout="constrained")
     axes = figure.add_subplot()
@@ -241,5 +250,5 @@ def heat_map(found: dict[str, Any]) -> Figure:
     for (row, column), value in np.ndenumerate(matrix):
         if row != column:
             axes.text(column, row, f"{value:+.3f}", ha="center", va="center")
-    axes.set_title("rise of the row's loss when the column's skill is merged, too", fontsize=9)
+    axes.set_title("rise of the row's loss when the column's skill is merged as well", fontsize=9)
     return figure

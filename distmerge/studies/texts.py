@@ -1,9 +1,9 @@
-"""Real text for skills on every machine that has Python: what the standard library brings, apart by kind.
+"""Real text for skills on every machine that has Python, from the standard library, separated by kind.
 
-They are chosen so that they differ in what a model must learn: ``prose`` (docstrings and the topics of pydoc: English),
-``code`` (the library's source without its docstrings and comments: Python's grammar and names), ``headers`` (C declarations and
-macros; where they are installed), ``arithmetic`` (the decimal test vectors of the library's tests: operands and results in
-columns; where they are installed).
+The kinds differ in what a model must learn: ``prose`` is English (docstrings and the topics of pydoc), ``code`` is Python's
+grammar and names (the library's source without docstrings and comments), ``headers`` are C declarations and macros,
+``arithmetic`` has operands and results in columns (the library's test vectors for decimal numbers). The last two are not
+installed everywhere.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from distmerge.errors import UserError
 from distmerge.rundir.layout import write_atomically
 
 LEAST_CHARACTERS = 200_000
-"""A kind of text that this machine has less of is left out."""
+"""Kinds of which this machine has less text are left out."""
 
 PIECE_LINES = 40
-"""Text is divided between training and test in pieces of so many lines."""
+"""Text is divided between training and test in pieces of this many lines."""
 
 PARTS = {"pretraining": 0.2, "train": 0.7, "test": 0.1}
+"""The parts of each text, and their shares of it."""
 
 
 @functools.cache
@@ -34,7 +35,7 @@ def parsed(path: str) -> tuple[str, str]:
     """The docstrings of a Python file, and its code without them and without comments."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old escapes in the library's own strings
+            warnings.simplefilter("ignore")  # about invalid escapes in the library's strings
             tree = ast.parse(Path(path).read_text(encoding="utf-8", errors="replace"))
     except (SyntaxError, ValueError):
         return "", ""
@@ -74,13 +75,13 @@ KINDS: dict[str, Callable[[], str]] = {"prose": prose, "code": code, "headers": 
 
 
 def kinds_here(names: Iterable[str]) -> dict[str, str]:
-    """Those of the kinds that this machine has enough of."""
+    """The texts of those kinds among ``names`` that this machine has enough of."""
     found = {name: KINDS[name]() for name in names}
     return {name: text for name, text in found.items() if len(text) >= LEAST_CHARACTERS}
 
 
 def of_files(key: str, patterns: list[str]) -> str:
-    """The text of files, given as globs; ``key`` names them in an error."""
+    """The text of the files that match globs. ``key`` names them in an error."""
     loader, files = files_of(key, patterns)
     if loader != "text":
         raise UserError(f"{key} must be text files, got {', '.join(files[:3])}")
@@ -88,16 +89,16 @@ def of_files(key: str, patterns: list[str]) -> str:
 
 
 def write_parts(text: str, folder: Path, name: str, limit: int) -> dict[str, str]:
-    """``NAME-pretraining.txt``, ``NAME-train.txt`` and ``NAME-test.txt``: no line in two of them.
+    """Divide a text into ``NAME-pretraining.txt``, ``NAME-train.txt`` and ``NAME-test.txt``, without overlap.
 
     Args:
-        limit: characters to take at most, spread over the text.
+        limit: the largest number of characters to take, spread over the text.
 
     Returns:
         the paths by part.
 
     Raises:
-        UserError: where files of other text are there: models were trained on them.
+        UserError: when such files with other content exist: models were trained on them.
     """
     paths = {part: folder / f"{name}-{part}.txt" for part in PARTS}
     for part, content in cut(text, limit).items():
@@ -105,13 +106,13 @@ def write_parts(text: str, folder: Path, name: str, limit: int) -> dict[str, str
             write_atomically(paths[part], content)
         elif paths[part].read_bytes() != content.encode():
             raise UserError(
-                f"{paths[part]} holds other text than {name} has now, and models were trained on it: take another out"
+                f"{paths[part]} holds another text than {name} has now, and models were trained on it; take another out"
             )
     return {part: str(path) for part, path in paths.items()}
 
 
 def cut(text: str, limit: int) -> dict[str, str]:
-    """The parts' contents."""
+    """The contents of the parts: shuffled pieces of the text, up to ``limit`` characters."""
     lines = text.splitlines(keepends=True)
     pieces = ["".join(lines[at : at + PIECE_LINES]) for at in range(0, len(lines), PIECE_LINES)]
     random.Random(0).shuffle(pieces)

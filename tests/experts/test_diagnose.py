@@ -121,7 +121,7 @@ def test_auto_averages_what_is_alike_and_minds_conflicts(paths, tmp_path, capsys
     for other, method in ((twin, "mean"), (paths[2], "dare_ties")):
         flags = ["--base", str(paths[0]), "--model", str(paths[1]), "--model", str(other), "--out", str(tmp_path / method)]
         assert main.run(["merge", "--method", "auto", *flags]) == 0
-        assert f"method auto takes {method}:\n- the mean cosine" in capsys.readouterr().out
+        assert f"method auto chose {method}:\n- the mean cosine" in capsys.readouterr().out
         assert json.loads((tmp_path / method / "merge.json").read_text())["recipe"]["method"] == method
 
 
@@ -129,17 +129,17 @@ def test_refused(paths, tmp_path):
     with pytest.raises(UserError, match="at least two models"):
         main.run(["diagnose", "--base", str(paths[0]), str(paths[1])])
     for twice in (paths[0], paths[1]):
-        with pytest.raises(UserError, match=f"takes each model once, and not its base, got {twice} again"):
+        with pytest.raises(UserError, match=f"takes each model once, and not the base itself, got {twice} again"):
             main.run(["diagnose", "--base", str(paths[0]), str(paths[1]), str(twice)])
     with pytest.raises(UserError, match="--sequences must be >= 1, got 0"):
         main.run(["diagnose", "--base", str(paths[0]), str(paths[1]), str(paths[2]), "--sequences", "0"])
     flags = ["--model", str(paths[1]), "--model", str(paths[2]), "--out", str(tmp_path / "out"), "--report"]
-    with pytest.raises(UserError, match="--report compares models, got passthrough of one at a time"):
+    with pytest.raises(UserError, match="--report needs a method that merges several models, got passthrough"):
         main.run(["merge", "--method", "passthrough", *flags[:2], *flags[4:]])
 
 
 def test_auto_takes_whole_models(paths, tmp_path):
     sources = "".join(f"[{{model: {path}, layer_range: [0, 1]}}]" for path in paths[1:2])
     (tmp_path / "r.yaml").write_text(f"merge_method: auto\nbase_model: {paths[0]}\nslices:\n" + f"- sources: {sources}\n" * 2)
-    with pytest.raises(UserError, match="method auto takes whole models, got 2 slices"):
+    with pytest.raises(UserError, match="method auto needs whole models, got 2 slices"):
         main.run(["merge", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")])

@@ -46,7 +46,7 @@ def as_dcp(source: Path, target: Path) -> None:
 def test_a_dcp_directory(paths, tmp_path):
     base, one, two = paths
     as_dcp(one, tmp_path / "dcp")
-    with pytest.raises(UserError, match="allow it by --allow-pickle"):
+    with pytest.raises(UserError, match="allow it with --allow-pickle"):
         merge(base, tmp_path / "dcp", tmp_path / "out")
     expected = merge(base, one, tmp_path / "plain")
     assert same(expected, merge(base, tmp_path / "dcp", tmp_path / "out", "--allow-pickle"))
@@ -93,9 +93,7 @@ def test_blocks_of_a_window(tmp_path):
     raw = bytearray((blocks[1] / "model.safetensors").read_bytes())
     raw[-2] ^= 1
     (blocks[1] / "model.safetensors").write_bytes(raw)
-    with pytest.raises(
-        UserError, match=r"block-00000016/model.safetensors does not have the XXH128 that the record beside it says"
-    ):
+    with pytest.raises(UserError, match=r"block-00000016/model.safetensors does not have the XXH128 in the record beside it"):
         merge(blocks[0], blocks[1], tmp_path / "damaged")
     assert not (tmp_path / "damaged").exists()
 
@@ -136,7 +134,7 @@ def test_hub_ids_come_from_the_cache(paths, tmp_path):
         assert "base_model:\n- someone/base\n" in (out / "README.md").read_text()
     missing = run("someone/absent", tmp_path / "out-absent")
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1
-    assert missing.stderr.startswith("error: someone/absent is no directory here, and the hub does not give it: ")
+    assert missing.stderr.startswith("error: someone/absent is not a directory here, and cannot be downloaded from the hub: ")
 
 
 # ---- what is no model, and what nobody could load
@@ -217,4 +215,4 @@ def test_a_reader_that_has_gone_is_one_line(arguments, paths, tmp_path):
     done = subprocess.run([sys.executable, "-m", "distmerge", *given], stdout=out, stderr=subprocess.PIPE, text=True)
     os.close(out)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["error: standard output was closed before all was written"]
+    assert done.stderr.splitlines() == ["error: standard output was closed before everything was written"]

@@ -125,7 +125,7 @@ def test_extract_finds_a_low_rank_change(root, tmp_path):
         (["svd", "--rank", "2", "--report"], "svd makes an adapter of models, weights and --rank, got report, too"),
         (["svd", "--rank", "2", "--dtype", "bfloat16"], "got dtype, too"),
         (["extract", "--rank", "2"], "extract makes an adapter of a base, a model and --rank, got weight, too"),
-        (["task_arithmetic", "--rank", "2"], "--rank is for svd and extract, got method task_arithmetic"),
+        (["task_arithmetic", "--rank", "2"], "--rank is only for the methods svd and extract, got method task_arithmetic"),
     ],
 )
 def test_what_has_no_use_is_refused(flags, error, root, tmp_path):
@@ -136,7 +136,7 @@ def test_what_has_no_use_is_refused(flags, error, root, tmp_path):
 @pytest.mark.parametrize(
     ("config", "error"),
     [
-        ({"use_dora": True}, "use_dora is True, but lora_magnitude_vector says otherwise"),
+        ({"use_dora": True}, "lora_magnitude_vector is missing, but adapter_config.json says use_dora = True"),
         ({"use_bdlora": {"on": True}}, "use_bdlora is not supported"),
         ({"peft_type": "IA3"}, "peft_type must be LORA"),
         ({"r": 0}, "must have r >= 1"),

@@ -15,7 +15,7 @@ from distmerge.config import toml
 from distmerge.errors import UserError
 from distmerge.evaluate import evaluate_directory
 from distmerge.studies.config import PtmConfig, read
-from distmerge.studies.curves import as_skilled, knee, reached, shape
+from distmerge.studies.curves import CurvePoint, as_skilled, knee, reached, shape
 from distmerge.studies.report import hits
 from distmerge.studies.texts import KINDS, kinds_here, write_parts
 from tests.checkpoints.runs import BASE, parameters
@@ -124,7 +124,7 @@ def test_what_is_finished_is_not_done_again(folder: Path) -> None:
 def test_other_steps_want_another_directory(folder: Path) -> None:
     (folder / "longer.toml").write_text((folder / "ptm.toml").read_text().replace("general = 8", "general = 7"))
     outcome = command(["ptm", str(folder / "longer.toml")])
-    assert outcome.status == 2 and "general was trained for 8 steps, config.steps now says 7" in outcome.stderr
+    assert outcome.status == 2 and "general was trained for 8 steps, but config.steps now says 7" in outcome.stderr
 
 
 def test_parts_share_no_piece(tmp_path: Path) -> None:
@@ -135,16 +135,17 @@ def test_parts_share_no_piece(tmp_path: Path) -> None:
     assert [round(len(lines[part]) / 4000, 1) for part in ("pretraining", "train", "test")] == [0.2, 0.7, 0.1]
     assert set(kinds_here(["headers", "arithmetic"])) <= set(KINDS)
     assert write_parts(text, tmp_path, "t", 10**9) == paths
-    with pytest.raises(UserError, match="holds other text than t has now"):
+    with pytest.raises(UserError, match="holds another text than t has now"):
         write_parts(text + "more\n", tmp_path, "t", 10**9)
 
 
 def test_the_knee_is_where_the_curve_bends() -> None:
-    assert knee([(0.0, 1.0, 3.0), (0.2, 1.02, 2.0), (0.4, 1.1, 1.2), (0.6, 2.0, 1.1), (1.0, 3.0, 1.0)]) == 0.4
+    points = [(0.0, 1.0, 3.0), (0.2, 1.02, 2.0), (0.4, 1.1, 1.2), (0.6, 2.0, 1.1), (1.0, 3.0, 1.0)]
+    assert knee([CurvePoint(*point) for point in points]) == 0.4
 
 
 def test_a_similar_loss_lies_on_a_line_between_two_points() -> None:
-    swept = [(0.0, 1.0, 3.0), (0.4, 1.2, 2.0), (0.8, 1.6, 1.0), (1.0, 2.0, 1.2)]
+    swept = [CurvePoint(*point) for point in [(0.0, 1.0, 3.0), (0.4, 1.2, 2.0), (0.8, 1.6, 1.0), (1.0, 2.0, 1.2)]]
     assert reached(swept, 1.25) == pytest.approx((0.7, 1.5, 1.25))
     assert reached(swept, 2.0) == pytest.approx((0.4, 1.2, 2.0))
     assert reached(swept, 0.9) == (0.8, 1.6, 1.0)
@@ -174,7 +175,7 @@ def test_continued_finetuning_is_compared_at_a_similar_skill_loss() -> None:
     # PTM at 0.5 has a skill loss of 2.5; the run that comes nearest from above is the one of 5 steps, at 2.6.
     assert near["equal_excess"] == pytest.approx([1.3 - 1.2]) and near["equal_gap"] == pytest.approx([0.1 / 2.5])
     assert near["equal_steps"] == [5]
-    runs = [(0.0, 1.0, 3.0), (5.0, 1.3, 2.6), (7.0, 1.5, 2.4)]
+    runs = [CurvePoint(0.0, 1.0, 3.0), CurvePoint(5.0, 1.3, 2.6), CurvePoint(7.0, 1.5, 2.4)]
     assert [as_skilled(runs, loss) for loss in (2.3, 2.5, 2.6, 2.7)] == [runs[2], runs[1], runs[1], runs[0]]
     swept[1]["losses"]["sums"] = 2.2
     far = shape("sums", [{"points": ends + swept, "omega": {"sums": 0.5}}])

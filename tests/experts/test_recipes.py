@@ -266,7 +266,7 @@ def test_a_pickle_is_read_when_allowed(root, tmp_path):
     (tmp_path / "pickled").mkdir()
     torch.save(content, tmp_path / "pickled" / "pytorch_model.bin")
     flags = ["--model", str(tmp_path / "pickled"), "--model", str(root / "A"), "--out", str(tmp_path / "out")]
-    with pytest.raises(UserError, match="allow them by --allow-pickle"):
+    with pytest.raises(UserError, match="allow them with --allow-pickle"):
         main.run(["merge", "--method", "linear", *flags])
     assert main.run(["merge", "--method", "linear", "--allow-pickle", *flags]) == 0
     out = load_file(tmp_path / "out" / "model.safetensors")

@@ -41,7 +41,7 @@ def test_shipped_files_are_planned(path: Path, one_billion: str) -> None:
         assert "task_arithmetic of 3 models, judged on 3 skills" in text
     else:
         assert plan.ranks == [8, 8, 8]
-        assert f"memory of a rank: {16 * 1235814400 / 1e9:.1f} GB" in text
+        assert f"memory per rank: {16 * 1235814400 / 1e9:.1f} GB" in text
         assert f"tokens: {2000 * 8 * 2048 * 8:,} in 2,000 steps" in text
     assert published(plan.runs[0]) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2000]
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distmerge.cli import main
 from distmerge.errors import UserError
-from distmerge.merging import pairing, recipe_mergekit, stacking
+from distmerge.merging import pairing, recipe_mergekit, sites, stacking
 from distmerge.merging.models import open_all
 from tests.files.models import write
 
@@ -80,7 +80,7 @@ def test_slices_that_make_no_model_are_refused_before_a_byte_is_written(tmp_path
     content = load_file(donor / "model.safetensors")
     gone = "model.layers.2.self_attn.q_norm.weight"
     save_file({name: value for name, value in content.items() if name != gone}, donor / "model.safetensors")
-    with pytest.raises(UserError, match=r"they lack model\.layers\.3\.self_attn\.q_norm\.weight"):
+    with pytest.raises(UserError, match=r"it lacks model\.layers\.3\.self_attn\.q_norm\.weight"):
         stack(tmp_path, donor)
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.merging").exists()
 
@@ -88,19 +88,19 @@ def test_slices_that_make_no_model_are_refused_before_a_byte_is_written(tmp_path
 def test_experts_by_a_rule_over_the_index_are_refused_where_they_would_move(tmp_path):
     keys: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 24, "decoder_sparse_step": 2}
     donor = make(tmp_path / "donor", "qwen3_moe", **keys)
-    with pytest.raises(UserError, match=r"the slices make no model of qwen3_moe: they lack model\.layers"):
+    with pytest.raises(UserError, match=r"the slices do not make a qwen3_moe model: it lacks model\.layers"):
         stack(tmp_path, donor)
 
 
 def test_a_stack_of_many_layers_is_proved_by_its_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(stacking, "PROVED_LAYERS", 3)
+    monkeypatch.setattr(stacking, "CHECKED_LAYERS", 3)
     out = stack(tmp_path, make(tmp_path / "donor", "llama4_text"))
     assert AutoConfig.from_pretrained(out).num_hidden_layers == 5
     content = load_file(tmp_path / "donor" / "model.safetensors")
     gone = "model.layers.2.self_attn.q_proj.weight"
     save_file({name: value for name, value in content.items() if name != gone}, tmp_path / "donor" / "model.safetensors")
     (tmp_path / "again").mkdir()
-    with pytest.raises(UserError, match=r"they lack model\.layers\.1\.self_attn"):
+    with pytest.raises(UserError, match=r"it lacks model\.layers\.1\.self_attn"):
         stack(tmp_path / "again", tmp_path / "donor", ([0, 1], [2, 4]))
 
 
@@ -111,7 +111,7 @@ def test_three_thousand_slices_are_planned_from_one_look_at_each_model(tmp_path,
     slices = [{"sources": [{"model": str(donor), "layer_range": [i % 32, i % 32 + 1]}]} for i in range(3000)]
     recipe = recipe_mergekit.from_table({"merge_method": "passthrough", "slices": slices}, "")
     looks: list[str] = []
-    real = pairing.layer_stack
-    monkeypatch.setattr(pairing, "layer_stack", lambda model: (looks.append(model.reference), real(model))[1])
+    real = sites.layer_stack
+    monkeypatch.setattr(sites, "layer_stack", lambda model: (looks.append(model.reference), real(model))[1])
     assert len(pairing.pair(recipe, open_all(recipe, False))) == 24_002
     assert len(looks) <= 2

@@ -33,14 +33,14 @@ def test_a_sibling_is_its_newest_step_that_is_not_later(tmp_path: Path) -> None:
     assert list(published_steps(tmp_path)) == [1, 2, 4]
     assert member_at(str(tmp_path), 3, None).name == "step-00000002"
     assert member_at(str(tmp_path), 4, 1.0).name == "step-00000004"
-    with pytest.raises(ValueError, match="holds no model of step 8"):
+    with pytest.raises(ValueError, match="has no model of step 8"):
         member_at(str(tmp_path), 8, 0.1)  # it is waited for
     assert member_at(str(tmp_path), 8, None).name == "step-00000004"
     (tmp_path / "final").mkdir()
     (tmp_path / "summary.json").write_text(json.dumps({"steps": 4, "stopped": "early"}))
     assert member_at(str(tmp_path), 8, 1.0).name == "final"
     assert member_at(str(tmp_path), 4, 1.0).name == "step-00000004"  # ended by now or not
-    with pytest.raises(ValueError, match="nowhere holds no model"):
+    with pytest.raises(ValueError, match="nowhere has no model"):
         member_at(str(tmp_path / "nowhere"), 8, None)
 
 

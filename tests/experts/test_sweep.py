@@ -110,8 +110,8 @@ def test_a_diagnosis_on_files(root, capsys):
 @pytest.mark.parametrize(
     ("more", "error"),
     [
-        (["--pick"], "--pick and --out DIR belong together"),
-        (["--out", "somewhere"], "--pick and --out DIR belong together"),
+        (["--pick"], "--pick and --out DIR must be given together"),
+        (["--out", "somewhere"], "--pick and --out DIR must be given together"),
         (["--pick", "--out", "{root}"], "--out must not exist yet"),
         (["--sequence-length", "1"], "--sequence-length must be >= 2, got 1"),
         (["--sequence-length", "4000"], "sequence_length must be <= "),

@@ -60,7 +60,7 @@ def test_rows_follow_tokens(source, root):
 
 def test_different_vocabularies_need_a_choice(root):
     flags = [part for name in VOCABULARIES for part in ("--model", str(root / name))]
-    with pytest.raises(UserError, match="a tokenizer_source would align vocabularies"):
+    with pytest.raises(UserError, match="set tokenizer_source to align the vocabularies"):
         main.run(["merge", "--method", "linear", *flags, "--out", str(root / "out")])
 
 

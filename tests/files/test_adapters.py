@@ -164,7 +164,7 @@ def test_a_tensor_that_is_not_understood_is_refused_by_name(bases, tmp_path):
     content = load_file(path)
     name = next(iter(content)).replace("lora_A.weight", "lora_diag").replace("lora_B.weight", "lora_diag")
     save_file(content | {name: torch.ones(4)}, path)
-    with pytest.raises(UserError, match="lora_diag is not understood"):
+    with pytest.raises(UserError, match="lora_diag is not supported"):
         merge(bases["llama"], tmp_path / "adapter", tmp_path / "out")
 
 

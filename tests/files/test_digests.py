@@ -37,7 +37,7 @@ def test_a_recorded_file_must_be_what_its_record_says(kinds, tmp_path):
         file.write_bytes(content)
         with closing(Digests(1, {file: recorded})) as digests:
             digests.advance(file)
-            with pytest.raises(UserError, match=f"file does not have the {name} that the record beside it says"):
+            with pytest.raises(UserError, match=f"file does not have the {name} in the record beside it"):
                 digests.finish()
 
 
