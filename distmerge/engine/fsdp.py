@@ -23,6 +23,7 @@ from distmerge.engine.engine import gather_whole
 from distmerge.engine.parameters import ShardedParameters
 from distmerge.engine.torch import TorchEngine
 from distmerge.mesh import Mesh
+from distmerge.theta.layers import blocks_of
 
 
 class FSDPEngine(TorchEngine):
@@ -97,9 +98,10 @@ class FSDPEngine(TorchEngine):
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of the model's longest ModuleList or Sequential, which in a transformer are its layers."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    yield from max(lists, key=len, default=nn.ModuleList())
+    """The modules of all lists of blocks, such as an encoder's and a decoder's, in the order of the model's parameters."""
+    places = blocks_of(name for name, _ in model.named_parameters()).values()
+    for place in dict.fromkeys(places):
+        yield model.get_submodule(f"{place.list}{place.index}")
 
 
 def local(tensor: Any) -> Any:

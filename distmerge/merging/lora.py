@@ -31,6 +31,7 @@ from distmerge.rules.parameters import checked
 from distmerge.rules.protocol import spans
 from distmerge.rules.random_masks import key_of, uniform
 from distmerge.rules.torch_typed import qr, svd, to_list
+from distmerge.theta.layers import place_of
 
 WHOLE = ("weight", "1")
 """The weight of a model that was given none on the command line."""
@@ -159,12 +160,19 @@ def extract(recipe: Recipe, entries: list[Entry], rank: int, allow_pickle: bool,
     for name, stored in base.tensors.items():
         if name not in model.tensors or model.tensors[name].shape != stored.shape:
             raise UserError(f"{name} is not the same in {base.reference} and {model.reference}")
-        if len(stored.shape) == 2 and ".layers." in name and min(stored.shape) > rank:
+        if len(stored.shape) == 2 and in_linear_layer(name) and min(stored.shape) > rank:
             left, right = leading_factors(OnDisk(model.tensors[name], maps), OnDisk(stored, maps), stored.shape, rank)
             found[name] = left, right
     if not found:
         raise UserError(f"{base.reference} has no matrix in .layers.N. with both sides above --rank {rank}")
     return found
+
+
+def in_linear_layer(name: str) -> bool:
+    """Whether a matrix belongs to a block of a list called ``layers``. Models that call it otherwise, such as GPT-2, may store
+    their matrices transposed, which the files do not tell."""
+    place = place_of(name)
+    return place is not None and place.list.endswith(".layers.")
 
 
 def leading_factors(member: Source, base: Source, shape: tuple[int, ...], rank: int) -> Pair:
