@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from distmerge.rules.combine import Combine
+from distmerge.rules.mean import add_weighted
 from distmerge.rules.protocol import Block, Measured, Rule, Tally, deltas, deltas_to_read, onto, summed, wide
 from distmerge.rules.sparsify import AtRandom, ByMagnitude, Magprune, Trim
 from distmerge.rules.threshold import value_of
@@ -209,5 +210,5 @@ class Ptm(Rule):
         merged = block.members[0].to(self.dtype, copy=True)
         for member, omega in zip(block.members[1:], self.omegas, strict=True):
             vector = member.to(self.dtype)
-            merged.add_(vector if base is None else vector - base, alpha=omega)
+            add_weighted(merged, vector if base is None else vector - base, omega)
         return merged
