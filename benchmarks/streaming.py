@@ -49,21 +49,22 @@ STREAMING = MIX | INT4
 REFERENCE, PRESET = "DiLoCo", "streaming preset"
 ARMS: dict[str, dict[str, Any]] = {
     REFERENCE: DEFAULT,
-    PRESET: dm.PRESETS["streaming-diloco"],
-    "paper's outer": PAPER,
-    "fragments": DEFAULT | FRAGMENTS,
+    PRESET: DEFAULT | dm.PRESETS["streaming-diloco"],
+    "all, paper's outer": PAPER | STREAMING,
+    "all, mix 0": DEFAULT | STREAMING | {"mix": 0.0},
     "fragments, overlap 1": DEFAULT | OVERLAP,
-    "fragments, overlap 4": DEFAULT | OVERLAP | {"overlap": 4},
-    "fragments, overlap 1, mix 0.5": DEFAULT | MIX,
-    "int8": DEFAULT | {"wire": "int8"},
+    "all": DEFAULT | STREAMING,
+    "all, momentum 0.7": DEFAULT | STREAMING | {"outer_momentum": 0.7},
     "int4 with error feedback": DEFAULT | INT4,
     "int4 without error feedback": DEFAULT | {"wire": "int4"},
-    "all": DEFAULT | STREAMING,
-    "all, mix 0": DEFAULT | STREAMING | {"mix": 0.0},
-    "all, paper's outer": PAPER | STREAMING,
+    "int8": DEFAULT | {"wire": "int8"},
+    "fragments": DEFAULT | FRAGMENTS,
+    "fragments, overlap 4": DEFAULT | OVERLAP | {"overlap": 4},
+    "fragments, overlap 1, mix 0.5": DEFAULT | MIX,
+    "paper's outer": PAPER,
     "all, paper's outer, fp32": PAPER | MIX,
 }
-CORE = (REFERENCE, PRESET, "all, paper's outer", "all, mix 0", "fragments, overlap 1", "all")
+CORE = (REFERENCE, PRESET, "all, paper's outer", "all, mix 0")
 """The arms that say whether the preset is right and what it should be: these run first, and on all seeds."""
 SMALL_ARMS = (REFERENCE, PRESET, "int4 without error feedback")
 
@@ -73,9 +74,11 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "overlap of 4": ("fragments, overlap 4", "fragments"),
     "mix of 0.5": ("fragments, overlap 1, mix 0.5", "fragments, overlap 1"),
     "mix of 0.5, among all": ("all", "all, mix 0"),
+    "mix of 0.5 with outer momentum 0.7, among all": ("all, momentum 0.7", "all, mix 0"),
     "int8": ("int8", REFERENCE),
     "int4 with error feedback": ("int4 with error feedback", REFERENCE),
     "int4 with error feedback, among all": ("all", "fragments, overlap 1, mix 0.5"),
+    "int4 with error feedback, among all without mix": ("all, mix 0", "fragments, overlap 1"),
     "int4 with error feedback, among all with the paper's outer": ("all, paper's outer", "all, paper's outer, fp32"),
     "int4 without error feedback": ("int4 without error feedback", REFERENCE),
     "paper's outer": ("paper's outer", REFERENCE),
