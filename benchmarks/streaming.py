@@ -171,9 +171,9 @@ def main() -> None:
         for seed in range(seeds):
             for name, run in finished(report, seed, steps, part).items():
                 results[name].append(run)
-    losses = {name: [run["loss"] for run in runs] for name, runs in results.items()}
-    table = {name: row(settings, results[name], cost(losses, name, REFERENCE)) for name, settings in arms.items()}
-    costs = {name: cost(losses, *pair) for name, pair in OPTIONS.items() if set(pair) <= set(arms)}
+    losses = {name: [run["loss"] for run in runs] for name, runs in results.items() if runs}
+    table = {name: row(arms[name], results[name], cost(losses, name, REFERENCE)) for name in losses}
+    costs = {name: cost(losses, *pair) for name, pair in OPTIONS.items() if set(pair) <= set(losses)}
     report.data |= {
         "workers": WORKERS, "steps": steps, "every": every_of(steps), "batch": BATCH, "held_out_rows": HELD_OUT,
         "parameters": results[REFERENCE][0]["parameters"], "arms": table, "options": costs,
