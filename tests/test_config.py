@@ -259,7 +259,6 @@ def test_what_is_given_is_not_chosen(tmp_path: Path) -> None:
 
 
 def test_presets_are_the_papers_or_what_was_measured(tmp_path: Path) -> None:
-    """The streaming preset leaves the outer optimizer open, and mixes nothing: benchmarks/streaming.py says why."""
     paper = merges(tmp_path, workers=4, kind="paper-diloco").merge[0]
     streaming = merges(tmp_path, workers=4, kind="streaming-diloco", entry="fragments = 9\noverlap = 1").merge[0]
     assert (paper.outer_lr, paper.outer_momentum) == (0.7, 0.9)
