@@ -258,11 +258,11 @@ def test_what_is_given_is_not_chosen(tmp_path: Path) -> None:
     assert (entry.every, entry.outer_lr, entry.outer_momentum) == (7, 0.7, 0.9)
 
 
-def test_presets_are_the_papers(tmp_path: Path) -> None:
+def test_presets_are_the_papers_or_what_was_measured(tmp_path: Path) -> None:
     paper = merges(tmp_path, workers=4, kind="paper-diloco").merge[0]
     streaming = merges(tmp_path, workers=4, kind="streaming-diloco", entry="fragments = 9\noverlap = 1").merge[0]
     assert (paper.outer_lr, paper.outer_momentum) == (0.7, 0.9)
-    assert (streaming.outer_lr, streaming.outer_momentum, streaming.every) == (0.4, 0.9, 18)
+    assert (streaming.outer_lr, streaming.outer_momentum, streaming.mix, streaming.every) == (1.0, 0.5, 0.0, 18)
 
 
 def test_a_resume_keeps_what_its_run_chose(tmp_path: Path) -> None:

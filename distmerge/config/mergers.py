@@ -148,10 +148,6 @@ class StreamingDiLoCoSettings(DiLoCoSettings):
     """DiLoCo with the settings of Streaming DiLoCo (https://arxiv.org/abs/2501.18512). All keys can be changed."""
 
     kind: Literal["streaming-diloco"] = "streaming-diloco"  # pyright: ignore[reportIncompatibleVariableOverride]
-    outer_lr: float | None = Field(default=PRESETS["streaming-diloco"]["outer_lr"], gt=0)
-    """Outer learning rate."""
-    outer_momentum: float | None = Field(default=PRESETS["streaming-diloco"]["outer_momentum"], ge=0, lt=1)
-    """Outer momentum."""
     fragments: int = Field(default=PRESETS["streaming-diloco"]["fragments"], ge=1)
     """Number of parts of the model that merge in turn, staggered over the H steps."""
     overlap: int = Field(default=PRESETS["streaming-diloco"]["overlap"], ge=0)
