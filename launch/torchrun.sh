@@ -2,7 +2,7 @@
 # One node of several: run it on each, with NODE_RANK from 0 and HEAD the first node's name.
 #     NODES=2 NODE_RANK=0 HEAD=node0 [RANKS=8] launch/torchrun.sh CONFIG.toml [--section.key value ...]
 # A job that loses a rank is started again RESTARTS times, and goes on from its newest checkpoint. GRACE: seconds that ranks
-# have to commit a checkpoint when they are told to leave. distmerge.launch is torchrun, ended by one line and the job's status.
+# have to commit a checkpoint when the scheduler asks them to stop. distmerge.launch is torchrun, ended by one line and the job's status.
 set -euo pipefail
 # A restarted job must not meet the addresses of the ranks that died: a rendezvous store for each attempt.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

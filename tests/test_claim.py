@@ -82,7 +82,9 @@ def test_restart_moves_the_old_run_aside(
     monkeypatch.setattr(distmerge.launch.ranks, "launch", launch)
     run_dir.mkdir()
     (run_dir / "config.toml").write_text(Path(config).read_text().replace("lr = 4e-3", "lr = 1e-3"))
-    with pytest.raises(UserError, match=r"differing keys: optimizer\.lr; take another --run-dir, begin anew with --restart"):
+    with pytest.raises(
+        UserError, match=r"differing keys: optimizer\.lr; take another --run-dir, start from scratch with --restart"
+    ):
         main.run(["train", config])
     assert main.run(["train", config, "--restart"]) == 0
     assert launched == [["train", config]], "the ranks, and whoever starts them again, do not start from scratch"

@@ -134,7 +134,7 @@ def test_the_run_directory_of_another_configuration(folder: Path, tmp_path: Path
     said = error_of(command(["train", str(folder / "config.toml"), "--run-dir", str(tmp_path), "--merge.0.every", "3"]))
     assert said == (
         f"config.run_dir {tmp_path} belongs to a run of another configuration; differing keys: merge.0.every, optimizer.lr; "
-        "take another --run-dir, begin anew with --restart, or only change plugins, steps, mesh.timeout_seconds, "
+        "take another --run-dir, start from scratch with --restart, or only change plugins, steps, mesh.timeout_seconds, "
         "mesh.watchdog_seconds, train.threads, log, evaluate, checkpoint, preview, recovery, "
         "engine.kind, engine.reshard_after_forward, train.batch_size, train.gradient_accumulation"
     )

@@ -178,7 +178,7 @@ class Store:
             if rejections and not accepted:
                 reasons = "; ".join(f"{rejection.path.name}: {rejection.reason}" for rejection in rejections)
                 what = "damaged or of another run" if "of another run" in reasons else "damaged"
-                raise UserError(f"every checkpoint in {self.root} is {what} ({reasons}); move them away to start anew")
+                raise UserError(f"every checkpoint in {self.root} is {what} ({reasons}); move them away to start from scratch")
             if accepted:
                 (fits or self._check_mesh)(accepted[0])
             if self.mesh.leads:

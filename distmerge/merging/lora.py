@@ -90,7 +90,7 @@ def check_takes(recipe: Recipe, options: MergeOptions) -> None:
 
 def adapter_of(entry: Entry) -> Adapter:
     if not is_adapter(Path(entry.model)):
-        raise UserError(f"{entry.model} is no LoRA adapter: it has no {CONFIG}")
+        raise UserError(f"{entry.model} is not a LoRA adapter: it has no {CONFIG}")
     adapter = read_adapter(Path(entry.model))
     more = [*adapter.shifts, *adapter.replaced, *adapter.parameters]
     more += [name for name, factors in adapter.factors.items() if not factors.plain]

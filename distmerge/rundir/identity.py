@@ -101,7 +101,7 @@ def identify(run_dir: Path, config: TrainConfig, claimed: bool) -> Identity:
             more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
             raise UserError(
                 f"config.{key} is not what the run in {run_dir} began with: {', '.join(changed[:SHOWN])}{more}; put it back, "
-                "take another --run-dir, or begin anew with --restart"
+                "take another --run-dir, or start from scratch with --restart"
             )
     return stored
 

@@ -67,7 +67,7 @@ class RunDirectory:
         if changed := toml.differing_keys(stored, config):
             raise UserError(
                 f"config.run_dir {self.path} belongs to a run of another configuration; differing keys: "
-                f"{', '.join(changed)}; take another --run-dir, begin anew with --restart, or only change "
+                f"{', '.join(changed)}; take another --run-dir, start from scratch with --restart, or only change "
                 f"{', '.join(toml.MAY_CHANGE[1:])}"
             )
 
@@ -115,7 +115,7 @@ class RunDirectory:
         """The message, in one line, about a run that ended with a model that diverged."""
         return (
             f"the run in {self.path} diverged: {reason}; its model is kept as {self.diverged.name}, do not use it as a result; "
-            "lower optimizer.lr and begin anew with --restart, or go back with distmerge recover --before STEP"
+            "lower optimizer.lr and start from scratch with --restart, or go back with distmerge recover --before STEP"
         )
 
     def move_aside(self) -> Path:

@@ -189,7 +189,7 @@ def test_all_damaged_is_one_error(ranks: Ranks, root: Path) -> None:
     reason = f"rank-0.pt does not have the SHA-256 that {MANIFEST} says"
     assert first[2] == (
         f"every checkpoint in {root} is damaged (step-00000010: {reason}; step-00000005: {reason}); "
-        "move them away to start anew"
+        "move them away to start from scratch"
     )
     assert second[2] == "status 2", "told once"
     assert snapshot(root) == before

@@ -146,5 +146,5 @@ def test_refused(config, error, root, tmp_path):
     adapter(tmp_path / "bad", 3, **config)
     with pytest.raises(UserError, match=error):
         main.run(["merge", "--method", "cat", "--model", str(tmp_path / "bad"), "--out", str(tmp_path / "out")])
-    with pytest.raises(UserError, match="is no LoRA adapter"):
+    with pytest.raises(UserError, match="is not a LoRA adapter"):
         main.run(["merge", "--method", "cat", "--model", str(root / "base"), "--out", str(tmp_path / "out")])
