@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,6 +14,9 @@ from distmerge.theta.buffers import Policy
 from distmerge.theta.flat import FlatParameters, fingerprint
 from distmerge.workers.collectives import all_gather, all_reduce, begin_all_reduce, floats
 from distmerge.workers.ledger import Ledger
+
+exchanges: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+"""Exchanges that were begun over each group."""
 
 
 class WorkerGroup:
@@ -31,13 +36,13 @@ class WorkerGroup:
         self.group: dist.ProcessGroup = world
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         self.ledger = Ledger(self.size)
-        self._exchanges = 0
 
     def next_tag(self) -> int:
         """A tag for the two messages of an exchange (this number and the next), the same on all workers. Exchanges may then
-        send in any order; a backend that sends in order, such as NCCL, ignores tags."""
-        self._exchanges += 1
-        return 2 * (self._exchanges % (1 << 20))
+        send in any order, also those of several mergers over one group; a backend that sends in order, such as NCCL, ignores
+        tags."""
+        number = exchanges[self.group] = exchanges.get(self.group, 0) + 1
+        return 2 * (number % (1 << 20))
 
     def total(self, x: Tensor) -> Tensor:
         """Sum ``x`` over the workers, in place; all of them end with the same bits."""
