@@ -137,13 +137,10 @@ class DiLoCo:
     def finish(self) -> MergeReport | None:
         """End with the mean of the workers, with the same bits on all; None if they were equal already.
 
-        The papers' outer step is meant for a whole round. After part of one, or for a fragment without new steps, it would move
-        the anchor along its momentum, away from what was trained: the workers' mean is better at every length of the tail
-        (``benchmarks/tails.py``). The last merge is therefore the plain mean, in float32 on any wire. A fragment in flight is
-        dropped, since the mean contains its training."""
-        if self.pending_fragment is not None:
-            self.pending_fragment.wait()
-            self.pending_fragment = None
+        The papers' outer step is meant for a whole round. After part of one it would move the anchor along its momentum, away
+        from what was trained: the workers' mean is better at every length of the tail (``benchmarks/tails.py``). The last merge
+        is therefore the plain mean, in float32 on any wire. A fragment in flight is contained in it and dropped."""
+        self._drop_pending()
         if self.progress.equal_at == self.steps:
             return None
         *_, report = [self.merge(number, closing=True) for number in range(len(self.fragments))]
@@ -158,13 +155,17 @@ class DiLoCo:
     def restart(self) -> None:
         """Make the present parameters, which are the same on all workers, the anchor. The velocity is kept. Fragments in
         flight and error feedback belong to other parameters and are dropped. All workers must call it at the same step."""
-        if self.pending_fragment is not None:
-            self.pending_fragment.wait()
-            self.pending_fragment = None
+        self._drop_pending()
         self.reducer.forget()
         if self.outer is not None:
             vector = self.flat.vector
             self.outer.anchor.copy_(own_shares(vector, self.buckets, self.workers) if self.settings.outer_sharded else vector)
+
+    def _drop_pending(self) -> None:
+        """Forget the fragment in flight, when nothing uses its memory any more. All workers call it at the same step."""
+        if self.pending_fragment is not None:
+            self.pending_fragment.wait()
+            self.pending_fragment = None
 
     def start_again(self) -> None:
         """Forget the rounding errors of earlier messages, since this worker alone got new parameters."""
@@ -289,6 +290,7 @@ class DiLoCo:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from where ``state`` was taken; the caller restores the parameters. A state without all keys is refused."""
         check_keys(state, ("round", "progress", "outer", "residuals", "flying", "ledger"), "the state of a diloco merger")
+        self._drop_pending()
         self.round = state["round"]
         self.progress.load_state_dict(state["progress"])
         if self.outer is not None:

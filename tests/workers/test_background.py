@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,3 +89,36 @@ def test_a_process_that_leaves_in_the_middle_of_a_round_leaves_with_status_0(tmp
             [sys.executable, str(script), str(tmp_path / f"rendezvous-{attempt}")], capture_output=True, text=True, timeout=300
         )
         assert (done.returncode, done.stderr) == (0, "")
+
+
+@torch.no_grad()
+def loaded_in_flight(settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The end of a merger whose state is loaded back while another fragment is in flight, and of one that just went on."""
+    ends: list[Tensor] = []
+    for goes_back in (True, False):
+        torch.manual_seed(dist.get_rank())
+        model = nn.Linear(300, 300)
+        merger = dm.DiLoCo(model, every=3, overlap=2, outer_lr=0.7, outer_momentum=0.5, **settings)
+        drifts = [0.01 * torch.randn_like(merger.flat.vector) for _ in range(12)]
+
+        def train(merger: dm.DiLoCo, drifts: list[Tensor]) -> None:
+            for drift in drifts:
+                merger.flat.vector.add_(drift)
+                merger.step()
+
+        train(merger, drifts[:7])
+        state, theta = copy.deepcopy(merger.state_dict()), merger.flat.vector.clone()
+        if goes_back:
+            train(merger, drifts[:3])  # a fragment was sent at the last of these steps
+            merger.load_state_dict(state)
+            merger.flat.vector.copy_(theta)
+        train(merger, drifts[7:])
+        merger.finish()
+        ends.append(merger.flat.vector.clone())
+    return ends[0], ends[1]
+
+
+@pytest.mark.parametrize("settings", WIRES, ids=lambda settings: settings["wire"])
+def test_a_state_is_loaded_while_a_fragment_is_in_flight(ranks: Ranks, settings: dict[str, Any]) -> None:
+    for went_back, went_on in ranks.run(2, loaded_in_flight, settings):
+        assert torch.equal(went_back, went_on)
