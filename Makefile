@@ -21,7 +21,7 @@ train: setup
 	$(BIN)/distmerge train $(CONFIG)
 
 # Two files of tests at a time: each starts several ranks, which wait for one another most of the time.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What DeepSpeed compiles is compiled before any rank could wait for it: minutes at first, then a second.
 test: setup
