@@ -7,6 +7,7 @@ another layout can read them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class StepResult(NamedTuple):
     tokens: Tensor | float = 1.0
 
 
-class Engine:
+class Engine(ABC):
     """Base class of the engines, with the reading and writing of their checkpoint files.
 
     Attributes:
@@ -57,6 +58,7 @@ class Engine:
         self.mesh, self.train_section = mesh, config.train
         self.notes: list[str] = []
 
+    @abstractmethod
     def train_step(self, batch: Tensor, lr: float) -> StepResult:
         """Take one optimizer step.
 
@@ -64,7 +66,6 @@ class Engine:
             batch: token ids, ``[micro_steps, batch, length]``.
             lr: the learning rate of this step.
         """
-        raise NotImplementedError
 
     def worker_result(self, loss: Tensor, grad_norm: Tensor, tokens: Tensor | float) -> StepResult:
         """Average loss and gradient norm over the ranks of the worker; a collective inside the worker.
@@ -85,13 +86,13 @@ class Engine:
         micro_steps, rows, length = batch.shape
         return float(micro_steps * rows * (length - 1) * self.mesh.shards)
 
+    @abstractmethod
     def optimizer_state(self) -> Any:
         """The optimizer moments of this rank's part of the parameters, as an object for ``torch.save``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_optimizer_state(self, state: Any) -> None:
         """Restore what :meth:`optimizer_state` returned."""
-        raise NotImplementedError
 
     def shard_of(self, parameter: Tensor) -> Tensor:
         """This rank's part of a parameter of the model."""
@@ -144,6 +145,7 @@ class Engine:
 
     def close(self) -> None:
         """Release global state that would outlive the engine."""
+        return  # most engines have none
 
 
 def gather_whole(model: nn.Module, flat: FlatParameters, mesh: Mesh) -> dict[str, Tensor] | None:

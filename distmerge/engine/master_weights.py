@@ -9,6 +9,7 @@ memory for the whole model on every rank. The log then says so.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -90,13 +91,13 @@ class FlatMasterWeights(CopiedParameters):
             raise UserError("DeepSpeed's master weights must be in memory to be merged, but some are swapped out")
         super().__init__(module, layout, parameters, engine.seq_data_parallel_group, self.partitions()[0].device)
 
+    @abstractmethod
     def partitions(self) -> list[Tensor]:
         """This rank's flat float32 partitions, one for each group of parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fragment(self, parameter: nn.Parameter) -> Fragment | None:
         """Where this rank's part of a parameter lies; None if the rank has no part of it."""
-        raise NotImplementedError
 
     def stored(self) -> Iterator[Tensor]:
         partitions = self.partitions()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -51,7 +52,7 @@ def exchange(shares: list[Tensor], inside: Any) -> None:
         dist.broadcast(share, dist.get_global_rank(inside, shard), group=inside)
 
 
-class CopiedParameters(FlatParameters):
+class CopiedParameters(FlatParameters, ABC):
     """Parts of theta that an engine stores in tensors of its own. The vector is a copy: pull() fills it, push() writes it back.
 
     Args:
@@ -66,19 +67,19 @@ class CopiedParameters(FlatParameters):
         self.vector = self.whole = torch.empty(layout[-1].stop, dtype=torch.float32, device=device)
         self.pull()
 
+    @abstractmethod
     def stored(self) -> Iterator[Tensor]:
         """The engine's tensor for each slot, of the slot's size, in the layout's order."""
-        raise NotImplementedError
 
     @cached_property
     def stored_dtypes(self) -> tuple[torch.dtype, ...]:
         dtypes = tuple(tensor.dtype for tensor in self.stored())
         return () if set(dtypes) <= {torch.float32} else dtypes
 
+    @abstractmethod
     def refresh(self) -> None:
         """Update what the engine derives from the stored tensors, such as 16-bit copies, after they have changed. A collective
         inside the worker."""
-        raise NotImplementedError
 
     def check(self) -> None:
         check_identity(self.model, [slot.name for slot in self.layout], self._parameters)

@@ -191,8 +191,9 @@ class DiLoCo:
         """Begin the merge of a fragment; training goes on meanwhile."""
         self.flat.pull()
         steps, weight = self._begin_round(number)
-        divergence, send = Divergence(self.flat.vector.device), self.reducer.send
-        pending = [send(b, self.reducer.keep(b), weight, divergence, self.round) for b in self.fragments[number]]
+        divergence, fragment = Divergence(self.flat.vector.device), self.fragments[number]
+        rooms = zip(fragment, self.reducer.rooms_for(fragment), strict=True)
+        pending = [self.reducer.send(bucket, room, weight, divergence, self.round) for bucket, room in rooms]
         if not self.settings.outer_sharded and self.reducer.rule is None:
             divergence.begin(self.workers, self.flat, weight)
         self.pending_fragment = PendingFragment(number, pending, divergence, weight, steps)
@@ -213,7 +214,6 @@ class DiLoCo:
         self.flat.pull()
         for bucket, pending in zip(self.fragments[sent.fragment], sent.pending, strict=True):
             self._receive(bucket, pending, sent, self.settings.mix, False)
-            self.reducer.scratch.give(pending.message)
         return self._report(sent, began, self.settings.mix)
 
     def _receive(self, bucket: Bucket, pending: PendingReduce, merged: PendingFragment, mix: float, closing: bool) -> None:

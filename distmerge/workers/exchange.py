@@ -71,7 +71,7 @@ class Exchange:
         self.waited, self._own, self._tag = 0.0, workers.rank, workers.next_tag()
         self._account()
         self._stages, self._advanced, self._threaded = self._run(weight), False, thread is not None
-        self._finite: bool | None = None
+        self._finite = True
         self._job = thread.begin(self._stages) if thread is not None else None
         if self._job is None:
             next(self._stages)
@@ -99,10 +99,10 @@ class Exchange:
 
     def is_finite(self) -> bool:
         """Whether the result is finite, after :meth:`finish`."""
-        return finite(self.message) if self._finite is None else self._finite
+        return self._finite
 
     def _run(self, weight: float) -> Iterator[None]:
-        """The three stages, in one of which all values of one worker have become those of all."""
+        """The three stages. ``message`` holds the result after the last one."""
         weigh(self.message, weight)
         weights = self.message[-1:].expand(self.workers.size).clone()
         outgoing, incoming = self._outgoing_rows(counts=weight > 0 or weight != weight), self._incoming_rows()
@@ -124,7 +124,7 @@ class Exchange:
         if bool(weights.isnan().any()):  # the sender refuses to be merged: all see it, even if the wire loses NaN
             self.message.fill_(torch.nan)
         self.message[-1] = ~(weights.sum() <= 0)
-        self._finite = finite(self.message) if self._threaded else None  # otherwise whoever wants to know looks himself
+        self._finite = finite(self.message)
 
     def _wait(self, transfer: Transfer) -> None:
         seconds = transfer.wait()

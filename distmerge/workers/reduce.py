@@ -58,7 +58,7 @@ class DeltaReducer:
         # without waiting anyway.
         mean = self.rule is None and not settings.outer_sharded
         self.thread = StageThread() if settings.overlap and mean and flat.vector.device.type == "cpu" else None
-        self._room = flat.vector.new_empty(0)
+        self._room = self._rooms = flat.vector.new_empty(0)
 
     def _shares_of(self, bucket: Bucket) -> Shares:
         return equal_shares(bucket.numel, self.workers.size) if self.rule is None else self.rule.shares(bucket)
@@ -69,9 +69,14 @@ class DeltaReducer:
             self._room = self.flat.vector.new_empty(bucket.numel + 1)
         return self._room[: bucket.numel + 1]
 
-    def keep(self, bucket: Bucket) -> Tensor:
-        """Memory for a message that is in flight while training goes on; it returns to ``scratch`` when it was applied."""
-        return self.scratch.take(bucket.numel + 1, torch.float32)
+    def rooms_for(self, fragment: list[Bucket]) -> list[Tensor]:
+        """Memory for the messages of a fragment in flight, reused for one fragment after the other. They begin at multiples of
+        64 elements, as fresh memory does."""
+        sizes = [(bucket.numel + 64) // 64 * 64 for bucket in fragment]
+        if self._rooms.numel() < sum(sizes):
+            self._rooms = self.flat.vector.new_empty(sum(sizes))
+        rooms = self._rooms[: sum(sizes)].split(sizes)
+        return [room[: bucket.numel + 1] for room, bucket in zip(rooms, fragment, strict=True)]
 
     def forget(self, own_only: bool = False) -> None:
         """Clear the residuals; with ``own_only`` those of this worker's values, and not those of the results that it sends."""

@@ -9,8 +9,7 @@ from torch import Tensor
 
 
 class Scratch:
-    """A pool of buffers on one device, by size and dtype. It keeps as many as were ever in use at the same time. Threads
-    may share it."""
+    """A pool of buffers on one device, by size and dtype. It keeps as many as were ever in use at the same time."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -18,10 +17,8 @@ class Scratch:
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A buffer ``[numel]`` with undefined contents."""
-        try:  # in one step, since another thread may take the last one after a look at the list
-            return self._free[numel, dtype].pop()
-        except IndexError:
-            return torch.empty(numel, dtype=dtype, device=self.device)
+        free = self._free[numel, dtype]
+        return free.pop() if free else torch.empty(numel, dtype=dtype, device=self.device)
 
     def give(self, *buffers: Tensor) -> None:
         """Return buffers of any shape to the pool; the caller must not use them any more."""
