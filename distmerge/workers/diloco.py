@@ -138,8 +138,8 @@ class DiLoCo:
         """End with the mean of the workers, with the same bits on all; None if they were equal already.
 
         The papers' outer step is meant for a whole round. After part of one it would move the anchor along its momentum, away
-        from what was trained: the workers' mean is better at every length of the tail (``benchmarks/tails.py``). The last merge
-        is therefore the plain mean, in float32 on any wire. A fragment in flight is contained in it and dropped."""
+        from what was trained (``benchmarks/tails.py``). The last merge is therefore the plain mean, in float32 on any wire. A
+        fragment in flight is contained in it and dropped."""
         self._drop_pending()
         if self.progress.equal_at == self.steps:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -72,11 +73,10 @@ class DeltaReducer:
     def rooms_for(self, fragment: list[Bucket]) -> list[Tensor]:
         """Memory for the messages of a fragment in flight, reused for one fragment after the other. They begin at multiples of
         64 elements, as fresh memory does."""
-        sizes = [(bucket.numel + 64) // 64 * 64 for bucket in fragment]
-        if self._rooms.numel() < sum(sizes):
-            self._rooms = self.flat.vector.new_empty(sum(sizes))
-        rooms = self._rooms[: sum(sizes)].split(sizes)
-        return [room[: bucket.numel + 1] for room, bucket in zip(rooms, fragment, strict=True)]
+        *starts, stop = itertools.accumulate(((bucket.numel + 64) // 64 * 64 for bucket in fragment), initial=0)
+        if self._rooms.numel() < stop:
+            self._rooms = self.flat.vector.new_empty(stop)
+        return [self._rooms[start : start + bucket.numel + 1] for start, bucket in zip(starts, fragment, strict=True)]
 
     def forget(self, own_only: bool = False) -> None:
         """Clear the residuals; with ``own_only`` those of this worker's values, and not those of the results that it sends."""
